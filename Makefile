@@ -1,0 +1,29 @@
+# Every target sets up what it needs in .venv first; the stamp makes the second call instant.
+VENV   := .venv
+PYTHON ?= python3
+STAMP  := $(VENV)/.installed
+
+.PHONY: dry-run test test-slow lint setup clean
+
+dry-run: setup          ## the main job: sweep the embedded digits, end in an ensemble
+	$(VENV)/bin/python -m search.run
+
+test: lint              ## everything that takes seconds, with real Ray
+	$(VENV)/bin/python -m pytest
+
+test-slow: setup        ## fault tests that take minutes
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[offline,dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

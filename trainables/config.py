@@ -1,0 +1,144 @@
+"""TrialConfig: everything that makes one candidate, and nothing that belongs to the sweep.
+
+Standard library only, so that a search space, a test or another tool can build one without importing torch.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trainables.errors import UserError
+
+Optimizer = Literal["sgd", "adamw", "muon"]
+Schedule = Literal["cosine", "onecycle", "triangular", "constant", "plateau"]
+Flip = Literal["none", "random", "alternating"]
+TestTimeAugmentation = Literal["none", "mirror", "mirror_shift"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Stem = Literal["default", "small"]
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """The hyperparameters of one trial. Fractions are of 1, sizes in pixels, lengths in epochs unless said otherwise.
+
+    Attributes:
+        backbone: a timm model name, squeezenet1_0/1_1 of torchvision, or one of trainables.classic.
+        pretrained: start from pretrained weights (a source must exist) or from a random initialisation.
+        image_size: side to which images are resized on the device.
+        progressive: image sizes over the epochs, spread evenly; the last should be image_size. Empty: always image_size.
+        stem: "small" keeps the resolution of a ResNet- or DenseNet-like stem, for inputs of about 32 pixels.
+        width: width multiplier of the from-scratch networks of trainables.classic.
+        epochs: passes over the train split, freeze epochs included.
+        freeze_epochs: epochs at the start during which only the head learns (parameters and BatchNorm are frozen).
+        batch_size: effective batch, over all workers and accumulation steps.
+        accumulate: micro-batches per optimiser step; an out-of-memory error doubles it.
+        lr: peak learning rate of the head; the body's is lr * body_lr.
+        body_lr: factor on lr for everything but the head.
+        layer_decay: lr of a block is body_lr * layer_decay ** (blocks above it).
+        weight_decay: decoupled (AdamW, Muon); for SGD, added to the gradient. Not on biases and norms.
+        momentum: of SGD (Nesterov) and Muon.
+        schedule: "cosine", "onecycle" (up for `warmup`, then cosine to 0), "triangular" (up for `warmup`, then linear
+            to 0), "constant", "plateau" (halved when the tune log-loss has not improved for 2 epochs).
+        warmup: fraction of all steps over which lr rises linearly; for "onecycle" and "triangular" the rising part.
+        label_smoothing: 0 to 1.
+        dropout, drop_path: probabilities, 0 to 1.
+        mixup, cutmix: Beta(a, a) parameter; 0 switches it off. With both, each batch takes one of them at random.
+        cutout: side of a square set to the mean, as a fraction of the image; 0 is off.
+        flip: mirror "random"ly, or "alternating" (every image is mirrored every second epoch).
+        crop: largest shift in pixels of the *stored* image, reflected at the border.
+        randaugment: magnitude 0 (off) to 10 of two random operations per batch slice.
+        ema: decay of a moving average of the weights, which is then what is evaluated and kept; 0 is off.
+        lookahead: pull towards slow weights every that many steps (factor 0.5); 0 is off.
+        clip_norm: largest norm of the whole gradient; 0 is off.
+        class_weights: weigh the loss by inverse class frequency.
+        balanced: draw every class equally often.
+        patience: stop after that many epochs without a better tune log-loss and keep the best epoch; 0 is off.
+        tta: what predictions average over: nothing, the mirror image, or mirror and one-pixel shifts.
+        precision: "auto" measures a few steps and takes the fastest that is safe.
+        seed: of initialisation, order and augmentation.
+    """
+
+    backbone: str = "resnet18"
+    pretrained: bool = False
+    image_size: int = 32
+    progressive: tuple[int, ...] = ()
+    stem: Stem = "default"
+    width: float = 1.0
+    epochs: int = 5
+    freeze_epochs: int = 0
+    batch_size: int = 128
+    accumulate: int = 1
+    lr: float = 1e-3
+    body_lr: float = 1.0
+    layer_decay: float = 1.0
+    weight_decay: float = 0.01
+    momentum: float = 0.9
+    optimizer: Optimizer = "adamw"
+    schedule: Schedule = "onecycle"
+    warmup: float = 0.2
+    label_smoothing: float = 0.0
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    cutout: float = 0.0
+    flip: Flip = "none"
+    crop: int = 0
+    randaugment: float = 0.0
+    ema: float = 0.0
+    lookahead: int = 0
+    clip_norm: float = 0.0
+    class_weights: bool = False
+    balanced: bool = False
+    patience: int = 0
+    tta: TestTimeAugmentation = "none"
+    precision: Precision = "auto"
+    seed: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:  # also refuses NaN
+                raise UserError(f"{name} is {value}, expected {low} to {high}")
+        if self.freeze_epochs > self.epochs:
+            raise UserError(f"freeze_epochs is {self.freeze_epochs}, expected at most epochs ({self.epochs})")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrialConfig":
+        """The inverse of `to_dict`; raises UserError on keys it does not know."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise UserError(f"unknown hyperparameter {', '.join(unknown)}; see trainables/config.py for the known ones")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("image_size", 8, 4096),
+    ("width", 0.05, 16),
+    ("epochs", 1, 10_000),
+    ("freeze_epochs", 0, 10_000),
+    ("batch_size", 1, 1_000_000),
+    ("accumulate", 1, 65_536),
+    ("lr", 1e-9, 100.0),
+    ("body_lr", 0.0, 100.0),
+    ("layer_decay", 0.01, 1.0),
+    ("weight_decay", 0.0, 10.0),
+    ("momentum", 0.0, 0.9999),
+    ("warmup", 0.0, 1.0),
+    ("label_smoothing", 0.0, 0.9),
+    ("dropout", 0.0, 0.95),
+    ("drop_path", 0.0, 0.95),
+    ("mixup", 0.0, 10.0),
+    ("cutmix", 0.0, 10.0),
+    ("cutout", 0.0, 0.9),
+    ("crop", 0, 1024),
+    ("randaugment", 0.0, 10.0),
+    ("ema", 0.0, 0.99999),
+    ("lookahead", 0, 1000),
+    ("clip_norm", 0.0, 1e6),
+    ("patience", 0, 10_000),
+)

@@ -113,7 +113,8 @@ class TrialConfig:
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise UserError(f"unknown hyperparameter {', '.join(unknown)}; see trainables/config.py for the known ones")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
 
 _RANGES: tuple[tuple[str, float, float], ...] = (

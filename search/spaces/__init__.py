@@ -1,0 +1,56 @@
+"""Search spaces: one small Python file each, conditional by plain `if`.
+
+A space has
+    TRIALS: int                       trials when neither --trials nor --minutes is given
+    BACKBONES: dict[str, str]         name -> "pretrained" (an error when no weights are found), "if found", or "scratch"
+    suggest(trial, task) -> TrialConfig
+"""
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import optuna
+
+from search.config import Task
+from trainables.config import TrialConfig
+from trainables.errors import UserError
+
+
+class Space(NamedTuple):
+    name: str
+    trials: int
+    backbones: dict[str, str]
+    suggest: Callable[[optuna.Trial, Task], TrialConfig]
+
+
+def load_space(name: str) -> Space:
+    """A space by its name in this folder, or by the path of a Python file; raises UserError when it is neither."""
+    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    if name in known:
+        module = importlib.import_module(f"search.spaces.{name}")
+    elif name.endswith(".py") and Path(name).exists():
+        module = _from_file(Path(name))
+    else:
+        near = difflib.get_close_matches(name, known, n=2) or known
+        raise UserError(f"unknown search space {name!r}, expected one of {', '.join(near)}, or the path of a .py file")
+    missing = [part for part in ("TRIALS", "BACKBONES", "suggest") if not hasattr(module, part)]
+    if missing:
+        raise UserError(f"search space {name} lacks {', '.join(missing)}; see search/spaces/dry_run.py for the shape")
+    return Space(Path(name).stem, module.TRIALS, module.BACKBONES, module.suggest)
+
+
+def _from_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"space_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file may raise
+        raise UserError(f"search space {path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module

@@ -1,0 +1,95 @@
+"""SearchConfig: everything about a sweep that is not a hyperparameter. The dataclass is the command line's help text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from trainables.backbones import WeightSource
+from trainables.errors import UserError
+
+DataName = Literal["digits", "cifar10", "cifar100", "folder"]
+Sampler = Literal["tpe", "gp", "random", "qmc", "cmaes", "nsga2"]
+Pruner = Literal["asha", "hyperband", "median", "wilcoxon", "none"]
+Objective = Literal["accuracy", "log_loss"]
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Sweep backbones and hyperparameters; keep the nine that vote best together.
+
+    Without arguments: a dry run on scikit-learn's digits. Running the same command again goes on where it stopped.
+    """
+
+    data: DataName = "digits"
+    """Data set. `folder` takes any --data-dir with train/<class>/* and test/<class>/*, or with <class>/* alone."""
+    data_dir: Path | None = None
+    """Where the images lie; cifar10 and cifar100 are downloaded there when missing."""
+    stored_size: int | None = None
+    """Side in pixels at which images are kept; default: their own, or the median one up to 256."""
+    space: str = "auto"
+    """Search space: a name in search/spaces/ or the path of a Python file like those. auto: dry_run for digits."""
+    backbones: tuple[str, ...] = ()
+    """Backbones instead of the space's own: timm names, squeezenet1_1, speednet."""
+    from_scratch: bool = False
+    """Train --backbones from random weights instead of pretrained ones."""
+    weights_dir: Path | None = None
+    """Folder with pretrained weights as <timm name>.safetensors or .pth, for machines that reach no hub."""
+    trials: int | None = None
+    """Trials in all, over repetitions of the command; default: the space's own, or no limit with --minutes."""
+    minutes: float | None = None
+    """Time in all, over repetitions of the command, ensemble included."""
+    top_k: int = 9
+    """Most members of the ensemble."""
+    objective: Objective = "accuracy"
+    """What the sampler maximises (accuracy) or minimises (log_loss), on the tune split."""
+    sampler: Sampler = "tpe"
+    """Optuna sampler: proposes configurations."""
+    pruner: Pruner = "asha"
+    """Optuna pruner: stops trials that fall behind; asha is successive halving."""
+    workers_per_trial: int = 1
+    """Ray Train workers (DDP ranks) of one trial."""
+    gpus_per_trial: float | None = None
+    """GPUs of one worker, fractions allowed; default: 1 when the cluster has any, else 0."""
+    cpus_per_trial: float | None = None
+    """CPUs of one worker; default: the cluster's, spread over its GPUs, or over at most 8 trials without any."""
+    run: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """Run directory; default: runs/<data>-<space>."""
+    storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
+    """Optuna storage; default: study.db in the run directory."""
+    seed: int = 0
+    """Of the sampler."""
+    split_seed: int = 0
+    """Of the train, tune and select splits."""
+
+    def __post_init__(self) -> None:
+        if self.trials is not None and self.trials < 1:
+            raise UserError(f"--trials is {self.trials}, expected at least 1")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UserError(f"--minutes is {self.minutes}, expected more than 0")
+        if self.top_k < 1:
+            raise UserError(f"--top-k is {self.top_k}, expected at least 1")
+        if self.workers_per_trial < 1:
+            raise UserError(f"--workers-per-trial is {self.workers_per_trial}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a search space may look at when it proposes a configuration.
+
+    Attributes:
+        backbones: name -> source of its pretrained weights, or None where it starts from random ones.
+        classes: number of classes.
+        train_images: size of the train split.
+        stored_size: side in pixels of the stored images.
+        device: "cuda" or "cpu".
+        minutes: the sweep's time budget, None for no limit.
+    """
+
+    backbones: dict[str, WeightSource | None]
+    classes: int
+    train_images: int
+    stored_size: int
+    device: Literal["cuda", "cpu"]
+    minutes: float | None

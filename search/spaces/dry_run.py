@@ -1,0 +1,40 @@
+"""The dry run: every part of the road in minutes on two cores.
+
+    python -m search.run            24 trials over five backbones on scikit-learn's digits
+"""
+
+import optuna
+
+from search.config import Task
+from trainables.config import TrialConfig
+
+TRIALS = 24
+BACKBONES = {
+    "speednet": "scratch",
+    "resnet10t": "scratch",
+    "mobilenetv3_small_050": "scratch",
+    "squeezenet1_1": "scratch",
+    "tf_efficientnet_lite0": "pretrained",
+}
+
+
+def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
+    backbone = trial.suggest_categorical("backbone", list(task.backbones))
+    pretrained = task.backbones[backbone] is not None
+    epochs = 12 if backbone == "speednet" else 9
+    freeze_epochs = trial.suggest_int("freeze_epochs", 0, 2) if pretrained else 0
+    return TrialConfig(
+        backbone=backbone,
+        pretrained=pretrained,
+        image_size=32,
+        width=0.25,
+        epochs=epochs,
+        freeze_epochs=freeze_epochs,
+        batch_size=trial.suggest_categorical("batch_size", [32, 64]),
+        lr=trial.suggest_float("lr", 1e-3, 1e-2, log=True),
+        weight_decay=trial.suggest_float("weight_decay", 1e-3, 1e-1, log=True),
+        dropout=trial.suggest_float("dropout", 0.0, 0.3),
+        label_smoothing=trial.suggest_float("label_smoothing", 0.0, 0.1),
+        crop=1,
+        seed=trial.number,
+    )

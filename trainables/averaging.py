@@ -1,0 +1,81 @@
+"""Averages of the weights during training: an exponential moving average, and lookahead."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from trainables.config import TrialConfig
+
+
+class WeightAverage:
+    """Holds the slow weights of a model; does nothing when the config asks for neither average.
+
+    EMA (`ema` > 0): slow weights follow the fast ones and are what is evaluated and kept.
+    Lookahead (`lookahead` = k > 0; Zhang et al., 2019): every k steps the fast weights are pulled to the slow ones, with
+    a pull that grows over training as 0.95**k * progress**3 (Jordan, 2024, section 3.4), so late noise averages out.
+    """
+
+    def __init__(self, model: nn.Module, ema: float, lookahead: int) -> None:
+        self.ema, self.lookahead, self.steps = ema, lookahead, 0
+        self.slow = {k: v.detach().clone() for k, v in model.state_dict().items()} if ema or lookahead else {}
+
+    @classmethod
+    def of(cls, model: nn.Module, config: TrialConfig) -> "WeightAverage":
+        return cls(model, config.ema, config.lookahead)
+
+    @property
+    def active(self) -> bool:
+        """Whether the weights to evaluate differ from the model's own."""
+        return self.ema > 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, progress: float) -> None:
+        """Call after every optimiser step; `progress` runs from 0 to 1 over training."""
+        if not self.slow:
+            return
+        self.steps += 1
+        if self.ema:
+            # a young average would otherwise remember the initial weights for 1 / (1 - ema) steps
+            self._follow(model, min(self.ema, (1 + self.steps) / (10 + self.steps)))
+        elif self.steps % self.lookahead == 0:
+            self._follow(model, 0.95**self.lookahead * progress**3)
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(self.slow[name])
+
+    def _follow(self, model: nn.Module, decay: float) -> None:
+        for name, tensor in model.state_dict().items():
+            slow = self.slow[name]
+            if slow.dtype.is_floating_point:
+                slow.lerp_(tensor, 1 - decay)
+            else:
+                slow.copy_(tensor)
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Put the averaged weights into the model for good."""
+        if self.active:
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(self.slow[name])
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The averaged weights in the model for the time of a `with`."""
+        if not self.active:
+            yield
+            return
+        fast = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.apply(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in model.state_dict().items():
+                    tensor.copy_(fast[name])
+
+    def state_dict(self) -> dict[str, Tensor | int | dict[str, Tensor]]:
+        return {"steps": self.steps, "slow": self.slow}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps, self.slow = state["steps"], state["slow"]

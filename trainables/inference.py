@@ -1,0 +1,100 @@
+"""Predictions of a network: class probabilities of uint8 images, with test-time augmentation."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainables.augment import Pixels
+from trainables.config import TestTimeAugmentation
+
+EVAL_BATCH = 500
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device asked for, else cuda, else mps, else cpu."""
+    if name:
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Mixed precision for "bf16" and "fp16"; nothing for "fp32"."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+@torch.no_grad()
+def predict_probs(
+    model: nn.Module,
+    images: np.ndarray,
+    indices: np.ndarray | None,
+    pixels: Pixels,
+    image_size: int,
+    tta: TestTimeAugmentation = "none",
+    precision: str = "fp32",
+    batch_size: int = EVAL_BATCH,
+    tick: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Class probabilities, float32 (N, C), of `images[indices]` (uint8 (M, H, W, 3)); all of them when None.
+
+    The logits of the views of `tta` are averaged: "mirror" takes the image and its mirror; "mirror_shift" also both
+    shifted by one stored pixel to either diagonal, these with half the weight (Jordan, 2024, section 3.7). The batch is
+    halved when memory runs out. `tick` is called once a batch. The model is left in the mode it was in.
+    """
+    device = next(model.parameters()).device
+    indices = np.arange(len(images)) if indices is None else indices
+    was_training = model.training
+    model.eval()
+    probs: list[np.ndarray] = []
+    start = 0
+    while start < len(indices):
+        chunk = indices[start : start + batch_size]
+        try:
+            batch = torch.from_numpy(np.ascontiguousarray(images[chunk])).to(device)
+            with autocast(device, precision):
+                logits = _logits(model, batch, pixels, image_size, tta)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            torch.cuda.empty_cache()
+            batch_size = max(1, batch_size // 2)
+            continue
+        probs.append(F.softmax(logits.double(), dim=1).float().cpu().numpy())
+        start += len(chunk)
+        tick()
+    model.train(was_training)
+    return np.concatenate(probs)
+
+
+def _logits(model: nn.Module, batch: Tensor, pixels: Pixels, size: int, tta: TestTimeAugmentation) -> Tensor:
+    def both(images: Tensor) -> Tensor:
+        x = pixels(images, size)
+        return 0.5 * model(x).float() + 0.5 * model(x.flip(3)).float()
+
+    if tta == "none":
+        return model(pixels(batch, size)).float()
+    if tta == "mirror":
+        return both(batch)
+    height, width = batch.shape[1:3]
+    padded = F.pad(batch.permute(0, 3, 1, 2).float(), (1, 1, 1, 1), mode="reflect").permute(0, 2, 3, 1)
+    shifted = 0.5 * both(padded[:, :height, :width]) + 0.5 * both(padded[:, 2:, 2:])
+    return 0.5 * both(batch) + 0.5 * shifted
+
+
+def scores(probs: np.ndarray, labels: np.ndarray, split: str) -> dict[str, float | int]:
+    """Accuracy, log-loss and size of a split, each under a name that says which: `tune_accuracy`, ..."""
+    true = np.clip(probs[np.arange(len(labels)), labels].astype(np.float64), 1e-12, 1.0)
+    return {
+        f"{split}_accuracy": float((probs.argmax(1) == labels).mean()),
+        f"{split}_log_loss": float(-np.log(true).mean()),
+        f"{split}_images": len(labels),
+    }

@@ -1,0 +1,128 @@
+"""Optimisers, parameter groups and learning-rate schedules: functions from a TrialConfig to torch's own objects."""
+
+import math
+
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+
+from trainables.config import Optimizer, Schedule
+
+
+def make_optimizers(
+    model: nn.Module,
+    head: nn.Module,
+    optimizer: Optimizer,
+    lr: float,
+    body_lr: float,
+    layer_decay: float,
+    weight_decay: float,
+    momentum: float,
+) -> list[torch.optim.Optimizer]:
+    """The optimisers of a model; their groups carry `lr_scale`, the factor between the schedule's lr and the group's.
+
+    Muon takes the hidden matrices and filters; what it is not made for (the head, biases, norms) goes to SGD-Nesterov.
+    Weights of one dimension get no weight decay.
+    """
+    groups = _parameter_groups(model, head, body_lr, layer_decay, weight_decay)
+    for group in groups:
+        group["lr"] = lr * group["lr_scale"]
+    if optimizer == "adamw":
+        return [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999))]
+    if optimizer == "sgd":
+        return [torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)]
+    head_parameters = {id(p) for p in head.parameters()}
+    hidden: list[dict] = []
+    other: list[dict] = []
+    for group in groups:
+        for parameter in group["params"]:
+            is_hidden = parameter.ndim >= 2 and id(parameter) not in head_parameters
+            (hidden if is_hidden else other).append({**group, "params": [parameter]})
+    made: list[torch.optim.Optimizer] = []
+    if other:
+        made.append(torch.optim.SGD(other, lr=lr, momentum=0.85, nesterov=True))
+    if hidden:
+        made.append(Muon(hidden, lr=lr, momentum=momentum))
+    return made
+
+
+def _parameter_groups(
+    model: nn.Module, head: nn.Module, body_lr: float, layer_decay: float, weight_decay: float
+) -> list[dict]:
+    """Groups by (lr_scale, weight_decay); a network may give single parameters their own scale in `lr_scales()`."""
+    own_scales: dict[str, float] = model.lr_scales() if hasattr(model, "lr_scales") else {}  # type: ignore[operator]
+    layer_scale: dict[int, float] = {}
+    if layer_decay < 1.0 and hasattr(model, "group_matcher"):
+        for group in param_groups_layer_decay(model, layer_decay=layer_decay):
+            layer_scale.update({id(p): group["lr_scale"] for p in group["params"]})
+    head_parameters = {id(p) for p in head.parameters()}
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue  # such as a whitening layer, which never learns
+        scale = 1.0 if id(parameter) in head_parameters else body_lr * layer_scale.get(id(parameter), 1.0)
+        scale *= own_scales.get(name, 1.0)
+        decay = weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    return [{"params": p, "lr_scale": s, "weight_decay": d} for (s, d), p in groups.items()]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz (Jordan et al., 2024), for matrices and convolution filters.
+
+    A filter (out, in, h, w) is treated as the matrix (out, in * h * w), which torch.optim.Muon (2-D only) does not
+    do. As in the published CIFAR-10 recipe the weights are kept at their initial scale: each is renormalised to
+    norm sqrt(out) before its update, so no weight decay is needed; a `weight_decay` is applied decoupled.
+    """
+
+    def __init__(self, params: list[dict], lr: float, momentum: float = 0.6, steps: int = 3) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                buffer = state["momentum_buffer"]
+                buffer.mul_(group["momentum"]).add_(parameter.grad)
+                gradient = parameter.grad.add(buffer, alpha=group["momentum"])  # Nesterov
+                update = orthogonalize(gradient.reshape(len(gradient), -1), group["steps"]).view_as(parameter)
+                parameter.mul_(math.sqrt(len(parameter)) / parameter.norm().clamp_min(1e-12))
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"])
+        return None
+
+
+def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly: quintic Newton-Schulz iteration with Jordan's coefficients.
+
+    `matrix` float (rows, columns); singular values of the result lie near 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix / (matrix.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    if tall:
+        x = x.T
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def lr_factor(schedule: Schedule, progress: float, warmup: float) -> float:
+    """Factor on the peak lr after `progress` (0 to 1) of all steps; `warmup` is the rising fraction.
+
+    "plateau" and "constant" only warm up here; the halving on a plateau depends on results (see train.py).
+    """
+    if progress < warmup:
+        return max(progress / warmup, 1e-3)
+    fall = (progress - warmup) / max(1e-9, 1.0 - warmup)
+    if schedule in ("cosine", "onecycle"):
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, fall)))
+    if schedule == "triangular":
+        return max(0.0, 1.0 - fall)
+    return 1.0

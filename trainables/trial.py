@@ -1,0 +1,135 @@
+"""run_trial: one job of the sweep, from the prepared data to the candidate on disk, with every outcome named.
+
+This is what a lane runs (see worker.py). It knows the run directory; it knows neither Ray nor Optuna.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save as save_safetensors
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from upath import UPath
+
+from trainables.backbones import WeightSource
+from trainables.candidate import remove_checkpoint, write_candidate
+from trainables.config import TrialConfig
+from trainables.data import Data, Splits, load_splits, open_data, prepare
+from trainables.errors import UserError
+from trainables.train import Diverged, Trained, train
+
+LATENCY_REPEATS = 5
+
+
+def run_trial(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Train one candidate and write it; called on every rank of a lane with the same job.
+
+    `job` is JSON-able: `id`, `config` (TrialConfig as a dict), `run` (path of the run directory), `data` ({"path",
+    "name", "data_dir", "size"}), `weights` (WeightSource as a dict, or None), `deadline` (time.time(), or None).
+
+    Returns plain JSON: `outcome` is "finished", "time" (cut at the deadline, still a candidate), "pruned",
+    "out of memory", "diverged" or "invalid"; with it the scores, or `error`. Any other exception is a bug, and the lane's
+    matter.
+    """
+    config = TrialConfig.from_dict(job["config"])
+    run = UPath(job["run"])
+    data, splits = _open(job["run"], *sorted(job["data"].items()))
+    weights = WeightSource(**job["weights"]) if job.get("weights") else None
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    try:
+        trained = _train_within_memory(config, data, splits, report, weights, run, job)
+        result: dict[str, Any] = {"outcome": trained.outcome, **trained.metrics, "seconds": trained.seconds}
+        if trained.outcome != "pruned" and rank == 0:
+            _write(run, job["id"], config, data, splits, trained)
+    except Diverged as error:
+        result = {"outcome": "diverged", "error": str(error)}
+    except UserError as error:
+        result = {"outcome": "invalid", "error": str(error)}
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        result = {"outcome": "out of memory", "error": str(error).splitlines()[0]}
+    if rank == 0:
+        remove_checkpoint(run, job["id"])
+    return result
+
+
+def _train_within_memory(
+    config: TrialConfig, data: Data, splits: Splits, report: Callable[[dict[str, Any]], bool],
+    weights: WeightSource | None, run: UPath, job: dict[str, Any],
+) -> Trained:  # fmt: skip
+    """train(), halving the micro-batch while memory runs out: the effective batch stays what the sampler asked for."""
+    checkpoint = run / "checkpoints" / job["id"] / "state.pt"
+    while True:
+        try:
+            return train(
+                config, data, splits, report, weights=weights, checkpoint=checkpoint,
+                deadline=job.get("deadline"), tick=getattr(report, "alive", lambda: None),
+            )  # fmt: skip
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if config.accumulate >= config.batch_size:
+                raise torch.OutOfMemoryError(str(error)) from error
+            config = dataclasses.replace(config, accumulate=2 * config.accumulate)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@functools.lru_cache(maxsize=2)
+def _open(run: str, *where: tuple[str, Any]) -> tuple[Data, Splits]:
+    """The data and splits of a run; a lane opens them once. A node without the prepared data prepares it itself."""
+    data_spec = dict(where)
+    path = Path(data_spec["path"])
+    if (path / "meta.json").exists():
+        data = open_data(path)
+    else:
+        folder = data_spec["data_dir"]
+        data = prepare(data_spec["name"], Path(folder) if folder else None, size=data_spec["size"])
+    return data, load_splits(UPath(run))
+
+
+def _write(run: UPath, id: str, config: TrialConfig, data: Data, splits: Splits, trained: Trained) -> None:
+    state = {k: v.detach().cpu().contiguous() for k, v in trained.model.state_dict().items()}
+    info = {
+        "id": id,
+        "config": {**config.to_dict(), "accumulate": trained.accumulate},
+        "num_classes": len(data.classes),
+        "mean": trained.pixels.mean.flatten().tolist(),
+        "std": trained.pixels.std.flatten().tolist(),
+        "precision": trained.precision,
+        "outcome": trained.outcome,
+        "metrics": trained.metrics,
+        "tune_and_select_shared": splits.shared,
+        "curve": trained.curve,
+        "params": sum(p.numel() for p in trained.model.parameters()),
+        **_cost(trained.model, trained.pixels.mean.device, config.image_size),
+        "seconds": round(trained.seconds, 3),
+        "split_fingerprint": splits.fingerprint,
+        "finished": time.time(),
+    }
+    write_candidate(run, info, trained.probs["select"], trained.probs["tune"], save_safetensors(state))
+
+
+@torch.no_grad()
+def _cost(model: nn.Module, device: torch.device, size: int) -> dict[str, float]:
+    """`flops` (two per multiply-add) and `latency_ms` (median) of one image's forward pass."""
+    x = torch.zeros(1, 3, size, size, device=device)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    times = []
+    for _ in range(LATENCY_REPEATS):
+        start = time.perf_counter()
+        model(x)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return {"flops": counter.get_total_flops(), "latency_ms": round(1000 * sorted(times)[LATENCY_REPEATS // 2], 3)}

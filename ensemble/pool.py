@@ -1,0 +1,171 @@
+"""Every usable candidate of one or several runs, with its predictions on their common select split.
+
+Usable is checked, never assumed: predictions that are missing, truncated, of the wrong shape, not finite, not
+normalised, duplicated or made on other splits are named with the reason and left out: one spoils every average.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from upath import UPath
+
+from ensemble.ensemble import chunks
+from ensemble.limits import Limits
+from trainables.candidate import Candidate, list_candidates, read_run, select_labels
+from trainables.errors import UserError
+
+TOLERANCE = 1e-3
+"""How far from 1 a row may sum, and below 0 a probability may lie: what half precision and rounded text files leave."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a selector chooses from; M candidates, N images, C classes.
+
+    Attributes:
+        candidates: M usable ones, in the order of the runs and then of their ids.
+        probs: M arrays (N, C), memory-mapped where that is possible.
+        labels: int64 (N,).
+        classes: C names.
+        split_fingerprint: of the splits that all of them were made on.
+        shared: the select split is also the one that the search optimised, so scores on it are optimistic.
+        runs: where they come from; the first is the one that an ensemble is written to.
+        left_out: reason by candidate id (by run/id from the second run on).
+    """
+
+    candidates: list[Candidate]
+    probs: list[np.ndarray]
+    labels: np.ndarray
+    classes: list[str]
+    split_fingerprint: str
+    shared: bool
+    runs: list[UPath]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def load_pool(runs: Sequence[UPath]) -> Pool:
+    """Open every candidate of `runs` and keep the usable ones.
+
+    Raises UserError when the runs are on different splits or classes, or when nothing usable is left.
+    """
+    first = read_run(runs[0])
+    classes, fingerprint = list(first["classes"]), str(first["split_fingerprint"])
+    for run in runs[1:]:
+        other = read_run(run)
+        if str(other["split_fingerprint"]) != fingerprint:
+            raise UserError(
+                f"{run} and {runs[0]} are on different splits (fingerprints {other['split_fingerprint']} and "
+                f"{fingerprint}); only runs on the same data and split seed can be merged"
+            )
+        if list(other["classes"]) != classes:
+            raise UserError(f"{run} and {runs[0]} have different classes; only runs on the same data can be merged")
+    labels = _labels(runs[0], len(classes))
+    usable: list[Candidate] = []
+    probs: list[np.ndarray] = []
+    left_out: dict[str, str] = {}
+    seen: dict[bytes, list[int]] = {}
+    found = [(run, candidate) for run in runs for candidate in list_candidates(run)]
+    for run, candidate in found:
+        name = candidate.id if run is runs[0] else f"{run.name}/{candidate.id}"
+        try:
+            array = candidate.probs("select")
+            _check(array, candidate, labels, len(classes), fingerprint)
+        except (OSError, ValueError) as error:
+            left_out[name] = str(error) if isinstance(error, _BadError) else f"cannot be read ({error})"
+            continue
+        key = array[np.arange(len(labels)), labels].tobytes()
+        twin = next((i for i in seen.get(key, []) if np.array_equal(probs[i], array)), None)
+        if twin is not None:
+            left_out[name] = f"predicts exactly what {usable[twin].id} predicts"
+            continue
+        seen.setdefault(key, []).append(len(usable))
+        usable.append(candidate)
+        probs.append(array)
+    if not found:
+        raise UserError(f"{runs[0]} has no candidates yet; wait for the first trial to finish, or run the search")
+    if not usable:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
+        raise UserError(f"{runs[0]} has {len(found)} candidates and none is usable ({reasons})")
+    splits = first.get("splits", {})
+    shared = bool(splits.get("shared", False)) if isinstance(splits, dict) else False
+    return Pool(usable, probs, labels, classes, fingerprint, shared, list(runs), left_out)
+
+
+def limits_for(
+    pool: Pool,
+    k: int,
+    min_per_architecture: int = 0,
+    max_latency_ms: float | None = None,
+    max_params: float | None = None,
+) -> Limits:
+    """These demands as Limits for a pool; a candidate of unknown latency or size never fits a budget on it."""
+    asked = [("latency_ms", max_latency_ms), ("params", max_params)]
+    budgets = [(key, budget) for key, budget in asked if budget is not None]
+    costs = [[_number(c.info.get(key)) for c in pool.candidates] for key, _ in budgets]
+    groups = np.unique([c.architecture for c in pool.candidates], return_inverse=True)[1]
+    return Limits(
+        k=k,
+        costs=np.array(costs) if budgets else None,
+        budgets=np.array([budget for _, budget in budgets], float) if budgets else None,
+        groups=groups,
+        min_per_group=min_per_architecture,
+    )
+
+
+def relative_run(run: UPath, home: UPath) -> str:
+    """How an ensemble in `home` names another run: relative where both are local, so that they move together."""
+    if run == home:
+        return ""
+    if run.protocol in ("", "file") and home.protocol in ("", "file"):
+        return os.path.relpath(str(run), str(home))
+    return str(run)
+
+
+class _BadError(ValueError):
+    """Predictions that can be read but not used."""
+
+
+def _labels(run: UPath, classes: int) -> np.ndarray:
+    try:
+        labels = np.asarray(select_labels(run))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run / 'select_labels.npy'} cannot be read ({error}); selection needs the labels") from None
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
+        raise UserError(
+            f"{run / 'select_labels.npy'} holds {labels.dtype} {labels.shape}, expected integers (N,) with N above 0"
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(
+            f"{run / 'select_labels.npy'} holds labels {labels.min()} to {labels.max()}, "
+            f"run.json names {classes} classes"
+        )
+    return labels.astype(np.int64)
+
+
+def _check(array: np.ndarray, candidate: Candidate, labels: np.ndarray, classes: int, fingerprint: str) -> None:
+    """Raise _BadError with what is wrong with these predictions."""
+    own = candidate.info.get("split_fingerprint")
+    if own is not None and str(own) != fingerprint:
+        raise _BadError(f"made on other splits (fingerprint {own}, the run's is {fingerprint})")
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
+        raise _BadError(f"holds {array.dtype} {array.shape}, expected float ({len(labels)}, {classes})")
+    if array.shape[0] != len(labels):
+        raise _BadError(f"has {array.shape[0]} rows, the select split {len(labels)}")
+    if array.shape[1] != classes:
+        raise _BadError(f"has {array.shape[1]} classes, the run {classes}")
+    ones = np.ones(classes, array.dtype)
+    for rows in chunks(len(array)):
+        sums = array[rows] @ ones
+        if not np.isfinite(sums).all():
+            raise _BadError(f"{int((~np.isfinite(sums)).sum())} rows from {rows.start} on hold NaN or infinity")
+        worst = rows.start + int(np.abs(sums - 1).argmax())
+        if abs(sums[worst - rows.start] - 1) > TOLERANCE:
+            raise _BadError(f"row {worst} sums to {sums[worst - rows.start]:.4g}, expected probabilities that sum to 1")
+        if array[rows].min() < -TOLERANCE:
+            raise _BadError(f"holds negative values ({array[rows].min():.4g}), expected probabilities")
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and value >= 0 else np.nan

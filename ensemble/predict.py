@@ -1,0 +1,143 @@
+"""python -m ensemble.predict --images FOLDER --out predictions.csv : what an ensemble says about new images."""
+
+import csv
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from upath import UPath
+
+from ensemble.ensemble import Ensemble, read_ensemble
+from trainables.augment import Pixels
+from trainables.backbones import load_model
+from trainables.candidate import Candidate, open_run, read_run
+from trainables.config import TrialConfig
+from trainables.data import read_images
+from trainables.errors import UserError, exit_on_user_error
+from trainables.inference import pick_device, predict_probs
+
+BATCH = 500  # images between two writes to the file
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Predict a folder of images with an ensemble. Repeating the command goes on where it stopped."""
+
+    images: Path
+    """Folder of images; its subfolders are searched too."""
+    out: Path = Path("predictions.csv")
+    """CSV to write: id (file name without ending, or path when names repeat), label."""
+    run: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """Run directory; default: the newest under runs/."""
+    ensemble: str | None = None
+    """Name of an ensemble of the run; default: the one written last."""
+    probs: bool = False
+    """Add a column per class with its probability."""
+
+
+def candidate_predictor(candidate: Candidate, device: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from uint8 images (N, H, W, 3) to float32 probabilities (N, C), as the candidate predicted its splits.
+
+    Raises UserError when the candidate has no weights or they do not fit.
+    """
+    place = pick_device(device)
+    info = candidate.info
+    config = TrialConfig.from_dict(info["config"])
+    model = load_model(candidate, place)
+    pixels = Pixels.of(info["mean"], info["std"], place)
+    precision = info.get("precision", "fp32") if place.type == "cuda" or info.get("precision") != "fp16" else "fp32"
+    size = config.image_size
+    return lambda images: predict_probs(model, images, None, pixels, size, config.tta, precision)
+
+
+def ensemble_predictor(run: UPath, ensemble: Ensemble, device: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """As `candidate_predictor`, for the weighted average of an ensemble's members (the same weights as on disk)."""
+    predictors = [candidate_predictor(member.candidate(run), device) for member in ensemble.members]
+    weights = ensemble.weights
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        return sum(w * p(images).astype(np.float64) for w, p in zip(weights, predictors, strict=True))  # type: ignore[return-value]
+
+    return predict
+
+
+def find_images(folder: Path) -> dict[str, Path]:
+    """The images below a folder by id, sorted; raises UserError when there is none."""
+    if not folder.is_dir():
+        raise UserError(f"image folder {folder} does not exist; name one with --images")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    if not paths:
+        raise UserError(f"no images below {folder}; expected files ending in {', '.join(ENDINGS)}")
+    by_stem = {path.stem: path for path in paths}
+    if len(by_stem) == len(paths):
+        return by_stem
+    return {str(path.relative_to(folder)): path for path in paths}
+
+
+def predict_folder(args: Predict) -> tuple[int, int]:
+    """Write the CSV; returns how many images have a row, and how many of these could not be read (empty label)."""
+    images = find_images(args.images)
+    run = open_run(args.run)
+    info = read_run(run)
+    classes = [str(name) for name in info["classes"]]
+    predict = ensemble_predictor(run, read_ensemble(run, args.ensemble))
+    header = ["id", "label", *(classes if args.probs else [])]
+    done = _rows_done(args.out, header)
+    size = int(info.get("data", {}).get("size", 0)) or 224
+    todo = [id for id in images if id not in done]
+    unreadable = 0
+    with open(args.out, "a", newline="") as file:
+        writer = csv.writer(file)
+        if not done and file.tell() == 0:
+            writer.writerow(header)
+        for ids in _progress(todo):
+            pictures = [picture for _, picture in read_images([images[id] for id in ids], size)]
+            good = [i for i, picture in enumerate(pictures) if picture is not None]
+            rows = [[id, "", *([""] * (len(header) - 2))] for id in ids]
+            if good:
+                probs = predict(np.stack([pictures[i] for i in good]))
+                for i, p in zip(good, probs, strict=True):
+                    rows[i] = [ids[i], classes[int(p.argmax())], *(f"{x:.6f}" for x in (p if args.probs else []))]
+            unreadable += len(ids) - len(good)
+            writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+    return len(images), unreadable
+
+
+def _rows_done(out: Path, header: list[str]) -> set[str]:
+    """Ids that the file already answers; a last line that was cut in the middle is removed from it."""
+    if not out.exists():
+        return set()
+    text = out.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    rows = list(csv.reader(whole.splitlines()))
+    if rows and rows[0] != header:
+        raise UserError(f"{out} has other columns ({', '.join(rows[0][:4])} ...); remove it or name another --out")
+    if whole != text:
+        out.write_text(whole)
+    return {row[0] for row in rows[1:]}
+
+
+def _progress(ids: list[str]) -> Iterator[list[str]]:
+    from rich.progress import track
+
+    parts = [ids[i : i + BATCH] for i in range(0, len(ids), BATCH)]
+    yield from track(parts, description="predicting", disable=not os.isatty(2))
+
+
+def main() -> None:
+    with exit_on_user_error():
+        args = tyro.cli(Predict, description=Predict.__doc__, prog="python -m ensemble.predict")
+        total, unreadable = predict_folder(args)
+        note = f", {unreadable} of them unreadable and without a label" if unreadable else ""
+        print(f"{total} images in {args.out}{note}")
+
+
+if __name__ == "__main__":
+    main()

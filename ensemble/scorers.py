@@ -1,0 +1,166 @@
+"""The loss of a growing average, and of every average that is one member larger, without recomputing what is known.
+
+Three scorers of one shape (see Scorer). Each keeps the running sum of the chosen
+members' predictions and answers "what would the loss be with one more of candidate m" for many m at once:
+
+- LogLoss sees only each model's probability of the true class, so a step costs O(M N) instead of O(M N C).
+- Brier is a quadratic form: it needs one product <p_m, p_j> per candidate and chosen member, computed once per member.
+- Accuracy skips the rows whose winner no candidate can change, which after a few members are most of them.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from ensemble.ensemble import ROWS, Probs, chunks
+from ensemble.metrics import true_class
+
+
+class Scorer(Protocol):
+    """Loss of the average of the members added so far; members may be added again."""
+
+    singles: np.ndarray  # (M,) the loss of each candidate alone
+    order: np.ndarray  # (M,) candidates from best to worst single
+
+    def losses(self, candidates: np.ndarray) -> np.ndarray:
+        """The loss after adding each of these candidates (indices), float64, same shape."""
+
+    def ties(self, candidates: np.ndarray) -> np.ndarray:
+        """A second loss after adding each of them, to choose among those that `losses` cannot tell apart."""
+
+    def add(self, candidate: int) -> None:
+        """Take one more copy of a candidate in."""
+
+
+def true_probs(probs: Probs, labels: np.ndarray) -> np.ndarray:
+    """Each model's floored probability of the true class, float64 (M, N): all that a mixture's log-loss depends on."""
+    return np.stack([true_class(p, labels) for p in probs])
+
+
+class LogLoss:
+    """Mean negative log-likelihood of the average.
+
+    The sum of logarithms is taken as the logarithm of products of 32 factors: each lies between 1e-7 and the number of
+    members, so a product stays far inside float64, and 31 of 32 logarithms are saved.
+    """
+
+    def __init__(self, true: np.ndarray) -> None:
+        """true: (M, N) as `true_probs` gives it."""
+        models, self._n = true.shape
+        width = -(-self._n // 32) * 32
+        self._true = np.zeros((models, width))
+        self._true[:, : self._n] = true
+        self._sum = np.zeros(width)
+        self._sum[self._n :] = 1.0  # the padding's factor is 1 at every step
+        self._count = 0
+        self.singles = self.losses(np.arange(models))
+        self.order = np.argsort(self.singles, kind="stable")
+
+    def losses(self, candidates: np.ndarray) -> np.ndarray:
+        logs = np.empty(len(candidates))
+        block = max(1, 2**17 // len(self._sum))  # about 1 MiB, so that a block stays in the cache
+        for start in range(0, len(candidates), block):
+            some = candidates[start : start + block]
+            grown = self._true[some] + self._sum
+            products = np.multiply.reduce(grown.reshape(len(some), 32, -1), axis=1)
+            logs[start : start + block] = np.log(products).sum(axis=1)
+        return np.log(self._count + 1) - logs / self._n
+
+    def ties(self, candidates: np.ndarray) -> np.ndarray:
+        return np.zeros(len(candidates))
+
+    def add(self, candidate: int) -> None:
+        self._sum += self._true[candidate]
+        self._count += 1
+
+
+class Brier:
+    """Mean squared distance of the average to the one-hot label."""
+
+    def __init__(self, probs: Probs, labels: np.ndarray) -> None:
+        self._probs = probs
+        self._n = len(labels)
+        self._norms = np.array([_dot(p, p) for p in probs])
+        self._true = np.array([p[np.arange(len(labels)), labels].sum(dtype=np.float64) for p in probs])
+        self._products: dict[int, np.ndarray] = {}  # of each member with every candidate, (M,)
+        self._cross = np.zeros(len(probs))  # of the running sum with every candidate
+        self._norm = self._label = 0.0  # of the running sum: squared length, and mass on the labels
+        self._count = 0
+        self.singles = self.losses(np.arange(len(probs)))
+        self.order = np.argsort(self.singles, kind="stable")
+
+    def losses(self, candidates: np.ndarray) -> np.ndarray:
+        size = self._count + 1
+        norm = self._norm + 2 * self._cross[candidates] + self._norms[candidates]
+        return (norm / size**2 - 2 * (self._label + self._true[candidates]) / size) / self._n + 1
+
+    def ties(self, candidates: np.ndarray) -> np.ndarray:
+        return np.zeros(len(candidates))
+
+    def add(self, candidate: int) -> None:
+        if candidate not in self._products:
+            self._products[candidate] = np.array([_dot(p, self._probs[candidate]) for p in self._probs])
+        self._norm += 2 * self._cross[candidate] + self._norms[candidate]
+        self._cross += self._products[candidate]
+        self._label += self._true[candidate]
+        self._count += 1
+
+
+class Accuracy:
+    """Minus the accuracy of the average."""
+
+    def __init__(self, probs: Probs, labels: np.ndarray) -> None:
+        self._probs, self._labels = probs, labels
+        n = len(labels)
+        self._sum = np.zeros((n, probs[0].shape[1]))
+        # What one more member does to a row's margin (label minus best other class): at worst _harm, at best _help.
+        self._harm, self._help = np.full(n, np.inf), np.full(n, -np.inf)
+        right = np.zeros(len(probs), np.int64)
+        for m, p in enumerate(probs):
+            for rows in chunks(n):
+                part = np.asarray(p[rows], np.float64)
+                right[m] += (part.argmax(axis=1) == labels[rows]).sum()
+                margin, label = _margin(part, labels[rows])
+                np.minimum(self._harm[rows], margin, out=self._harm[rows])
+                np.maximum(self._help[rows], label, out=self._help[rows])
+        self.singles = -right / n
+        self._smooth = LogLoss(true_probs(probs, labels))
+        self.order = np.lexsort((self._smooth.singles, self.singles))
+        self._count = 0
+
+    def losses(self, candidates: np.ndarray) -> np.ndarray:
+        if self._count == 0:
+            return self.singles[candidates]
+        margin = np.concatenate([_margin(self._sum[rows], self._labels[rows])[0] for rows in chunks(len(self._sum))])
+        # 1e-6 keeps rounding and exact ties among the open rows, where argmax itself decides.
+        sure = margin + self._harm > 1e-6
+        open_rows = np.flatnonzero(~sure & (margin + self._help > -1e-6))
+        right = np.full(len(candidates), sure.sum())
+        for start in range(0, len(open_rows), ROWS):
+            rows = open_rows[start : start + ROWS]
+            base, labels = self._sum[rows], self._labels[rows]
+            for i, m in enumerate(candidates):
+                right[i] += np.count_nonzero((self._probs[m][rows] + base).argmax(axis=1) == labels)
+        return -right / len(self._labels)
+
+    def ties(self, candidates: np.ndarray) -> np.ndarray:
+        return self._smooth.losses(candidates)
+
+    def add(self, candidate: int) -> None:
+        self._smooth.add(candidate)
+        self._sum += self._probs[candidate]
+        self._count += 1
+
+
+def _margin(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per row, the label's value minus the largest other one, and the label's value."""
+    at = np.arange(len(labels)), labels
+    label = values[at]
+    others = values.copy()
+    others[at] = -np.inf
+    return label - others.max(axis=1), label
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> float:
+    """<a, b> of two (N, C), in float64 but for the products inside a chunk of rows."""
+    return float(sum(np.vdot(a[rows], b[rows]) for rows in chunks(len(a))))

@@ -1,194 +1,227 @@
-"""Ray Tune assembly: a sweep object decides, Tune places and retries, lanes train.
+"""run_trials(): Ray Tune runs what a sweep decides.
 
-Nothing is decided here. Tune's searcher and scheduler are thin adapters that pass on what the sweep says, and Tune's
-own experiment state goes to a temporary folder: what matters lies in the study and the candidates.
+Thin adapters only. Tune places trials, reuses their actors (each owns a lane, see trainables/worker.py), stops them and
+retries lost ones; what to run, when to stop and what to remember is the sweep's (search/study.py). Tune's own state on
+disk is thrown away: the study and the candidates are the only state that matters.
 """
 
 import json
-import logging
 import os
 import signal
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from ray import tune
-from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.exceptions import RayActorError
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from trainables.worker import LaneSpec, Metrics, Target, run_in_lane
+from trainables.worker import LaneSpec, Target, run_in_lane
 
-TICK_S = 0.5
-FINAL = "final"  # key of the last report of a trial, which carries the result
-
-TUNE_ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a header box even when silent
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard file per trial
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours also spares the advice to restore an experiment
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # no snapshots of the experiment
+MAX_ACTOR_LOSSES = 3
+# Read by Tune in the driver.
+DRIVER_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: no box of Tune's before the first trial
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a failed trial is told to the sweep
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files per trial
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # no snapshots of the experiment
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune would kill the trials in mid-epoch; see _interruptible
 }
 
 
 class Sweep(Protocol):
-    """What is searched, and how; see search/study.py."""
+    """What decides. All methods are called from the thread of run_trials."""
 
-    stopping: bool  # once True nothing new is started and running trials are stopped
+    stopping: bool
+    """Once True, nothing new is started and running trials end at their next report. Set by Ctrl-C, too."""
 
     def next(self) -> dict[str, Any] | None:
-        """The next job: JSON-able, with at least "id" and "config". None: nothing more to start, ever."""
+        """The next job, JSON-able, with "id"; None when there will never be another."""
 
-    def report(self, id: str, metrics: Metrics) -> bool:
-        """An epoch's metrics; True stops the trial. An epoch may be reported again after a fault."""
+    def report(self, id: str, metrics: dict[str, Any]) -> bool:
+        """An epoch's metrics; True stops the trial as pruned."""
 
-    def finish(self, id: str, result: dict[str, Any] | None, error: str | None) -> None:
-        """Called exactly once per job: with its result, which has an "outcome", or with the error that Tune met."""
+    def finish(self, id: str, result: dict[str, Any]) -> None:
+        """A trial's end, told exactly once; result["outcome"] is always there."""
 
     def tick(self) -> None:
-        """Called about every half second."""
+        """Called several times a second."""
 
 
-def run_trials(sweep: Sweep, target: Target, spec: LaneSpec, lanes: int, max_failures: int = 3) -> bool:
-    """Run the sweep's jobs in `lanes` lanes of size `spec` until nothing is left to do; Ray must be connected.
+def run_trials(sweep: Sweep, target: Target, spec: LaneSpec, lanes: int) -> None:
+    """Run the sweep's jobs in `lanes` lanes of `spec`, until it has no more or is stopping. Ray must be connected.
 
-    A trial that the sweep stops gets the result {"outcome": "pruned"}; those that run when the sweep is stopping, or at
-    Ctrl-C, get {"outcome": "interrupted"} and keep their checkpoints. A Tune actor that dies is replaced, and its job
-    begun again, up to `max_failures` times per job.
+    `target` is called as trainables.worker.run_in_lane describes. Outcomes beyond the target's own: "pruned" after
+    sweep.report() returned True; "interrupted" when the sweep stopped under it (its checkpoint stays); "lost node" when
+    its processes died again and again; "bug" when it raised or hung, or the machinery failed.
 
-    Returns True when Ctrl-C ended it. A second Ctrl-C raises KeyboardInterrupt at once.
+    The first Ctrl-C sets sweep.stopping: trials end at the end of their epoch. The second raises KeyboardInterrupt at
+    once. What the sweep itself raises ends the run, too, and comes out unchanged.
     """
+    bridge = _Bridge(sweep)
 
-    def train_trial(config: dict[str, Any]) -> None:
-        result = run_in_lane(target, spec, json.loads(config["job"]), tune.report)
-        tune.report({FINAL: json.dumps(result)})
-
-    os.environ.update(TUNE_ENVIRONMENT)
-    with _ctrl_c() as interrupted, _quiet(), tempfile.TemporaryDirectory(prefix="tune-") as folder:
-        scheduler = _Scheduler(sweep, interrupted)
-        # tune.run rather than Tuner, which would pickle the sweep for a restore that is never used.
-        tune.run(
-            # The trial's own process only waits for its lane; a CPU slot for it would starve the lane's workers.
-            tune.with_resources(train_trial, {"memory": 1}),
-            name="sweep",
-            num_samples=-1,
-            search_alg=_Searcher(scheduler),
-            scheduler=scheduler,
-            max_concurrent_trials=lanes,
-            reuse_actors=True,
-            max_failures=max_failures,
-            raise_on_failed_trial=False,
-            storage_path=folder,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-            verbose=0,
+    def trial(config: dict[str, Any]) -> None:
+        # One report per step of Tune: it returns when the driver has decided, and exits when it said stop.
+        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
+        result = run_in_lane(
+            target,
+            spec,
+            json.loads(config["job"]),
+            report=lambda metrics: tune.report({"message": json.dumps({"metrics": metrics})}),
+            waiting=lambda: tune.report({"message": "{}"}),
         )
-        return interrupted.is_set()
+        tune.report({"message": json.dumps({"result": result})})
+
+    with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as folder:
+        os.environ.update(DRIVER_ENVIRONMENT)
+        with _interruptible(sweep):
+            try:
+                tune.run(
+                    # Tune's actor only relays: no CPU. An empty request would be made one CPU, so: a byte of memory.
+                    tune.with_resources(trial, {"memory": 1}),
+                    search_alg=_Searcher(bridge),
+                    scheduler=_Scheduler(bridge),
+                    callbacks=[_Ticker(bridge)],
+                    num_samples=-1,
+                    max_concurrent_trials=lanes,
+                    reuse_actors=True,
+                    max_failures=MAX_ACTOR_LOSSES,
+                    raise_on_failed_trial=False,
+                    storage_path=folder,
+                    name="sweep",
+                    trial_dirname_creator=lambda trial: trial.trial_id,
+                    verbose=0,
+                )
+            finally:
+                bridge.close()
+    if bridge.error is not None:
+        raise bridge.error
+
+
+class _Bridge:
+    """The sweep as Tune's hooks see it: by Tune's trial ids, and never raising into Tune's loop."""
+
+    def __init__(self, sweep: Sweep):
+        self.sweep = sweep
+        self.error: Exception | None = None
+        self._running: dict[str, str] = {}  # Tune's trial id -> the job's
+
+    def next(self, trial_id: str) -> dict[str, Any] | None:
+        if self.sweep.stopping:
+            return None
+        job = self._guard(self.sweep.next)
+        if job is not None:
+            self._running[trial_id] = job["id"]
+        return job
+
+    def message(self, trial_id: str, message: dict[str, Any]) -> bool:
+        """What a trial says: metrics, a result, or nothing (it still waits for its lane). True: stop it."""
+        if trial_id not in self._running:
+            return True
+        if "result" in message:
+            self.finish(trial_id, message["result"])
+            return True
+        if "metrics" in message and self._guard(self.sweep.report, self._running[trial_id], message["metrics"]):
+            self.finish(trial_id, {"outcome": "pruned"})
+            return True
+        if self.sweep.stopping:
+            self.finish(trial_id, {"outcome": "interrupted"})
+            return True
+        return False
+
+    def finish(self, trial_id: str, result: dict[str, Any]) -> None:
+        if trial_id in self._running:
+            self._guard(self.sweep.finish, self._running.pop(trial_id), result)
+
+    def tick(self) -> None:
+        self._guard(self.sweep.tick)
+
+    def close(self) -> None:
+        for trial_id in list(self._running):
+            self.finish(trial_id, {"outcome": "interrupted"})
+
+    def _guard(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception as error:
+            # Tune would wrap it, or take it for the trial's failure.
+            self.error = self.error or error
+            self.sweep.stopping = True
+            return None
 
 
 class _Searcher(Searcher):
-    """Passes on the sweep's next job, as JSON text: Tune would look for search spaces inside a dict."""
-
-    def __init__(self, scheduler: "_Scheduler") -> None:
+    def __init__(self, bridge: _Bridge):
         super().__init__()
-        self.scheduler = scheduler
+        self._bridge = bridge
 
     def suggest(self, trial_id: str) -> Any:
-        job = None if self.scheduler.stopping else self.scheduler.sweep.next()
-        return {"job": json.dumps(job)} if job else Searcher.FINISHED
+        job = self._bridge.next(trial_id)
+        return Searcher.FINISHED if job is None else {"job": json.dumps(job)}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        pass
+        pass  # told by _Scheduler
 
     def save(self, checkpoint_path: str) -> None:
-        pass  # the study is the state
+        pass
 
     def restore(self, checkpoint_path: str) -> None:
         pass
 
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        pass
+
+    def restore_from_dir(self, checkpoint_dir: str) -> None:
+        pass
+
 
 class _Scheduler(FIFOScheduler):
-    """Passes on reports and ends of trials, and the sweep's decisions about them."""
-
-    def __init__(self, sweep: Sweep, interrupted: threading.Event) -> None:
+    def __init__(self, bridge: _Bridge):
         super().__init__()
-        self.sweep = sweep
-        self.interrupted = interrupted
-        self.finished: set[str] = set()
-        self.ticked = 0.0
+        self._bridge = bridge
 
-    @property
-    def stopping(self) -> bool:
-        return self.sweep.stopping or self.interrupted.is_set()
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        stop = self._bridge.message(trial.trial_id, json.loads(result.get("message", "{}")))
+        return self.STOP if stop else self.CONTINUE
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Tune calls this once per step of its loop, which takes at most 0.1 s."""
-        if time.monotonic() - self.ticked > TICK_S:
-            self.ticked = time.monotonic()
-            self.sweep.tick()
-        if not self.stopping:
-            return super().choose_trial_to_run(tune_controller)
-        for trial in tune_controller.get_trials():
-            if not trial.is_finished():
-                tune_controller.stop_trial(trial)
-        return None
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Tune's actor failed, not the target: the trial is tried again, on a new actor, or given up here."""
+        if trial.should_recover():
+            return
+        error = trial.get_pickled_error()
+        outcome = "lost node" if isinstance(error, RayActorError) else "bug"
+        lines = str(error).strip().splitlines() or ["unknown"]
+        self._bridge.finish(trial.trial_id, {"outcome": outcome, "error": lines[-1], "traceback": str(error)})
 
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
-        if FINAL in result:
-            self._finish(trial, json.loads(result[FINAL]))
-            return TrialScheduler.STOP
-        if self.sweep.report(_id(trial), result):
-            self._finish(trial, {"outcome": "pruned"})
-            return TrialScheduler.STOP
-        return TrialScheduler.CONTINUE
-
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict) -> None:
-        self._finish(trial, {"outcome": "interrupted"})
-
-    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        self._finish(trial, {"outcome": "interrupted"})
-
-    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        self._finish(trial, None, str(trial.get_error() or "the trial's Tune actor was lost"))
-
-    def _finish(self, trial: Trial, result: dict[str, Any] | None, error: str | None = None) -> None:
-        if trial.trial_id not in self.finished:
-            self.finished.add(trial.trial_id)
-            self.sweep.finish(_id(trial), result, error)
+    def choose_trial_to_run(self, tune_controller: Any) -> None:
+        return None  # Tune starts pending trials by itself; FIFOScheduler would walk over all past trials at every step
 
 
-def _id(trial: Trial) -> str:
-    return json.loads(trial.config["job"])["id"]
+class _Ticker(tune.Callback):
+    def __init__(self, bridge: _Bridge):
+        self._bridge = bridge
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        self._bridge.tick()
 
 
 @contextmanager
-def _ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first SIGINT sets; the second one acts as before."""
-    interrupted = threading.Event()
+def _interruptible(sweep: Sweep) -> Iterator[None]:
+    """In the main thread, the first Ctrl-C stops the sweep and the second raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
-        yield interrupted
+        yield
         return
     before = signal.getsignal(signal.SIGINT)
 
-    def interrupt(*_: object) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, before)
+    def stop(signum: int, frame: Any) -> None:
+        sweep.stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Tune's own messages would tear the board apart; errors reach the sweep through finish()."""
-    logger = logging.getLogger("ray.tune")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        signal.signal(signal.SIGINT, before)

@@ -14,6 +14,7 @@ Only the listing is looked at a second time, so an unchanged data set opens at o
 import contextlib
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import shutil
 import sys
 import time
 import uuid
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,7 @@ from rich.console import Console
 from rich.progress import Progress
 from upath import UPath
 
-from trainables.candidate import read_json, write_json
+from trainables.candidate import read_json, write_bytes, write_json
 from trainables.decode import (
     FORMATS,
     Contents,
@@ -53,11 +55,13 @@ __all__ = [
     "Data",
     "Splits",
     "default_cache",
+    "load_splits",
     "make_splits",
     "open_data",
     "open_test",
     "prepare",
     "read_images",
+    "save_splits",
 ]
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
@@ -81,7 +85,7 @@ class Data:
         fingerprint: 16 hex digits of the content: source bytes, labels, class names, stored size, both parts.
         path: the cache folder.
         test_images: number of images of the test part; 0 when there is none.
-        mean, std: float32 (3,), of the channels of `images` scaled to 0..1.
+        mean, std: of the three channels of `images` scaled to 0..1.
     """
 
     name: str
@@ -91,8 +95,8 @@ class Data:
     fingerprint: str
     path: Path
     test_images: int
-    mean: np.ndarray
-    std: np.ndarray
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,27 +136,55 @@ def make_splits(labels: np.ndarray, fingerprint: str, seed: int = 0, tune: float
     return Splits(rest, drawn[0], drawn[-1], shared, digest.hexdigest()[:16])
 
 
+def save_splits(run: UPath, splits: Splits) -> None:
+    """Write splits.npz into a run directory, atomically: int64 arrays train, tune and select, and the fingerprint."""
+    buffer = io.BytesIO()
+    np.savez(
+        buffer, train=splits.train, tune=splits.tune, select=splits.select, fingerprint=np.array(splits.fingerprint)
+    )
+    write_bytes(run / "splits.npz", buffer.getvalue())
+
+
+def load_splits(run: UPath) -> Splits:
+    """The splits of a run directory. Raises UserError when splits.npz is missing, damaged or holds pickles."""
+    path = run / "splits.npz"
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            train, tune, select = (file[name].astype(np.int64, casting="safe") for name in ("train", "tune", "select"))
+            fingerprint = str(file["fingerprint"])
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); start the sweep anew in another run directory") from None
+    return Splits(train, tune, select, np.array_equal(tune, select), fingerprint)
+
+
 def default_cache() -> Path:
     """$NINEFOLD_CACHE, or ~/.cache/ninefold."""
     return Path(os.environ.get("NINEFOLD_CACHE") or Path.home() / ".cache" / "ninefold")
 
 
 def open_data(path: str | Path) -> Data:
-    """The data set in a cache folder, memory-mapped. Raises UserError when there is none."""
+    """The data set in a cache folder, memory-mapped. Raises UserError when it is missing, damaged or outdated."""
     path = Path(path)
     if not (path / "meta.json").exists():
         raise UserError(f"{path} holds no prepared data set; prepare it again")
     meta = read_json(UPath(path / "meta.json"))
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{path} was written by another version of Ninefold; prepare it again")
+    try:
+        images = np.load(path / "images.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(path / "labels.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and prepare it again") from None
     return Data(
         name=meta["name"],
         classes=tuple(meta["classes"]),
-        images=np.load(path / "images.npy", mmap_mode="r", allow_pickle=False),
-        labels=np.load(path / "labels.npy", allow_pickle=False),
+        images=images,
+        labels=labels,
         fingerprint=meta["fingerprint"],
         path=path,
         test_images=meta["test_images"],
-        mean=np.array(meta["mean"], np.float32),
-        std=np.array(meta["std"], np.float32),
+        mean=tuple(meta["mean"]),
+        std=tuple(meta["std"]),
     )
 
 
@@ -188,7 +220,7 @@ def prepare(
     Images that cannot be read are named on stderr and left out, up to 1 % of them (or 10). Raises UserError beyond
     that, and on whatever else a user can mend. Any number of processes may prepare the same data set at once.
     """
-    root = Path(cache_dir or default_cache()).expanduser() / "data"
+    root = Path(cache_dir or default_cache()).expanduser().resolve() / "data"
     if size is not None and not 1 <= size <= 4096:
         raise UserError(f"size is {size}, expected 1 to 4096 pixels")
     source = _find(name, None if data_dir is None else Path(data_dir).expanduser(), root / "downloads")
@@ -196,7 +228,12 @@ def prepare(
     listing = root / "listings" / f"{key}.json"
     path = _decoded(listing)
     if path is None:
-        listing.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            listing.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the cache {root} ({error}); set NINEFOLD_CACHE to another folder"
+            ) from None
         with FileLock(listing.with_suffix(".lock")):  # else the workers of a machine would decode side by side
             path = _decoded(listing) or _decode(name, source, root, size, progress)
             write_json(UPath(listing), {"folder": path.name})

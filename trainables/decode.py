@@ -193,7 +193,8 @@ def _part(root: Path, files: Listed, labels: list[int]) -> Part:
 def cifar(name: str, data_dir: Path | None, downloads: Path) -> Source:
     """`name` "cifar10" or "cifar100" in `data_dir`; None downloads the binary files, which hold no pickles.
 
-    Raises UserError when the folder holds none of the three layouts, or the download fails.
+    Raises UserError when the folder holds neither class folders nor one of the two downloads, or is damaged; from
+    `load`, when the network is needed and not there.
     """
     files = CIFAR[name]
     if data_dir is None:
@@ -204,6 +205,10 @@ def cifar(name: str, data_dir: Path | None, downloads: Path) -> Source:
         return _found(data_dir / files.binary, lambda: _read_binary(files, data_dir / files.binary))
     if (data_dir / files.pickles).is_dir():
         return _found(data_dir / files.pickles, lambda: _read_pickles(name, files, data_dir))
+    if not (data_dir / "train").is_dir():
+        raise UserError(
+            f"{data_dir} holds no {name}; expected train/<class>/*, {files.binary} or {files.pickles} in it"
+        )
     source = folder(data_dir)
 
     def load() -> Contents:
@@ -235,7 +240,7 @@ def _read_binary(files: CifarFiles, folder: Path) -> Contents:
         train, test = read(files.train), read((files.test,))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is incomplete or damaged ({error}); download it again") from None
-    if len(classes) != files.classes or max(train.labels.max(), test.labels.max()) >= files.classes:
+    if len(classes) != files.classes or any(set(part.labels) != set(range(files.classes)) for part in (train, test)):
         raise UserError(f"{folder} is damaged: expected {files.classes} classes; download it again")
     return Contents(classes, train, test)
 
@@ -261,7 +266,7 @@ def _download(name: str, files: CifarFiles, downloads: Path) -> Path:
 
     try:
         download_and_extract_archive(f"{CIFAR_URL}/{files.archive}", str(downloads), md5=files.md5)
-    except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or another file than expected
+    except Exception as error:  # no network, another file than expected: urllib, ssl and tarfile raise a dozen kinds
         raise UserError(
             f"{name} could not be downloaded from {CIFAR_URL} ({str(error) or type(error).__name__}); "
             f"name a folder that holds train/<class>/*, {files.binary} or {files.pickles} with --data-dir"
@@ -327,7 +332,7 @@ def decode(image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
     """
     height, width = shape
     # JPEG can leave out detail while it decodes: 2 to 4 times faster for photographs, invisible at twice the size.
-    image.draft("RGB", (2 * width, 2 * height))
+    image.draft("RGB", (2 * max(shape), 2 * max(shape)))
     ImageOps.exif_transpose(image, in_place=True)
     image = _rgb(image)
     if image.size != (width, height):

@@ -153,7 +153,7 @@ def load_splits(run: UPath) -> Splits:
             train, tune, select = (file[name].astype(np.int64, casting="safe") for name in ("train", "tune", "select"))
             fingerprint = str(file["fingerprint"])
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); start the sweep anew in another run directory") from None
+        raise UserError(f"{path} is missing or damaged ({error}); start the sweep in a new run directory") from None
     return Splits(train, tune, select, np.array_equal(tune, select), fingerprint)
 
 

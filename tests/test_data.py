@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from upath import UPath
 
 from trainables import data, decode
-from trainables.data import make_splits, open_data, open_test, prepare, read_images
+from trainables.data import load_splits, make_splits, open_data, open_test, prepare, read_images, save_splits
 from trainables.errors import UserError
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -126,7 +127,8 @@ def test_every_data_set_keeps_the_contract(make, tmp_path, decoded):
     scaled = found.images.reshape(-1, 3) / 255
     np.testing.assert_allclose(found.mean, scaled.mean(0), atol=1e-6)
     np.testing.assert_allclose(found.std, scaled.std(0), atol=1e-6)
-    assert isinstance(found.mean, tuple) and isinstance(found.std, tuple)
+    assert isinstance(found.mean, tuple)
+    assert isinstance(found.std, tuple)
     if expected["test"]:
         images, labels = open_test(found.path)
         assert images.shape == (expected["test"], *expected["size"], 3)
@@ -473,6 +475,23 @@ def test_the_default_splits_of_digits_never_move():
     splits = make_splits(found.labels, found.fingerprint)
     content = b"".join(part.tobytes() for part in (splits.train, splits.tune, splits.select))
     assert hashlib.sha256(content).hexdigest()[:16] == "38b90890b7b2ef60"
+
+
+@pytest.mark.parametrize("images", [300, 12_000])
+def test_splits_come_back_from_a_run_directory(images, tmp_path):
+    run = UPath(tmp_path)
+    with pytest.raises(UserError, match="missing or damaged"):
+        load_splits(run)
+    made = make_splits(np.arange(images) % 3, "abc")
+    save_splits(run, made)
+    loaded = load_splits(run)
+    for name in ("train", "tune", "select"):
+        assert np.array_equal(getattr(loaded, name), getattr(made, name))
+        assert getattr(loaded, name).dtype == np.int64
+    assert (loaded.shared, loaded.fingerprint) == (made.shared, made.fingerprint)
+    np.savez(tmp_path / "splits.npz", train=np.array([Attack()], dtype=object))
+    with pytest.raises(UserError, match="damaged"):
+        load_splits(run)
 
 
 def test_tiny_classes_are_in_every_split():

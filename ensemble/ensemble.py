@@ -1,40 +1,18 @@
 """What an ensemble is: members with weights, how their predictions combine, and the JSON file that says so."""
 
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from upath import UPath
 
+from ensemble.blend import Blend, Probs, Stack, combine
 from trainables import candidate as run_directory
 from trainables.candidate import Candidate
 from trainables.errors import UserError
 
-Probs = np.ndarray | Sequence[np.ndarray]
-"""Predictions of M models: (M, N, C), or a sequence of M arrays (N, C) such as memory maps; rows sum to 1."""
-
-ROWS = 16_384
-
-
-def chunks(n: int) -> Iterator[slice]:
-    """Slices that cover n rows, each small enough to work on: memory stays bounded however many images there are."""
-    for start in range(0, n, ROWS):
-        yield slice(start, min(start + ROWS, n))
-
-
-def combine(probs: Probs, weights: np.ndarray) -> np.ndarray:
-    """The weighted average of M models' predictions, float32 (N, C).
-
-    weights: (M,), non-negative, sum 1; members of weight 0 are not even read. Summed in float64 and rounded at the end,
-    so that a vote that is a tie on paper is a tie here, too.
-    """
-    members = np.flatnonzero(weights)
-    combined = np.empty(probs[0].shape, np.float32)
-    for rows in chunks(len(combined)):
-        combined[rows] = sum(weights[m] * np.asarray(probs[int(m)][rows], np.float64) for m in members)
-    return combined
+__all__ = ["Ensemble", "Member", "combine", "read_ensemble", "write_ensemble"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +23,13 @@ class Member:
         id: the candidate's.
         weight: its share of the average, above 0; all members' sum to 1.
         run: the run directory that holds it, when that is another one than the ensemble's: absolute, or relative to it.
+        temperature: by which its log-probabilities are divided before they are averaged; 1 leaves them as they are.
     """
 
     id: str
     weight: float
     run: str = ""
+    temperature: float = 1.0
 
     def candidate(self, home: UPath) -> Candidate:
         """The candidate itself; raises UserError when it is no longer there. home: the run that holds the ensemble."""
@@ -72,9 +52,12 @@ class Ensemble:
         scores: `scores["select"]` is the ensemble on the select split: `accuracy` with its 95 % `interval`, `log_loss`,
             `brier`, `ece`, and where that was measured: `split`, `images`, `shared` (the split also served to tune).
             `scores["best_single"]` is the same for the most accurate single candidate, with its `id`;
-            `scores["gain"]` is the difference.
+            `scores["gain"]` is the difference, `scores["cross_validated"]` (of `auto`) what to expect on new images.
+        stack: the linear layer that replaces the weighted average when the selector is "stacking".
         options: what the selector was asked for.
         left_out: candidates that could not be used, by id, with the reason.
+        frontier: the best ensemble within each latency: `latency_ms`, `members`, `accuracy`, `log_loss`.
+        insight: what each member is good for; see ensemble.explain.
         created: seconds since the epoch.
     """
 
@@ -83,9 +66,16 @@ class Ensemble:
     selector: str
     split_fingerprint: str
     scores: dict[str, Any]
+    stack: Stack | None = None
     options: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    frontier: tuple[dict[str, Any], ...] = ()
+    insight: dict[str, Any] = field(default_factory=dict)
     created: float = 0.0
+
+    def predict(self, probs: Probs) -> np.ndarray:
+        """The ensemble's probabilities, float32 (N, C), from those of its members, in their order."""
+        return Blend(self.weights, np.array([member.temperature for member in self.members]), self.stack)(probs)
 
     @property
     def weights(self) -> np.ndarray:
@@ -93,14 +83,16 @@ class Ensemble:
         return np.array([member.weight for member in self.members])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Plain JSON types; what is empty is left away, so that a plain average reads as one."""
         members = []
         for member in self.members:
             entry: dict[str, Any] = {"id": member.id, "weight": member.weight}
             if member.run:
                 entry["run"] = member.run
+            if member.temperature != 1:
+                entry["temperature"] = member.temperature
             members.append(entry)
-        return {
+        values: dict[str, Any] = {
             "name": self.name,
             "members": members,
             "selector": self.selector,
@@ -110,12 +102,23 @@ class Ensemble:
             "left_out": self.left_out,
             "created": self.created or time.time(),
         }
+        if self.stack is not None:
+            values["stack"] = {
+                "coefficients": self.stack.coefficients.tolist(),
+                "intercept": self.stack.intercept.tolist(),
+            }
+        if self.frontier:
+            values["frontier"] = list(self.frontier)
+        if self.insight:
+            values["insight"] = self.insight
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], name: str = "ensemble") -> "Ensemble":
         """The inverse of `to_dict`; needs only `members`. Raises UserError when they are damaged."""
         try:
-            members = tuple(Member(str(m["id"]), float(m["weight"]), m.get("run", "")) for m in values["members"])
+            members = tuple(_member(entry) for entry in values["members"])
+            stack = _stack(values["stack"], len(members)) if "stack" in values else None
         except (KeyError, TypeError, ValueError):
             raise UserError(f"ensemble {name} is damaged: expected members: [{{id, weight}}]; select again") from None
         total = sum(member.weight for member in members)
@@ -127,8 +130,11 @@ class Ensemble:
             selector=str(values.get("selector", "unknown")),
             split_fingerprint=str(values.get("split_fingerprint", "")),
             scores=values.get("scores", {}),
+            stack=stack,
             options=values.get("options", {}),
             left_out=values.get("left_out", {}),
+            frontier=tuple(values.get("frontier", ())),
+            insight=values.get("insight", {}),
             created=float(values.get("created", 0.0)),
         )
 
@@ -151,3 +157,19 @@ def read_ensemble(run: UPath, name: str | None = None) -> Ensemble:
     if name not in files:
         raise UserError(f"{run} has no ensemble {name}; it has {', '.join(sorted(files))}")
     return Ensemble.from_dict(run_directory.read_json(files[name]), name)
+
+
+def _member(entry: dict[str, Any]) -> Member:
+    id, weight = str(entry["id"]), float(entry["weight"])
+    temperature = float(entry.get("temperature", 1.0))
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature}")
+    return Member(id, weight, str(entry.get("run", "")), temperature)
+
+
+def _stack(values: dict[str, Any], members: int) -> Stack:
+    stack = Stack(np.array(values["coefficients"], np.float64), np.array(values["intercept"], np.float64))
+    classes = len(stack.intercept)
+    if stack.coefficients.shape != (classes, members, classes):
+        raise ValueError(f"coefficients {stack.coefficients.shape}")
+    return stack

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from upath import UPath
 
-from ensemble.ensemble import chunks
+from ensemble.blend import chunks
 from ensemble.limits import Limits
 from trainables.candidate import Candidate, list_candidates, read_run, select_labels
 from trainables.errors import UserError

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ensemble.ensemble import ROWS, Probs, chunks
+from ensemble.blend import ROWS, Probs, chunks
 from ensemble.metrics import true_class
 
 

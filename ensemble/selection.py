@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ensemble.ensemble import Probs, combine
+from ensemble.blend import Probs, combine
 from ensemble.limits import NOTHING_FITS, Limits
 from ensemble.metrics import SCORES
 from ensemble.scorers import Accuracy, Brier, LogLoss, Scorer, true_probs

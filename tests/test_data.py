@@ -203,6 +203,11 @@ def test_a_lost_cache_folder_is_made_again(tmp_path, decoded):
     (found.path / "images.npy").write_bytes(b"")
     with pytest.raises(UserError, match="damaged"):
         open_data(found.path)
+    (found.path / "test_labels.npy").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        open_test(found.path)
+    with pytest.raises(UserError, match="no prepared data set"):
+        open_test(tmp_path / "elsewhere")
 
 
 def test_no_array_is_ever_unpickled(tmp_path):

@@ -26,7 +26,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock
@@ -165,16 +165,7 @@ def default_cache() -> Path:
 def open_data(path: str | Path) -> Data:
     """The data set in a cache folder, memory-mapped. Raises UserError when it is missing, damaged or outdated."""
     path = Path(path)
-    if not (path / "meta.json").exists():
-        raise UserError(f"{path} holds no prepared data set; prepare it again")
-    meta = read_json(UPath(path / "meta.json"))
-    if meta.get("format") != FORMAT:
-        raise UserError(f"{path} was written by another version of Ninefold; prepare it again")
-    try:
-        images = np.load(path / "images.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(path / "labels.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it and prepare it again") from None
+    images, labels, meta = _open(path, "")
     return Data(
         name=meta["name"],
         classes=tuple(meta["classes"]),
@@ -191,13 +182,27 @@ def open_data(path: str | Path) -> Data:
 def open_test(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (N, H, W, 3) and labels int64 (N,) of the test part. ensemble.report alone calls this.
 
-    Raises UserError when the data set has no test part.
+    Raises UserError when the cache folder is missing, damaged or outdated, or the data set has no test part.
     """
-    path = Path(path)
-    images = np.load(path / "test_images.npy", mmap_mode="r", allow_pickle=False)
+    images, labels, _ = _open(Path(path), "test_")
     if len(images) == 0:
         raise UserError("the data set has no test part; put labelled images that no sweep saw into ROOT/test/<class>")
-    return images, np.load(path / "test_labels.npy", allow_pickle=False)
+    return images, labels
+
+
+def _open(path: Path, prefix: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Images and labels of one part, and meta.json."""
+    if not (path / "meta.json").exists():
+        raise UserError(f"{path} holds no prepared data set; prepare it again")
+    meta = read_json(UPath(path / "meta.json"))
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{path} was written by another version of Ninefold; prepare it again")
+    try:
+        images = np.load(path / f"{prefix}images.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(path / f"{prefix}labels.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and prepare it again") from None
+    return images, labels, meta
 
 
 def prepare(

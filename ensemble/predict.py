@@ -96,11 +96,11 @@ def predict_folder(args: Predict) -> tuple[int, int]:
         if not done and file.tell() == 0:
             writer.writerow(header)
         for ids in _progress(todo):
-            pictures = [picture for _, picture in read_images([images[id] for id in ids], size)]
-            good = [i for i, picture in enumerate(pictures) if picture is not None]
+            pictures = {i: p for i, (_, p) in enumerate(read_images([images[id] for id in ids], size)) if p is not None}
+            good = list(pictures)
             rows = [[id, "", *([""] * (len(header) - 2))] for id in ids]
             if good:
-                probs = predict(np.stack([pictures[i] for i in good]))
+                probs = predict(np.stack(list(pictures.values())))
                 for i, p in zip(good, probs, strict=True):
                     rows[i] = [ids[i], classes[int(p.argmax())], *(f"{x:.6f}" for x in (p if args.probs else []))]
             unreadable += len(ids) - len(good)

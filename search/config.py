@@ -1,4 +1,4 @@
-"""SearchConfig: everything about a sweep that is not a hyperparameter. The dataclass is the command line's help text."""
+"""SearchConfig: everything about a sweep that is not a hyperparameter. The dataclass is the command's help text."""
 
 from dataclasses import dataclass
 from pathlib import Path

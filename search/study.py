@@ -39,7 +39,8 @@ def open_study(
 ) -> optuna.Study:
     """Create the study or load it. Raises UserError when the storage cannot be opened or has another objective."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    direction = "minimize" if objective == "log_loss" else "maximize"
+    minimize, maximize = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
+    direction = minimize if objective == "log_loss" else maximize
     try:
         study = optuna.create_study(
             storage=storage, study_name=name, direction=direction, load_if_exists=True,
@@ -73,8 +74,10 @@ def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
 
 def _pruner(name: Pruner) -> optuna.pruners.BasePruner:
     pruners = optuna.pruners
-    if name == "asha":  # rungs at 1, 3, 9, ... epochs
-        return pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    if name == "asha":
+        # Rungs at 3, 6, 12, ... epochs, the better half goes on. The textbook's factor of 3 from the first epoch on
+        # leaves hardly any candidate to choose an ensemble from.
+        return pruners.SuccessiveHalvingPruner(min_resource=3, reduction_factor=2)
     if name == "hyperband":
         return pruners.HyperbandPruner(min_resource=1, reduction_factor=3)
     if name == "median":
@@ -88,18 +91,21 @@ class Sweep:
     Args:
         study: as of `open_study`.
         run: the run directory.
-        suggest: proposes a TrialConfig for an Optuna trial; a UserError from it marks the proposal as invalid.
-        job: what every job carries besides `id` and `config` (see trainables.trial.run_trial).
+        job: what every job carries besides `id`, `config` and `weights` (see trainables.trial.run_trial).
         trials: how many there are to be in all, None for no limit.
         deadline: time.time() at which running trials finish with what they have, None for no limit.
+        weights: backbone -> where its pretrained weights lie, as a dict, or None.
         board: who watches.
+
+    `propose_with` must be called before the first `next`.
     """
 
     def __init__(
-        self, study: optuna.Study, run: UPath, suggest: Callable[[Trial], TrialConfig], job: dict[str, Any],
-        trials: int | None, deadline: float | None, board: Board,
+        self, study: optuna.Study, run: UPath, job: dict[str, Any], trials: int | None, deadline: float | None,
+        weights: dict[str, Any], board: Board,
     ) -> None:  # fmt: skip
-        self.study, self.run, self.suggest, self.job = study, run, suggest, job
+        self.study, self.run, self.job, self.weights = study, run, job, weights
+        self.suggest: Callable[[Trial], TrialConfig] | None = None
         self.trials, self.deadline, self.board = trials, deadline, board
         self.maximise = study.direction == optuna.study.StudyDirection.MAXIMIZE
         self.metric = "tune_accuracy" if self.maximise else "tune_log_loss"
@@ -109,16 +115,30 @@ class Sweep:
         self.seconds_per_epoch: dict[str, float] = {}  # by what decides it, see _speed_key
         self.worst: float | None = None
         self.stopping = False
+        self.out_of_time = False  # too little is left for even one epoch of the next trial
         self.interrupted: list[Trial] = []
         self.counted = 0  # trials of the study that count towards `trials`, running ones included
         self._started, self._saved = time.time(), time.time()
         self._used = float(study.user_attrs.get(SECONDS_USED, 0.0))
         self._resume()
 
-    @property
-    def complete(self) -> bool:
-        """Whether every trial that was asked for has ended."""
-        return self.trials is not None and self.counted >= self.trials and not self.interrupted and not self.running
+    def propose_with(self, suggest: Callable[[Trial], TrialConfig]) -> None:
+        """Who proposes a TrialConfig for an Optuna trial; a UserError from it marks the proposal as invalid."""
+        self.suggest = suggest
+
+    def has_more(self) -> bool:
+        """Whether there is something to run: trials cut in the middle or not yet asked for, and time for them."""
+        wanted = self.trials is None or self.counted < self.trials
+        return self._time_left() > 0 and (wanted or bool(self.interrupted)) and not self.out_of_time
+
+    def failures(self) -> list[tuple[str, str]]:
+        """Trials that left no candidate through an error, with what happened."""
+        told = [t for t in self.study.get_trials(deepcopy=False) if t.state != TrialState.RUNNING]
+        return [
+            (_id(t.number), f"{t.user_attrs['outcome']}: {t.user_attrs['error']}")
+            for t in told
+            if "error" in t.user_attrs and t.user_attrs.get("outcome") != "invalid"
+        ]
 
     def _resume(self) -> None:
         """Take up what earlier processes left: candidates never told of, and trials cut in the middle."""
@@ -159,9 +179,12 @@ class Sweep:
         id = _id(trial.number)
         self.running[id] = trial
         self.board.started(id, config)
-        return {**self.job, "id": id, "config": config.to_dict(), "deadline": self.deadline}
+        weights = self.weights.get(config.backbone) if config.pretrained else None
+        return {**self.job, "id": id, "config": config.to_dict(), "weights": weights, "deadline": self.deadline}
 
     def _ask(self) -> tuple[Trial, TrialConfig] | None:
+        assert self.suggest is not None, "propose_with() was not called"
+        reason = ""
         for _ in range(MOST_INVALID):
             trial = self.study.ask()
             try:
@@ -170,14 +193,18 @@ class Sweep:
                 trial.set_user_attr("outcome", "invalid")
                 trial.set_user_attr("error", str(error))
                 self.study.tell(trial, state=TrialState.FAIL)
+                reason = str(error)
                 continue
             shortened = self._fit(config)
             if shortened is None:
                 self.study.tell(trial, state=TrialState.FAIL)
+                self.out_of_time = True
                 return None
             trial.set_user_attr("config", shortened.to_dict())
             return trial, shortened
-        raise UserError(f"{MOST_INVALID} proposals in a row cannot be trained, the last because {error}; mend the space")
+        raise UserError(
+            f"{MOST_INVALID} proposals in a row cannot be trained, the last because {reason}; mend the space"
+        )
 
     def _fit(self, config: TrialConfig) -> TrialConfig | None:
         """The config with as many epochs as the time left allows (its schedule then still ends at zero), or None."""
@@ -188,9 +215,7 @@ class Sweep:
         if epochs < 1:
             return None
         values = config.to_dict()
-        return TrialConfig.from_dict(
-            {**values, "epochs": epochs, "freeze_epochs": min(config.freeze_epochs, epochs)}
-        )
+        return TrialConfig.from_dict({**values, "epochs": epochs, "freeze_epochs": min(config.freeze_epochs, epochs)})
 
     def report(self, id: str, metrics: dict[str, Any]) -> bool:
         """An epoch's tune scores; True when the pruner wants the trial stopped."""
@@ -260,8 +285,6 @@ class Sweep:
         curve = info.get("curve") or []
         if curve and "config" in info:
             self.seconds_per_epoch[_speed_key(info["config"])] = float(info["seconds"]) / len(curve)
-
-
 
 
 def _id(number: int) -> str:

@@ -140,7 +140,7 @@ def load_pretrained(model: nn.Module, name: str, source: WeightSource) -> None:
 
 
 def normalisation(name: str, pretrained: bool, mean: Any, std: Any) -> tuple[list[float], list[float]]:
-    """Mean and deviation (3 each, for pixels in 0..1) that inputs are normalised with: the weights' own, or the data's."""
+    """Mean and deviation (3 each, for pixels in 0..1) to normalise inputs with: the weights' own, or the data's."""
     if not pretrained:
         return [float(x) for x in mean], [float(x) for x in std]
     if name in SQUEEZENETS:
@@ -151,7 +151,7 @@ def normalisation(name: str, pretrained: bool, mean: Any, std: Any) -> tuple[lis
 
 
 def load_model(candidate: Candidate, device: str | torch.device = "cpu") -> nn.Module:
-    """The trained network of a candidate, in eval mode. Needs its config and weights.safetensors; runs no code of theirs.
+    """The trained network of a candidate, in eval mode, from its config and weights.safetensors.
 
     Raises UserError when the candidate has no weights, or they do not fit its configuration.
     """

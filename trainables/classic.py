@@ -1,7 +1,7 @@
 """Small networks trained from scratch, with timm's interface: forward_features, forward_head, get_classifier.
 
-`speednet` is ours. Its shape follows the published airbench94 recipe (Jordan, 2024, arXiv:2404.00498): a frozen whitening
-layer, three groups of two 3x3 convolutions that start as identities, GELU, BatchNorm without scale, scaled logits.
+`speednet` is ours. Its shape follows the published airbench94 recipe (Jordan, 2024, arXiv:2404.00498): a frozen
+whitening layer, three groups of two 3x3 convolutions that start as identities, GELU, BatchNorm without scale, scaled logits.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class SpeedNet(nn.Module):
 
     def __init__(self, num_classes: int, width: float = 1.0, drop_rate: float = 0.0) -> None:
         super().__init__()
-        widths = [max(8, int(round(w * width / 8)) * 8) for w in (64, 256, 256)]
+        widths = [max(8, round(w * width / 8) * 8) for w in (64, 256, 256)]
         self.whiten = nn.Conv2d(3, 24, 2, bias=True)
         self.whiten.weight.requires_grad = False  # set from the data, see `prepare`
         nn.init.zeros_(self.whiten.bias)  # type: ignore[arg-type]

@@ -109,7 +109,7 @@ class FrozenFeatures:
 
     def _vectors(self, images: np.ndarray, mirrored: bool) -> Tensor:
         x = self.pixels(
-            torch.from_numpy(np.ascontiguousarray(images)).to(self.pixels.mean.device), self.config.image_size
+            torch.from_numpy(np.array(images)).to(self.pixels.mean.device), self.config.image_size
         )
         if mirrored:
             x = x.flip(3)
@@ -124,7 +124,7 @@ class FrozenFeatures:
         try:
             images = self.data.images[:2]
             vectors = self._vectors(images, mirrored=False)
-            x = self.pixels(torch.from_numpy(np.ascontiguousarray(images)).to(vectors.device), self.config.image_size)
+            x = self.pixels(torch.from_numpy(np.array(images)).to(vectors.device), self.config.image_size)
             with autocast(x.device, self.precision):
                 whole = self.model(x).float()
             return vectors.ndim == 2 and torch.allclose(self.head(vectors), whole, rtol=0.05, atol=0.05)

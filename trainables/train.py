@@ -1,8 +1,8 @@
 """train(config, data, splits, report): THE training loop. Plain PyTorch; Ray is nowhere in it.
 
-Every epoch's randomness is a function of (seed, epoch), so a run that was cut and resumed from its checkpoint ends in the
-same weights as one that was not (on a CPU, to the bit). Under torch.distributed every rank calls train() with the same
-arguments and takes its share of each batch.
+Every epoch's randomness is a function of (seed, epoch), so a run that was cut and resumed from its checkpoint ends in
+the same weights as one that was not (on a CPU, to the bit). Under torch.distributed every rank calls train() with the
+same arguments and takes its share of each batch.
 """
 
 import io
@@ -105,8 +105,8 @@ def train(
         deadline: time.time() after which the running epoch is ended early and the trial finishes with what it has.
         tick: called at every step, as a sign of life.
 
-    Raises Diverged; torch.OutOfMemoryError when even a micro-batch of one image does not fit; UserError for weights that
-    do not fit.
+    Raises Diverged; torch.OutOfMemoryError when even a micro-batch of one image does not fit; UserError for weights
+    that do not fit.
     """
     place = pick_device(device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -161,7 +161,7 @@ def train(
         model.train()
         set_frozen(model, is_frozen)
         use_cache = is_frozen and frozen is not None and frozen.usable
-        total_loss, seen = 0.0, 0
+        total_loss, seen = torch.zeros((), device=place), 0
         for step, batch in enumerate(batches):
             tick()
             at = (epoch + step / len(batches)) / config.epochs
@@ -275,7 +275,7 @@ def train(
 
 def pixels_of(images: np.ndarray, pixels: Pixels, size: int) -> Tensor:
     """uint8 (N, H, W, 3) numpy images as the network sees them, on the device of `pixels`."""
-    return pixels(torch.from_numpy(np.ascontiguousarray(images)).to(pixels.mean.device), size)
+    return pixels(torch.from_numpy(np.array(images)).to(pixels.mean.device), size)
 
 
 def _seed(seed: int) -> None:

@@ -34,8 +34,8 @@ def run_trial(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> 
     "name", "data_dir", "size"}), `weights` (WeightSource as a dict, or None), `deadline` (time.time(), or None).
 
     Returns plain JSON: `outcome` is "finished", "time" (cut at the deadline, still a candidate), "pruned",
-    "out of memory", "diverged" or "invalid"; with it the scores, or `error`. Any other exception is a bug, and the lane's
-    matter.
+    "out of memory", "diverged" or "invalid"; with it the scores, or `error`. Any other exception is a bug, and the
+    lane's matter.
     """
     config = TrialConfig.from_dict(job["config"])
     run = UPath(job["run"])

@@ -2,7 +2,7 @@
 
 A space has
     TRIALS: int                       trials when neither --trials nor --minutes is given
-    BACKBONES: dict[str, str]         name -> "pretrained" (an error when no weights are found), "if found", or "scratch"
+    BACKBONES: dict[str, str]         name -> "pretrained" (no weights: an error), "if found", or "scratch"
     suggest(trial, task) -> TrialConfig
 """
 
@@ -47,7 +47,8 @@ def load_space(name: str) -> Space:
 
 def _from_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"space_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

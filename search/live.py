@@ -1,0 +1,169 @@
+"""The live board: what runs, what has finished, the best single model and the ensemble so far.
+
+On a terminal it is one screen that is redrawn at most twice a second; elsewhere (a job's log, CI) one plain line per
+finished trial.
+"""
+
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from upath import UPath
+
+from ensemble.ensemble import combine
+from ensemble.limits import Limits
+from ensemble.metrics import accuracy, log_loss
+from ensemble.selection import greedy
+from trainables.candidate import Candidate, list_candidates, read_json, select_labels
+from trainables.config import TrialConfig
+
+REDRAW_SECONDS = 0.5
+LIVE_POOL = 60  # the ensemble so far is chosen among that many best candidates, to keep a step cheap
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+class EnsembleSoFar:
+    """The greedy ensemble over the candidates seen so far, on the select split; and its curve.
+
+    `curve` holds a (candidates, accuracy, log-loss) triple for every candidate added.
+    """
+
+    def __init__(self, run: UPath, top_k: int) -> None:
+        self.run, self.limits = run, Limits(k=top_k)
+        self.labels = np.asarray(select_labels(run))
+        self.pool: list[tuple[float, str, np.ndarray]] = []  # log-loss, id, probs; the best first
+        self.best_single: tuple[str, float] | None = None
+        self.members = 0
+        self.curve: list[tuple[int, float, float]] = []
+        candidates = list_candidates(run)
+        for candidate in candidates:
+            self.add(candidate, choose=candidate is candidates[-1])
+
+    def add(self, candidate: Candidate, choose: bool = True) -> None:
+        probs = np.asarray(candidate.probs("select"))
+        own = accuracy(probs, self.labels)
+        if self.best_single is None or own > self.best_single[1]:
+            self.best_single = (candidate.id, own)
+        self.pool = sorted([*self.pool, (log_loss(probs, self.labels), candidate.id, probs)], key=lambda x: x[:2])
+        self.pool = self.pool[:LIVE_POOL]
+        if choose:
+            matrices = [probs for *_, probs in self.pool]
+            weights = greedy(matrices, self.labels, self.limits)
+            combined = combine(matrices, weights)
+            self.members = int((weights > 0).sum())
+            seen = self.curve[-1][0] + 1 if self.curve else 1
+            self.curve.append((seen, accuracy(combined, self.labels), log_loss(combined, self.labels)))
+
+
+class LiveBoard:
+    """A `search.study.Board` for people."""
+
+    def __init__(self, run: UPath, top_k: int, trials: int | None, deadline: float | None, shared: bool) -> None:
+        self.console = Console(highlight=False)
+        self.run, self.trials, self.deadline, self.shared = run, trials, deadline, shared
+        self.links: list[str] = []
+        self.ensemble = EnsembleSoFar(run, top_k)
+        self.began, self.drawn = time.time(), 0.0
+        self.running: dict[str, tuple[TrialConfig, float, dict[str, Any]]] = {}
+        self.recent: list[str] = []
+        self.outcomes: Counter[str] = Counter()
+        self.live: Live | None = None
+
+    def __enter__(self) -> "LiveBoard":
+        if self.console.is_terminal:
+            self.live = Live(self._screen(), console=self.console, auto_refresh=False, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def started(self, id: str, config: TrialConfig) -> None:
+        self.running[id] = (config, time.time(), {})
+
+    def epoch(self, id: str, metrics: dict[str, Any]) -> None:
+        if id in self.running:
+            config, since, _ = self.running[id]
+            self.running[id] = (config, since, metrics)
+
+    def ended(self, id: str, outcome: str, result: dict[str, Any]) -> None:
+        config, since, last = self.running.pop(id, (None, time.time(), {}))
+        self.outcomes[outcome] += 1
+        line = f"{id} {config.backbone if config else '':<24} {outcome:<10} {time.time() - since:6.1f} s"
+        path = self.run / "candidates" / id
+        if "select_accuracy" in result:
+            self.ensemble.add(Candidate(id, path, read_json(path / "candidate.json")))
+            _, best, loss = self.ensemble.curve[-1]
+            line += (
+                f"  select {result['select_accuracy']:.2%}   ensemble of {self.ensemble.members}: select {best:.2%},"
+                f" log-loss {loss:.4f}"
+            )
+        elif last:
+            line += f"  tune {last['tune_accuracy']:.2%} after epoch {last['epoch']}"
+        if result.get("error"):
+            line += f"  {str(result['error']).splitlines()[0][:120]}"
+        if self.live is None:
+            print(line, flush=True)
+        self.recent = [*self.recent, line][-6:]
+
+    def refresh(self) -> None:
+        if self.live is not None and time.time() - self.drawn > REDRAW_SECONDS:
+            self.drawn = time.time()
+            self.live.update(self._screen(), refresh=True)
+
+    def _screen(self) -> Group:
+        running = Table(title="running", title_justify="left", expand=False)
+        for heading in ("trial", "backbone", "epoch", "tune accuracy", "images/s", "seconds"):
+            running.add_column(heading, justify="left" if heading in ("trial", "backbone") else "right")
+        for id, (config, since, metrics) in sorted(self.running.items()):
+            running.add_row(
+                id,
+                config.backbone,
+                f"{metrics.get('epoch', 0)}/{config.epochs}",
+                f"{metrics['tune_accuracy']:.2%}" if metrics else "",
+                f"{metrics['images_per_second']:.0f}" if metrics else "",
+                f"{time.time() - since:.0f}",
+            )
+        return Group(*[Text(line) for line in self.links], running, Text("\n".join(self.recent)), Text(self._summary()))
+
+    def _summary(self) -> str:
+        states = ", ".join(f"{n} {outcome}" for outcome, n in self.outcomes.most_common()) or "none finished yet"
+        parts = [f"trials: {states}, {len(self.running)} running"]
+        if self.trials:
+            parts[0] += f", {self.trials} in all"
+        if self.ensemble.best_single and self.ensemble.curve:
+            note = " (also used to tune: optimistic)" if self.shared else ""
+            id, best = self.ensemble.best_single
+            _, together, loss = self.ensemble.curve[-1]
+            size = len(self.ensemble.labels)
+            parts.append(f"select split, {size} images{note}: best single {best:.2%} ({id})")
+            parts.append(f"ensemble of {self.ensemble.members}: {together:.2%}, log-loss {loss:.4f}  {self._spark()}")
+        parts.append(f"elapsed {_clock(time.time() - self.began)}, {self._time_left()}")
+        return "\n".join(parts)
+
+    def _spark(self) -> str:
+        values = [1 - loss for *_, loss in self.ensemble.curve][-40:]
+        low, high = min(values), max(values)
+        return "".join(SPARKS[round((len(SPARKS) - 1) * (v - low) / (high - low or 1))] for v in values)
+
+    def _time_left(self) -> str:
+        """Until the deadline, or as the trials so far suggest, whichever is sooner."""
+        guesses = []
+        if self.deadline is not None:
+            guesses.append(self.deadline - time.time())
+        ended = sum(self.outcomes.values())
+        if self.trials and ended:
+            guesses.append((self.trials - ended) * (time.time() - self.began) / ended)
+        return f"about {_clock(max(0.0, min(guesses)))} left" if guesses else "time left: unknown yet"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,285 @@
+"""python -m search.run : one command from images to an ensemble.
+
+parse -> prepare the data -> open the run directory -> connect -> sweep -> leaderboard and first ensemble.
+"""
+
+import importlib.metadata
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+from upath import UPath
+
+from cluster.connect import Offer, connect, disconnect
+from ensemble.ensemble import Ensemble, write_ensemble
+from ensemble.report import describe_test, write_report
+from ensemble.select import Select, choose_from, open_pool, show
+from search.config import SearchConfig, Task
+from search.live import LiveBoard
+from search.spaces import Space, load_space
+from search.study import SECONDS_USED, Sweep, open_study
+from search.tuner import run_trials
+from trainables.backbones import WeightSource, check_backbone, find_weights
+from trainables.candidate import RUNS, list_candidates, read_json, write_array, write_json
+from trainables.classic import NETWORKS
+from trainables.config import TrialConfig
+from trainables.data import Data, Splits, make_splits, prepare, save_splits
+from trainables.errors import UserError, exit_on_user_error
+from trainables.trial import run_trial
+from trainables.worker import LaneSpec
+
+LIBRARIES = ("torch", "timm", "ray", "optuna")
+MOST_CPU_LANES = 8  # without GPUs; each lane is a process of its own with a copy of torch
+RESERVE = (0.05, 60.0)  # share of --minutes, and most seconds, kept for predictions, selection and summary
+LEADERBOARD_ROWS = 10
+PLAIN_WIDTH = 130
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that can be wrong has been checked: the sweep can start."""
+
+    run: UPath
+    data: Data
+    splits: Splits
+    space: Space
+    backbones: dict[str, WeightSource | None]
+    trials: int | None
+    missing: list[str]  # backbones left out for want of weights
+
+
+def sweep(config: SearchConfig) -> Ensemble | None:
+    """Run (or go on with) the sweep of `config`; returns its ensemble, or None when no trial has finished.
+
+    Raises UserError, before anything is written or started, for whatever the user can mend.
+    """
+    began = time.time()
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH  # a log file has no width, and folded tables are no tables
+    plan = _plan(config)
+    for name in plan.missing:
+        console.print(f"{name}: no pretrained weights found here, so this sweep runs without it", style="yellow")
+    _open_run(plan, config)
+    storage = config.storage or f"sqlite:///{plan.run / 'study.db'}"
+    study = open_study(storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
+    used = float(study.user_attrs.get(SECONDS_USED, 0.0))
+    deadline = None
+    if config.minutes is not None:
+        reserve = min(RESERVE[0] * 60 * config.minutes, RESERVE[1])
+        deadline = began + 60 * config.minutes - used - reserve
+    task = Task(
+        backbones=plan.backbones,
+        classes=len(plan.data.classes),
+        train_images=len(plan.splits.train),
+        stored_size=int(plan.data.images.shape[1]),
+        device="cpu",  # replaced once the cluster has said what it offers
+        minutes=config.minutes,
+    )
+    job = {
+        "run": str(plan.run),
+        "data": {
+            "path": str(plan.data.path), "name": config.data, "size": config.stored_size,
+            "data_dir": str(config.data_dir.resolve()) if config.data_dir else None,
+        },
+    }  # fmt: skip
+    board = LiveBoard(plan.run, config.top_k, plan.trials, deadline, plan.splits.shared)
+    weights = {name: source and asdict(source) for name, source in plan.backbones.items()}
+    going = Sweep(study, plan.run, job, plan.trials, deadline, weights, board)
+    if going.has_more():
+        _print_start(console, plan, config, going)
+        offer = connect()
+        try:
+            spec, lanes = lanes_for(offer, config)
+            task = Task(**{**vars(task), "device": "cuda" if spec.gpus else "cpu"})
+            going.propose_with(lambda trial: _checked(plan.space.suggest(trial, task), plan, task))
+            board.links = [f"Ray dashboard {offer.dashboard_url}"] if offer.dashboard_url else []
+            console.print(f"{lanes} trial{'s' * (lanes > 1)} at a time, {_spec(spec)}; {' '.join(board.links)}")
+            with board:
+                while going.has_more() and not going.stopping:
+                    run_trials(going, run_trial, spec, lanes)
+        finally:
+            disconnect()
+    return _conclude(console, plan, config, going, began)
+
+
+def _plan(config: SearchConfig) -> _Plan:
+    space_name = config.space if config.space != "auto" else ("dry_run" if config.data == "digits" else "default")
+    space = load_space(space_name)
+    wanted = dict(space.backbones)
+    if config.backbones:
+        wanted = {b: "scratch" if config.from_scratch or b in NETWORKS else "pretrained" for b in config.backbones}
+    for name in wanted:
+        check_backbone(name)
+    backbones: dict[str, WeightSource | None] = {}
+    missing = []
+    for name, start in wanted.items():
+        try:
+            backbones[name] = None if start == "scratch" else find_weights(name, config.weights_dir)
+        except UserError:
+            if start != "if found":
+                raise
+            missing.append(name)
+    if not backbones:
+        raise UserError(f"none of the backbones of space {space.name} has weights here; see --weights-dir, --backbones")
+    data = prepare(config.data, config.data_dir, size=config.stored_size)
+    splits = make_splits(data.labels, data.fingerprint, config.split_seed)
+    run = UPath(config.run or f"{RUNS}/{config.data}-{space.name}").absolute()
+    trials = config.trials or (None if config.minutes else space.trials)
+    return _Plan(run, data, splits, space, backbones, trials, missing)
+
+
+def _open_run(plan: _Plan, config: SearchConfig) -> None:
+    """Create the run directory, run.json last; or make sure that an existing one is of the same data and splits."""
+    path = plan.run / "run.json"
+    if path.exists():
+        info = read_json(path)
+        if info.get("split_fingerprint") != plan.splits.fingerprint:
+            raise UserError(
+                f"{plan.run} holds a run on other data or splits ({info.get('data', {}).get('name', 'unknown')}); "
+                f"name another with --run"
+            )
+        return
+    splits, data = plan.splits, plan.data
+    plan.run.mkdir(parents=True, exist_ok=True)
+    save_splits(plan.run, splits)
+    write_array(plan.run / "select_labels.npy", np.asarray(data.labels)[splits.select])
+    write_json(
+        path,
+        {
+            "classes": list(data.classes),
+            "split_fingerprint": splits.fingerprint,
+            "splits": {
+                "train": len(splits.train), "tune": len(splits.tune), "select": len(splits.select),
+                "test": data.test_images, "shared": splits.shared,
+            },
+            "data": {
+                "name": config.data, "fingerprint": data.fingerprint, "path": str(data.path),
+                "size": int(data.images.shape[1]),
+                "mean": [float(x) for x in data.mean], "std": [float(x) for x in data.std],
+            },
+            "search": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+            "space": plan.space.name,
+            "command": shlex.join(sys.argv),
+            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "created": time.time(),
+        },
+    )  # fmt: skip
+
+
+def _checked(trial: TrialConfig, plan: _Plan, task: Task) -> TrialConfig:
+    """The proposal, or a UserError that says why it cannot be trained: before it costs a device."""
+    if trial.batch_size > task.train_images:
+        raise UserError(f"batch_size {trial.batch_size} is larger than the train split ({task.train_images} images)")
+    if trial.pretrained and plan.backbones.get(trial.backbone) is None:
+        raise UserError(f"{trial.backbone} is to start from pretrained weights, but none were asked for or found")
+    return trial
+
+
+def lanes_for(offer: Offer, config: SearchConfig) -> tuple[LaneSpec, int]:
+    """What one lane takes and how many lanes the cluster holds; raises UserError when it holds none."""
+    gpus = config.gpus_per_trial if config.gpus_per_trial is not None else (1.0 if offer.gpus else 0.0)
+    workers = config.workers_per_trial
+    places = int(offer.gpus / gpus) if gpus else max(workers, min(int(offer.cpus), MOST_CPU_LANES))
+    cpus = config.cpus_per_trial or max(1.0, float(int(offer.cpus / max(1, places))))
+    lanes = int(offer.cpus / cpus) // workers
+    if gpus:
+        lanes = min(lanes, int(offer.gpus / gpus) // workers)
+    if lanes < 1:
+        raise UserError(
+            f"a trial needs {workers} x ({cpus:g} CPUs, {gpus:g} GPUs), but there are {offer.cpus:g} CPUs and "
+            f"{offer.gpus:g} GPUs; lower --cpus-per-trial, --gpus-per-trial or --workers-per-trial"
+        )
+    return LaneSpec(workers=workers, cpus=cpus, gpus=gpus), lanes
+
+
+def _conclude(console: Console, plan: _Plan, config: SearchConfig, going: Sweep, began: float) -> Ensemble | None:
+    """Leaderboard, ensemble, test summary, and what to do next."""
+    _print_leaderboard(console, plan.run)
+    for id, error in going.failures():
+        console.print(f"{id} failed: {error}", style="yellow", markup=False)
+    command = f"python -m search.run {shlex.join(sys.argv[1:])}".strip()
+    if going.stopping:
+        console.print(f"stopped; the same command goes on: {command}")
+    if not list_candidates(plan.run):
+        console.print("no trial has finished, so there is no ensemble")
+        return None
+    args = Select(top_k=config.top_k, run=(str(plan.run),))
+    pool = open_pool(args)
+    ensemble = choose_from(pool, args)
+    write_ensemble(plan.run, ensemble)
+    show(pool, ensemble)
+    scores = write_report(plan.run, ensemble)
+    if scores is None:
+        console.print("the data set has no test part, so nothing is said about unseen images beyond the select split")
+    else:
+        console.print("\n".join(describe_test(scores)), style="bold")
+    console.print(f"\n{len(pool.candidates)} candidates in {_shown(plan.run)} after {time.time() - began:.0f} s")
+    console.print("next:")
+    console.print(f"  python -m ensemble.select --top-k {config.top_k} --run {_shown(plan.run)}", markup=False)
+    console.print(f"  python -m ensemble.predict --run {_shown(plan.run)} --images FOLDER", markup=False)
+    return ensemble
+
+
+def _print_start(console: Console, plan: _Plan, config: SearchConfig, going: Sweep) -> None:
+    s = plan.splits
+    shared = " (too few images to keep tune and select apart: they are the same)" if s.shared else ""
+    console.print(
+        f"{config.data}: {len(s.train)} train, {len(s.tune)} tune, {len(s.select)} select, "
+        f"{plan.data.test_images} test images{shared}, {len(plan.data.classes)} classes"
+    )
+    console.print(f"space {plan.space.name} over {', '.join(plan.backbones)}; run directory {_shown(plan.run)}")
+    if going.counted:
+        console.print(f"going on with {going.counted} trials, {len(going.interrupted)} of them cut in the middle")
+
+
+def _print_leaderboard(console: Console, run: UPath) -> None:
+    rows: list[dict[str, Any]] = [c.info for c in list_candidates(run) if "metrics" in c.info and "config" in c.info]
+    rows.sort(key=lambda info: info["metrics"]["select_log_loss"])
+    if not rows:
+        return
+    table = Table(
+        title=f"leaderboard: {min(len(rows), LEADERBOARD_ROWS)} of {len(rows)} candidates, by select log-loss"
+    )
+    for heading in ("candidate", "backbone"):
+        table.add_column(heading)
+    for heading in ("tune acc.", "select acc.", "select log-loss", "epochs", "lr", "params", "ms/image", "seconds"):
+        table.add_column(heading, justify="right")
+    for info in rows[:LEADERBOARD_ROWS]:
+        m, c = info["metrics"], info["config"]
+        table.add_row(
+            info["id"], c["backbone"], f"{m['tune_accuracy']:.2%}", f"{m['select_accuracy']:.2%}",
+            f"{m['select_log_loss']:.4f}", str(len(info["curve"])), f"{c['lr']:.1e}", f"{info['params'] / 1e6:.2f} M",
+            f"{info['latency_ms']:.1f}", f"{info['seconds']:.0f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _spec(spec: LaneSpec) -> str:
+    each = f"{spec.cpus:g} CPUs" + (f" and {spec.gpus:g} GPUs" if spec.gpus else "")
+    return f"{spec.workers} x {each} each" if spec.workers > 1 else f"{each} each"
+
+
+def _shown(run: UPath) -> str:
+    """The run's path as a person would type it."""
+    try:
+        return str(Path(str(run)).relative_to(Path.cwd()))
+    except ValueError:
+        return str(run)
+
+
+def main() -> None:
+    with exit_on_user_error():
+        config = tyro.cli(SearchConfig, description=SearchConfig.__doc__, prog="python -m search.run")
+        sweep(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Selectors that do more than weigh: a stacked linear layer, and temperatures before any other selector."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ensemble.blend import Blend, Probs, Stack, fit_temperatures, scale_all
+from ensemble.limits import Limits
+from ensemble.metrics import FLOOR, log_loss
+from ensemble.selection import NINE, best_single, greedy
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse regularisation, from hardly anything to nearly free
+
+
+def stacking(probs: Probs, labels: np.ndarray, limits: Limits = NINE, folds: int = 5) -> Blend:
+    """A regularised multinomial logistic regression on the members' concatenated log-probabilities.
+
+    The members are those of `greedy`; the regularisation is the one with the best cross-validated log-loss among STRENGTHS.
+    Where the layer does not beat the best single candidate on these rows, or a class has fewer than `folds` of them, that
+    candidate is the answer. Weights are each member's share of the coefficients, by their norm: they say who matters, the
+    layer does the predicting.
+
+    Source: Wolpert 1992, "Stacked Generalization", with the linear layer of the Intel seed; scikit-learn fits it.
+    """
+    single = Blend(best_single(probs, labels, limits))
+    classes = probs[0].shape[1]
+    if np.bincount(labels, minlength=classes).min() < folds:
+        return single
+    from sklearn.linear_model import LogisticRegressionCV  # a second to import: only who stacks pays for it
+
+    chosen = greedy(probs, labels, limits)
+    members = np.flatnonzero(chosen)
+    members = members[np.argsort(-chosen[members], kind="stable")]  # one order, whatever the candidates' was
+    features = np.concatenate([np.log(np.maximum(probs[m], FLOOR)) for m in members], axis=1).astype(np.float64)
+    layer = LogisticRegressionCV(
+        Cs=STRENGTHS, cv=folds, scoring="neg_log_loss", max_iter=300, use_legacy_attributes=False
+    )
+    layer.fit(features, labels)
+    coefficients, intercept = layer.coef_, layer.intercept_
+    if classes == 2:  # scikit-learn keeps one row for two classes; half of it on either side is the same layer
+        coefficients = np.concatenate([-coefficients, coefficients]) / 2
+        intercept = np.concatenate([-intercept, intercept]) / 2
+    blocks = coefficients.reshape(classes, len(members), classes)
+    weights = np.zeros(len(probs))
+    norms = np.maximum(np.sqrt((blocks**2).sum(axis=(0, 2))), 1e-12)
+    weights[members] = norms / norms.sum()
+    stacked = Blend(weights, stack=Stack(blocks[:, np.argsort(members)], intercept))
+    return stacked if log_loss(stacked(probs), labels) < log_loss(single(probs), labels) else single
+
+
+def tempered(
+    selector: Callable[[Probs, np.ndarray, Limits], Blend | np.ndarray],
+    probs: Probs,
+    labels: np.ndarray,
+    limits: Limits = NINE,
+) -> Blend:
+    """What `selector` chooses once each candidate has its own best temperature (see `fit_temperature`).
+
+    For selectors that answer with weights. Takes M N C x 4 bytes for the scaled predictions.
+    """
+    temperatures = fit_temperatures(probs, labels)
+    chosen = selector(scale_all(probs, temperatures), labels, limits)
+    if isinstance(chosen, Blend):
+        raise TypeError("a selector that transforms predictions itself cannot be tempered")
+    return Blend(chosen, temperatures)

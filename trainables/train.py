@@ -53,6 +53,7 @@ class Trained:
         pixels: mean and std the inputs are normalised with.
         precision, accumulate: what was really used.
         seconds: spent in training steps and evaluation, over all resumptions.
+        resumed: after which epochs it was continued from a checkpoint.
         outcome: "finished", "pruned" (report() said stop: then without probs), or "time" (cut at the deadline).
     """
 
@@ -64,6 +65,7 @@ class Trained:
     precision: str
     accumulate: int
     seconds: float
+    resumed: list[int]
     outcome: str
 
 
@@ -80,6 +82,7 @@ class _Progress:
     since_best: int = 0
     best_log_loss: float = math.inf
     curve: list[dict[str, Any]] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
 
 
 def train(
@@ -136,6 +139,7 @@ def train(
         average.load_state_dict(state["average"])
         best = state["best"]
         progress = _Progress(**state["progress"])
+        progress.resumed.append(progress.epoch)
     else:
         layout = choose_layout(
             model, config.backbone, config.image_size, config.batch_size // world, place, data.path.parent.parent, config.precision
@@ -269,7 +273,7 @@ def train(
             metrics.update(scores(probs[split], data.labels[indices], split))
     return Trained(
         model, probs, metrics, progress.curve, pixels, progress.precision, progress.accumulate,
-        progress.seconds, outcome,
+        progress.seconds, progress.resumed, outcome,
     )  # fmt: skip
 
 

@@ -113,6 +113,7 @@ def _write(run: UPath, id: str, config: TrialConfig, data: Data, splits: Splits,
         "params": sum(p.numel() for p in trained.model.parameters()),
         **_cost(trained.model, trained.pixels.mean.device, config.image_size),
         "seconds": round(trained.seconds, 3),
+        "resumed_after_epochs": trained.resumed,
         "split_fingerprint": splits.fingerprint,
         "finished": time.time(),
     }

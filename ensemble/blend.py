@@ -64,7 +64,7 @@ class Blend:
 
         Summed in float64 and rounded at the end, so that a vote that is a tie on paper is a tie here, too.
         """
-        members = np.flatnonzero(self.weights)
+        members = np.flatnonzero(self.weights).tolist()
         combined = np.empty(probs[0].shape, np.float32)
         for rows in chunks(len(combined)):
             parts = [self._member(probs, m, rows) for m in members]

@@ -23,7 +23,7 @@ def frontier(
     known = np.flatnonzero(np.isfinite(latency))
     if not len(known) or latency[known].min() <= 0:
         return []
-    part, cost = [probs[m] for m in known], latency[known]
+    part, cost = [probs[m] for m in known.tolist()], latency[known]
     limits = limits.subset(known)
     most = greedy(part, labels, limits)
     low, high = float(cost.min()), float(cost[most > 0].sum())

@@ -15,10 +15,10 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse regularisation, from hardly anyt
 def stacking(probs: Probs, labels: np.ndarray, limits: Limits = NINE, folds: int = 5) -> Blend:
     """A regularised multinomial logistic regression on the members' concatenated log-probabilities.
 
-    The members are those of `greedy`; the regularisation is the one with the best cross-validated log-loss among STRENGTHS.
-    Where the layer does not beat the best single candidate on these rows, or a class has fewer than `folds` of them, that
-    candidate is the answer. Weights are each member's share of the coefficients, by their norm: they say who matters, the
-    layer does the predicting.
+    The members are those of `greedy`; the regularisation is the one with the best cross-validated log-loss among
+    STRENGTHS. Where the layer does not beat the best single candidate on these rows, or a class has fewer than `folds`
+    of them, that candidate is the answer. Weights are each member's share of the coefficients, by their norm: they say
+    who matters, the layer does the predicting.
 
     Source: Wolpert 1992, "Stacked Generalization", with the linear layer of the Intel seed; scikit-learn fits it.
     """
@@ -31,7 +31,9 @@ def stacking(probs: Probs, labels: np.ndarray, limits: Limits = NINE, folds: int
     chosen = greedy(probs, labels, limits)
     members = np.flatnonzero(chosen)
     members = members[np.argsort(-chosen[members], kind="stable")]  # one order, whatever the candidates' was
-    features = np.concatenate([np.log(np.maximum(probs[m], FLOOR)) for m in members], axis=1).astype(np.float64)
+    features = np.concatenate([np.log(np.maximum(probs[m], FLOOR)) for m in members.tolist()], axis=1).astype(
+        np.float64
+    )
     layer = LogisticRegressionCV(
         Cs=STRENGTHS, cv=folds, scoring="neg_log_loss", max_iter=300, use_legacy_attributes=False
     )
@@ -56,7 +58,9 @@ def tempered(
 ) -> Blend:
     """What `selector` chooses once each candidate has its own best temperature (see `fit_temperature`).
 
-    For selectors that answer with weights. Takes M N C x 4 bytes for the scaled predictions.
+    For selectors that answer with weights. Takes M N C x 4 bytes for the scaled predictions. It helps where candidates
+    differ in calibration; an average of well-calibrated models is itself too unsure, so it is an option, no default
+    (Rahaman and Thiery 2021, "Uncertainty Quantification and Deep Ensembles").
     """
     temperatures = fit_temperatures(probs, labels)
     chosen = selector(scale_all(probs, temperatures), labels, limits)

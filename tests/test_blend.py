@@ -1,5 +1,7 @@
 """Blends, temperatures, the stacked layer, and what explains and prices an ensemble."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import optimize
@@ -92,7 +94,8 @@ def test_tempered_selection():
     probs, labels = make_pool(10)
     blend = stacking.tempered(greedy, probs, labels, Limits(4))
     assert 1 <= (blend.weights > 0).sum() <= 4
-    assert log_loss(blend(probs), labels) < log_loss(combine(probs, greedy(probs, labels, Limits(4))), labels)
+    best = min(log_loss(scale(p.astype(float), fit_temperature(p, labels)), labels) for p in probs)
+    assert log_loss(blend(probs), labels) < best <= min(log_loss(p, labels) for p in probs)
     with pytest.raises(TypeError):
         stacking.tempered(stacking.stacking, probs, labels)
 
@@ -166,7 +169,7 @@ def test_frontier_rises_with_the_budget_and_keeps_to_it():
     points = frontier.frontier(probs, labels, Limits(6), latency)
     assert len(points) >= 3
     assert points[0]["latency_ms"] == 1
-    for faster, slower in zip(points, points[1:], strict=False):
+    for faster, slower in itertools.pairwise(points):
         assert slower["latency_ms"] > faster["latency_ms"]
         assert slower["log_loss"] < faster["log_loss"]
     assert points[-1]["accuracy"] == accuracy(combine(probs[1:], greedy(list(probs[1:]), labels, Limits(6))), labels)

@@ -1,4 +1,4 @@
-"""connect(): the project's only ray.init, and what the machines behind it offer."""
+"""The one place that connects to Ray: the cluster of a submitted job, or a local one that ends with this process."""
 
 import logging
 import os
@@ -8,17 +8,16 @@ from dataclasses import dataclass
 
 import ray
 
+OBJECT_STORE_BYTES = 256 * 2**20  # images travel as memory-mapped files, so Ray's third of the memory is not needed
+ENVIRONMENT = {  # a local cluster hands these on to all its processes
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home, and there is no notice about it
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; without it Ray warns at every start
+}
+
 
 @dataclass(frozen=True)
 class Offer:
-    """What the connected machines have.
-
-    Attributes:
-        cpus: logical CPUs of all nodes.
-        gpus: of all nodes.
-        nodes: how many are alive.
-        dashboard_url: of Ray's own dashboard, with http://; "" when there is none.
-    """
+    """What the cluster has: CPU slots, GPUs, live nodes, and the dashboard's address ("" when there is none)."""
 
     cpus: float
     gpus: float
@@ -27,39 +26,42 @@ class Offer:
 
 
 def connect(cpus: int | None = None) -> Offer:
-    """Join the cluster of the job that this process belongs to (RAY_ADDRESS is set), or start Ray on this machine.
+    """Join the cluster when this process runs as its job (RAY_ADDRESS is set), else start a local one.
 
-    Args:
-        cpus: CPUs that a local Ray may use (default: all); a cluster has what it has.
+    `cpus` is the number of CPU slots of a local cluster (default: the machine's cores); a cluster has its own number.
+    The dashboard's processes are part of a local cluster, on the loopback interface alone: without them Ray Train never
+    frees the placement group of a run whose controller was killed, and the sweep hangs.
 
-    Quiet: worker output goes to Ray's log files. In the main thread, SIGTERM (`ray job stop`) is made to act as Ctrl-C.
+    From here on SIGTERM (`ray job stop`, a batch system's time limit) does what Ctrl-C does.
     """
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
     if os.environ.get("RAY_ADDRESS"):
         context = ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
         context = ray.init(
             address="local",
             num_cpus=cpus,
-            # Not for its pages: without the dashboard's processes Ray Train never frees the resources of a run whose
-            # owner died, and a sweep would wait for them for ever.
             include_dashboard=True,
             dashboard_host="127.0.0.1",
+            object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
     if threading.current_thread() is threading.main_thread():
-        # After ray.init, which installs a handler of its own. Tune ignores SIGTERM; it knows Ctrl-C.
+        # Ray installs its own SIGTERM handler in init, which ends the process at once: replace it afterwards.
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    total = ray.cluster_resources()
-    url = context.dashboard_url
+    resources = ray.cluster_resources()
     return Offer(
-        cpus=total.get("CPU", 0.0),
-        gpus=total.get("GPU", 0.0),
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
         nodes=sum(node["Alive"] for node in ray.nodes()),
-        dashboard_url=f"http://{url}" if url else "",
+        dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else "",
     )
 
 
 def disconnect() -> None:
-    """Leave the cluster; a local Ray ends with all its processes."""
+    """Leave the cluster; a local one is ended with all its processes."""
     ray.shutdown()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

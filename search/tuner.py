@@ -1,227 +1,229 @@
-"""run_trials(): Ray Tune runs what a sweep decides.
+"""Ray Tune assembly: a sweep object decides, Tune places and retries, lanes train.
 
-Thin adapters only. Tune places trials, reuses their actors (each owns a lane, see trainables/worker.py), stops them and
-retries lost ones; what to run, when to stop and what to remember is the sweep's (search/study.py). Tune's own state on
-disk is thrown away: the study and the candidates are the only state that matters.
+Nothing is decided here. Tune's searcher and scheduler are thin adapters that pass on what the sweep says, and Tune's
+own experiment state goes to a temporary folder: what matters lies in the study and the candidates.
 """
 
 import json
+import logging
+import math
 import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from ray import tune
-from ray.exceptions import RayActorError
-from ray.tune.schedulers import FIFOScheduler
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from trainables.worker import LaneSpec, Target, run_in_lane
+from trainables.worker import LaneSpec, Metrics, Target, run_in_lane
 
-MAX_ACTOR_LOSSES = 3
-# Read by Tune in the driver.
-DRIVER_ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: no box of Tune's before the first trial
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a failed trial is told to the sweep
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files per trial
-    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # no snapshots of the experiment
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune would kill the trials in mid-epoch; see _interruptible
+TICK_S = 0.5
+GRACE_S = 10.0  # for running trials to reach the end of their epoch when the sweep stops
+MAX_FAILURES = 3  # Tune actors lost under one job
+
+TUNE_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a header box even when silent
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard file per trial
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours also spares the advice to restore an experiment
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # no snapshots of the experiment
 }
 
 
 class Sweep(Protocol):
-    """What decides. All methods are called from the thread of run_trials."""
+    """What is searched, and how; see search/study.py. All of it is called from the thread of run_trials."""
 
-    stopping: bool
-    """Once True, nothing new is started and running trials end at their next report. Set by Ctrl-C, too."""
+    stopping: bool  # True, also set by Ctrl-C: nothing new is started and running trials end
 
     def next(self) -> dict[str, Any] | None:
-        """The next job, JSON-able, with "id"; None when there will never be another."""
+        """The next job: JSON-able, with at least "id". None: nothing more to start."""
 
-    def report(self, id: str, metrics: dict[str, Any]) -> bool:
-        """An epoch's metrics; True stops the trial as pruned."""
+    def report(self, id: str, metrics: Metrics) -> bool:
+        """An epoch's metrics; True stops the trial. An epoch may be reported again after a fault."""
 
     def finish(self, id: str, result: dict[str, Any]) -> None:
-        """A trial's end, told exactly once; result["outcome"] is always there."""
+        """A job's end, told exactly once; `result` always has an "outcome"."""
 
     def tick(self) -> None:
-        """Called several times a second."""
+        """Called about twice a second."""
 
 
 def run_trials(sweep: Sweep, target: Target, spec: LaneSpec, lanes: int) -> None:
-    """Run the sweep's jobs in `lanes` lanes of `spec`, until it has no more or is stopping. Ray must be connected.
+    """Run the sweep's jobs in `lanes` lanes of size `spec` until nothing is left to start; Ray must be connected.
 
-    `target` is called as trainables.worker.run_in_lane describes. Outcomes beyond the target's own: "pruned" after
-    sweep.report() returned True; "interrupted" when the sweep stopped under it (its checkpoint stays); "lost node" when
-    its processes died again and again; "bug" when it raised or hung, or the machinery failed.
+    Besides the target's own outcomes (see run_in_lane) a job can end as "pruned": the sweep stopped it; "interrupted":
+    the sweep is stopping, its checkpoint stays; "lost node": its Tune actor died again and again. A stopping sweep's
+    trials get to the end of their epoch, if that comes within 10 s.
 
-    The first Ctrl-C sets sweep.stopping: trials end at the end of their epoch. The second raises KeyboardInterrupt at
-    once. What the sweep itself raises ends the run, too, and comes out unchanged.
+    The first Ctrl-C sets `sweep.stopping`, the second raises KeyboardInterrupt at once. An exception of the sweep ends
+    the run as a stop does, and is raised here unchanged.
     """
-    bridge = _Bridge(sweep)
 
-    def trial(config: dict[str, Any]) -> None:
-        # One report per step of Tune: it returns when the driver has decided, and exits when it said stop.
+    def train_trial(config: dict[str, Any]) -> None:
+        # The thread that sits in tune.report must leave before its actor can be reused; the default wait is 2 s.
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
-        result = run_in_lane(
-            target,
-            spec,
-            json.loads(config["job"]),
-            report=lambda metrics: tune.report({"message": json.dumps({"metrics": metrics})}),
-            waiting=lambda: tune.report({"message": "{}"}),
-        )
-        tune.report({"message": json.dumps({"result": result})})
+        result = run_in_lane(target, spec, json.loads(config["job"]), lambda metrics: _tell(metrics=metrics))
+        _tell(result=result)
 
-    with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as folder:
-        os.environ.update(DRIVER_ENVIRONMENT)
-        with _interruptible(sweep):
-            try:
-                tune.run(
-                    # Tune's actor only relays: no CPU. An empty request would be made one CPU, so: a byte of memory.
-                    tune.with_resources(trial, {"memory": 1}),
-                    search_alg=_Searcher(bridge),
-                    scheduler=_Scheduler(bridge),
-                    callbacks=[_Ticker(bridge)],
-                    num_samples=-1,
-                    max_concurrent_trials=lanes,
-                    reuse_actors=True,
-                    max_failures=MAX_ACTOR_LOSSES,
-                    raise_on_failed_trial=False,
-                    storage_path=folder,
-                    name="sweep",
-                    trial_dirname_creator=lambda trial: trial.trial_id,
-                    verbose=0,
-                )
-            finally:
-                bridge.close()
-    if bridge.error is not None:
+    os.environ.update(TUNE_ENVIRONMENT)
+    bridge = _Bridge(sweep)
+    with _ctrl_c_stops(sweep), _quiet(), tempfile.TemporaryDirectory(prefix="tune-") as folder:
+        # tune.run rather than Tuner, which would pickle the sweep for a restore that is never used.
+        tune.run(
+            # The trial's own process only waits for its lane; a CPU slot for it would starve the lane's workers.
+            tune.with_resources(train_trial, {"memory": 1}),
+            name="sweep",
+            num_samples=-1,
+            search_alg=_Searcher(bridge),
+            scheduler=_Scheduler(bridge),
+            max_concurrent_trials=lanes,
+            reuse_actors=True,
+            max_failures=MAX_FAILURES,
+            raise_on_failed_trial=False,
+            storage_path=folder,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+            verbose=0,
+        )
+    if bridge.error:
         raise bridge.error
 
 
-class _Bridge:
-    """The sweep as Tune's hooks see it: by Tune's trial ids, and never raising into Tune's loop."""
+def _tell(**message: Any) -> None:
+    """From the trial to _Bridge.hear; as text, because Tune takes nested results apart."""
+    tune.report({"message": json.dumps(message)})
 
-    def __init__(self, sweep: Sweep):
+
+class _Bridge:
+    """The sweep behind Tune's searcher and scheduler: knows jobs by Tune's trial ids, and never raises into Tune."""
+
+    def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
+        self.running: dict[str, str] = {}  # Tune's trial id -> the job's
         self.error: Exception | None = None
-        self._running: dict[str, str] = {}  # Tune's trial id -> the job's
+        self.ticked = 0.0
+        self.stop_at = math.inf
 
     def next(self, trial_id: str) -> dict[str, Any] | None:
-        if self.sweep.stopping:
-            return None
-        job = self._guard(self.sweep.next)
+        job = None if self.sweep.stopping else self._ask(self.sweep.next)
         if job is not None:
-            self._running[trial_id] = job["id"]
+            self.running[trial_id] = job["id"]
         return job
 
-    def message(self, trial_id: str, message: dict[str, Any]) -> bool:
-        """What a trial says: metrics, a result, or nothing (it still waits for its lane). True: stop it."""
-        if trial_id not in self._running:
-            return True
+    def hear(self, trial_id: str, message: dict[str, Any]) -> bool:
+        """A trial's metrics or its result; True ends it."""
         if "result" in message:
             self.finish(trial_id, message["result"])
-            return True
-        if "metrics" in message and self._guard(self.sweep.report, self._running[trial_id], message["metrics"]):
+        elif self._ask(self.sweep.report, self.running[trial_id], message["metrics"]):
             self.finish(trial_id, {"outcome": "pruned"})
-            return True
-        if self.sweep.stopping:
+        elif self.sweep.stopping:
             self.finish(trial_id, {"outcome": "interrupted"})
-            return True
-        return False
+        return trial_id not in self.running
 
     def finish(self, trial_id: str, result: dict[str, Any]) -> None:
-        if trial_id in self._running:
-            self._guard(self.sweep.finish, self._running.pop(trial_id), result)
+        if trial_id in self.running:
+            self._ask(self.sweep.finish, self.running.pop(trial_id), result)
 
-    def tick(self) -> None:
-        self._guard(self.sweep.tick)
+    def tick(self) -> bool:
+        """Called at every step of Tune's loop; True when the trials still running have had their time to stop."""
+        now = time.monotonic()
+        if now - self.ticked > TICK_S:
+            self.ticked = now
+            self._ask(self.sweep.tick)
+        if self.sweep.stopping:
+            self.stop_at = min(self.stop_at, now + GRACE_S)
+        return now > self.stop_at
 
-    def close(self) -> None:
-        for trial_id in list(self._running):
-            self.finish(trial_id, {"outcome": "interrupted"})
-
-    def _guard(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def _ask(self, method: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return function(*arguments)
-        except Exception as error:
-            # Tune would wrap it, or take it for the trial's failure.
+            return method(*arguments)
+        except Exception as error:  # Tune would wrap it, or take it for the trial's
             self.error = self.error or error
             self.sweep.stopping = True
             return None
 
 
 class _Searcher(Searcher):
-    def __init__(self, bridge: _Bridge):
+    """Passes on the next job, as text: Tune would look for search spaces inside a dict."""
+
+    def __init__(self, bridge: _Bridge) -> None:
         super().__init__()
-        self._bridge = bridge
+        self.bridge = bridge
 
     def suggest(self, trial_id: str) -> Any:
-        job = self._bridge.next(trial_id)
-        return Searcher.FINISHED if job is None else {"job": json.dumps(job)}
+        job = self.bridge.next(trial_id)
+        return {"job": json.dumps(job)} if job is not None else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         pass  # told by _Scheduler
 
     def save(self, checkpoint_path: str) -> None:
-        pass
+        pass  # the study is the state
 
     def restore(self, checkpoint_path: str) -> None:
         pass
 
-    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        pass
-
-    def restore_from_dir(self, checkpoint_dir: str) -> None:
-        pass
-
 
 class _Scheduler(FIFOScheduler):
-    def __init__(self, bridge: _Bridge):
+    """Passes on what trials say, and stops them when the sweep wants that."""
+
+    def __init__(self, bridge: _Bridge) -> None:
         super().__init__()
-        self._bridge = bridge
+        self.bridge = bridge
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        stop = self._bridge.message(trial.trial_id, json.loads(result.get("message", "{}")))
-        return self.STOP if stop else self.CONTINUE
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """Called at every step of Tune's loop, which takes at most 0.1 s; Tune starts pending trials by itself."""
+        if self.bridge.tick():
+            for trial in [trial for trial in tune_controller.get_live_trials() if not trial.is_finished()]:
+                tune_controller.stop_trial(trial)
+        return None
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Tune's actor failed, not the target: the trial is tried again, on a new actor, or given up here."""
-        if trial.should_recover():
-            return
-        error = trial.get_pickled_error()
-        outcome = "lost node" if isinstance(error, RayActorError) else "bug"
-        lines = str(error).strip().splitlines() or ["unknown"]
-        self._bridge.finish(trial.trial_id, {"outcome": outcome, "error": lines[-1], "traceback": str(error)})
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
+        ended = self.bridge.hear(trial.trial_id, json.loads(result["message"]))
+        return TrialScheduler.STOP if ended else TrialScheduler.CONTINUE
 
-    def choose_trial_to_run(self, tune_controller: Any) -> None:
-        return None  # Tune starts pending trials by itself; FIFOScheduler would walk over all past trials at every step
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict) -> None:
+        self.bridge.finish(trial.trial_id, {"outcome": "interrupted"})
 
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        self.bridge.finish(trial.trial_id, {"outcome": "interrupted"})
 
-class _Ticker(tune.Callback):
-    def __init__(self, bridge: _Bridge):
-        self._bridge = bridge
-
-    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
-        self._bridge.tick()
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """The Tune actor failed for the last time; what the target does wrong comes as a result instead."""
+        lines = str(trial.get_error() or "the trial's Tune actor was lost").strip().splitlines()
+        self.bridge.finish(trial.trial_id, {"outcome": "lost node", "error": lines[-1]})
 
 
 @contextmanager
-def _interruptible(sweep: Sweep) -> Iterator[None]:
-    """In the main thread, the first Ctrl-C stops the sweep and the second raises KeyboardInterrupt."""
+def _ctrl_c_stops(sweep: Sweep) -> Iterator[None]:
+    """The first SIGINT stops the sweep, the second one acts as before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.getsignal(signal.SIGINT)
 
-    def stop(signum: int, frame: Any) -> None:
+    def stop(*_: object) -> None:
         sweep.stopping = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Tune's own messages would tear the board apart; errors reach the sweep through finish()."""
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

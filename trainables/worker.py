@@ -1,23 +1,18 @@
 """Lanes: one Ray Train run per device group, started once, that trains one trial after another.
 
-Ray's documented pattern starts a Ray Train run for every trial: a handful of processes that import torch afresh, 12 to
-19 s a trial on two cores. A lane pays that once. It belongs to the process that calls `run_in_lane` (Tune's reused
-actor):
+A Ray Train run costs some 15 s and eight processes to start, so a run per trial would cost more than most trials. A
+lane is a run whose training loop takes job after job from a mailbox. It belongs to the reused Ray Tune actor that
+started it:
 
-    Tune actor                         mailbox (async actor, no CPU)          Ray Train workers, ranks 0 .. N-1
-    run_in_lane(target, spec, job) --> submit(job) ......... next_job() <---- target(job, report)
-    report(metrics)                <-- read() .............. post()     <---- report(metrics) -> abandon?
-    result                         <-- read() .............. finish()   <---- the returned dict
+    Tune actor (run_in_lane) <--> Mailbox (a small actor) <--> the ranks of a TorchTrainer run (_serve)
 
-Whoever owns it takes the lane along when it dies: Ray ends the actors of a dead owner.
-
-A job is abandoned when the next one is submitted; its `report` then answers True on all ranks at the same epoch: the
-mailbox gives every rank the answer that it gave the first. No collective is needed, so an idle lane can wait for ever.
-A lane that dies is started again with the same job; going on from the last epoch is the target's matter (checkpoint).
+Every rank calls the target with the same job, and all ranks meet in the mailbox at each report and at the job's end, so
+that they abandon a trial together. A lane that dies or hangs is started again and gets the same job; going on from the
+job's last checkpoint is the target's matter.
 """
 
 import asyncio
-import itertools
+import gc
 import json
 import os
 import tempfile
@@ -25,304 +20,340 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError
+
+# torch and ray.train are imported where they are used: the mailbox's process imports this module and needs neither.
 
 Job = dict[str, Any]
-Target = Callable[[Job, Callable[[dict[str, Any]], bool]], dict[str, Any]]
+Metrics = dict[str, Any]
 
-READ_SECONDS = 0.5  # how long a read waits for news; a dead lane is noticed after at most so long
-ALIVE_SECONDS = 1.0  # signs of life are sent at most so often
-KILL_SECONDS = 60.0
-MAX_RESTARTS = 3
-HANG_SECONDS = 1800.0
-# Ray Train reads these in the process that calls fit() and hands them on to its controller and workers.
+
+class Report(Protocol):
+    """What a target reports with."""
+
+    def __call__(self, metrics: Metrics) -> bool:
+        """Tell an epoch's metrics (JSON-able; rank 0's travel). True: the trial is to be abandoned, return soon.
+
+        All ranks call it at the same points and get the same answer.
+        """
+
+    def alive(self) -> None:
+        """A sign of life within a long epoch, from any rank at any time; costs next to nothing."""
+
+
+Target = Callable[[Job, Report], dict[str, Any]]
+
+MAX_LOSSES = 3  # restarts of a lane for one job
+HANG_S = 1800.0  # default of job["hang_s"]
+START_S = 1800.0  # a lane may have to wait for an autoscaler's machines
+ALONE_S = 20.0  # a rank that raised waits this long for the others: they are probably stuck in a collective
+LISTEN_S = 1.0  # how often a waiting Tune actor looks whether its lane still lives
+BEAT_S = 1.0
+
 TRAIN_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the default, 2 s, is how late a dead worker would be noticed
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean to the driver
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the default 2 s delays every start, end and fault
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # torch imports slowly on a busy machine; the default is 60
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less per lane
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
 
 @dataclass(frozen=True)
 class LaneSpec:
-    """What one lane takes: `workers` processes (DDP ranks) with `cpus` CPUs and `gpus` GPUs each."""
+    """A lane's size: `workers` ranks, each with `cpus` CPU slots (its torch threads) and `gpus` GPUs."""
 
     workers: int = 1
-    cpus: float = 1
-    gpus: float = 0
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+
+def run_in_lane(target: Target, spec: LaneSpec, job: Job, report: Callable[[Metrics], Any]) -> dict[str, Any]:
+    """Run one job in this process's lane, which is started if need be, and return the target's result.
+
+    Args:
+        target: importable function `target(job, report) -> result` with a JSON-able result, called on every rank.
+        spec: the lane's size; a lane of another size or target is closed first.
+        job: JSON-able; `job["hang_s"]` seconds without a report or a sign of life count as a hang (default 1800).
+        report: called with rank 0's metrics in order; after a restart an epoch may be reported again. When it raises or
+            exits, as tune.report does in a trial that Tune stops, the job is abandoned and the exception goes on.
+
+    Returns:
+        Rank 0's dict, or `outcome` "bug" (with `error`, one line, and `traceback`) when the target raised, or hung or
+        raised on a single rank twice, or `outcome` "lost node" (with `error`) when the lane died four times under this
+        job.
+    """
+    losses = faults = 0
+    while True:
+        try:
+            return _lane(target, spec).run(job, report)
+        except LaneLost as loss:
+            _close_lane()
+            losses += 1
+            faults += loss.by_target
+            if faults == 2:
+                return {"outcome": "bug", "error": str(loss), "traceback": loss.traceback}
+            if losses > MAX_LOSSES:
+                return {"outcome": "lost node", "error": str(loss)}
 
 
 class LaneLost(Exception):
-    """The lane's processes are gone; its job has to be submitted to a new one."""
+    """The lane died, or had to be given up, under a job: `by_target` when the target hung or one rank raised alone."""
+
+    def __init__(self, message: str, by_target: bool = False, traceback: str = "") -> None:
+        super().__init__(message)
+        self.by_target = by_target
+        self.traceback = traceback
 
 
-def run_in_lane(
-    target: Target,
-    spec: LaneSpec,
-    job: Job,
-    report: Callable[[dict[str, Any]], Any],
-    waiting: Callable[[], Any] = lambda: None,
-) -> dict[str, Any]:
-    """Run one job in this process's lane, which is started when there is none yet.
+class Mailbox:
+    """Where a lane's ranks meet each other and the Tune actor. A Ray actor; its methods interleave, none blocks."""
 
-    Args:
-        target: an importable function; `target(job, report)` is called on every rank with the same job. All ranks call
-            `report(metrics)` at the same points (an epoch's end) with JSON-able metrics, of which rank 0's travel; when
-            it returns True (on all ranks together) the target must return promptly. `report.alive()` is the sign of
-            life for long stretches without a report; it costs next to nothing.
-        spec: the lane; a process has one lane, of one spec and target.
-        job: JSON-able; `hang_seconds` (default 1800) is the longest silence allowed.
-        report: called in this thread with rank 0's metrics, in order; after a restart some may come again. When it
-            raises or exits, the job is abandoned: the target is told so once the next job is submitted.
-        waiting: called about twice a second while the job has not begun; may raise or exit as `report` may.
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.number = 0  # of the job submitted last
+        self.waiting_job: Job | None = None
+        self.idle: set[int] = set()
+        self.dealt: asyncio.Future[tuple[int, Job]] = asyncio.Future()
+        self.arrived: dict[int, tuple[str, Any]] = {}
+        self.settled: asyncio.Future[str] = asyncio.Future()
+        self.abandoned = 0  # number of the last job given up
+        self.events: asyncio.Queue[tuple[int, str, Any]] = asyncio.Queue()
+        self.heard = time.monotonic()
 
-    Returns:
-        what rank 0 returned; {"outcome": "bug", "error", "traceback"} when the target raised or hung twice;
-        {"outcome": "lost node", "error"} when the lane died four times under this job.
-    """
-    losses = hangs = 0
-    while True:
-        try:
-            return _this_lane(target, spec).run(job, report, waiting)
-        except TimeoutError:
-            hangs += 1
-            if hangs > 1:
-                return {"outcome": "bug", "error": "training function hung"}
-        except LaneLost as error:
-            losses += 1
-            if losses > MAX_RESTARTS:
-                return {"outcome": "lost node", "error": f"the lane died {losses} times: {error}"}
+    # called by the Tune actor
 
+    async def submit(self, job: Job) -> int:
+        self.number += 1
+        self.waiting_job = job
+        self.heard = time.monotonic()
+        self._deal()
+        return self.number
 
-_LANE: "Lane | None" = None
+    async def next_event(self, number: int, wait_s: float) -> tuple[str, Any]:
+        """The next event of job `number`, or ("silence", seconds since a rank was heard of)."""
+        while True:
+            try:
+                of, kind, payload = await asyncio.wait_for(self.events.get(), wait_s)
+            except TimeoutError:
+                silence = time.monotonic() - self.heard
+                raised = [payload for kind, payload in self.arrived.values() if kind == "raised"]
+                if raised and silence > ALONE_S:
+                    return "broken", raised[0]
+                return "silence", silence
+            if of == number or kind == "joined":
+                return kind, payload
 
+    async def abandon(self, number: int) -> None:
+        self.abandoned = number
+        if number == self.number:
+            self.waiting_job = None
 
-def _this_lane(target: Target, spec: LaneSpec) -> "Lane":
-    global _LANE
-    if _LANE is None or not _LANE.alive() or (_LANE.target, _LANE.spec) != (target, spec):
-        if _LANE is not None:
-            _LANE.kill()
-        _LANE = Lane(target, spec)
-    return _LANE
+    # called by the ranks
+
+    async def join(self, worker: Any) -> None:
+        self.heard = time.monotonic()
+        self.events.put_nowait((0, "joined", worker))
+
+    async def take(self, rank: int) -> tuple[int, Job]:
+        """The next job and its number, the same for all ranks, once all of them ask."""
+        self.idle.add(rank)
+        dealt = self.dealt
+        self._deal()
+        return await dealt
+
+    async def meet(self, rank: int, number: int, kind: str, payload: Any) -> str:
+        """Wait for all ranks; all get the same answer: "go on", "abandon", or "broken" when they disagree.
+
+        `kind` is "reported", "returned" or "raised"; `payload` metrics, result, or error and traceback.
+        """
+        self.heard = time.monotonic()
+        self.arrived[rank] = (kind, payload)
+        settled = self.settled
+        if len(self.arrived) == self.workers:
+            arrived, self.arrived = self.arrived, {}
+            self.settled = asyncio.Future()
+            settled.set_result(self._settle(number, arrived))
+        return await settled
+
+    async def beat(self) -> None:
+        self.heard = time.monotonic()
+
+    def _deal(self) -> None:
+        if self.waiting_job is not None and len(self.idle) == self.workers:
+            self.heard = time.monotonic()
+            self.dealt.set_result((self.number, self.waiting_job))
+            self.dealt = asyncio.Future()
+            self.waiting_job = None
+            self.idle.clear()
+
+    def _settle(self, number: int, arrived: dict[int, tuple[str, Any]]) -> str:
+        kinds = {kind for kind, _ in arrived.values()}
+        if len(kinds) > 1:
+            raised = [payload for kind, payload in arrived.values() if kind == "raised"]
+            disagreement = {"error": f"the ranks disagree: {sorted(kinds)}", "traceback": ""}
+            self.events.put_nowait((number, "broken", raised[0] if raised else disagreement))
+            return "broken"
+        self.events.put_nowait((number, *arrived[0]))
+        return "abandon" if number != self.number or number == self.abandoned else "go on"
 
 
 class Lane:
-    """A running Ray Train run and the mailbox through which it gets its jobs. Construction does not wait for it."""
+    """A Ray Train run that serves jobs, seen from the Tune actor that owns it: when that dies, all of it dies."""
 
-    def __init__(self, target: Target, spec: LaneSpec):
-        self.target, self.spec = target, spec
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.mailbox = Mailbox.options(scheduling_strategy=here).remote(spec.workers)  # type: ignore[attr-defined]
-        self._ticket = 0
-        self._error = "it ended"
-        self._thread = threading.Thread(target=self._fit, name="lane", daemon=True)
-        self._thread.start()
+    def __init__(self, target: Target, spec: LaneSpec) -> None:
+        self.target = target
+        self.spec = spec
+        self.ranks: list[Any] = []  # actor handles of those that have started
+        self.mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote(spec.workers)
+        self.end = ""
+        self.thread = threading.Thread(target=self._fit, name="lane", daemon=True)
+        self.thread.start()
+
+    def run(self, job: Job, report: Callable[[Metrics], Any]) -> dict[str, Any]:
+        """See run_in_lane; raises LaneLost when the lane cannot bring this job to its end."""
+        try:
+            number = ray.get(self.mailbox.submit.remote(job))
+            try:
+                return self._follow(number, job.get("hang_s", HANG_S), report)
+            finally:  # tune.report leaves by SystemExit when Tune stops the trial
+                self.mailbox.abandon.remote(number)
+        except RayError as error:
+            raise LaneLost(f"the lane's mailbox is gone: {_first_line(error)}") from None
+
+    def _follow(self, number: int, hang_s: float, report: Callable[[Metrics], Any]) -> dict[str, Any]:
+        while True:
+            kind, payload = ray.get(self.mailbox.next_event.remote(number, LISTEN_S))
+            if kind == "reported":
+                report(payload)
+            elif kind == "returned":
+                return payload
+            elif kind == "raised":
+                return {"outcome": "bug", **payload}
+            elif kind == "broken":
+                raise LaneLost(payload["error"], by_target=True, traceback=payload["traceback"])
+            elif kind == "joined":
+                self.ranks.append(payload)
+            elif not self.thread.is_alive():
+                raise LaneLost(self.end)
+            elif len(self.ranks) < self.spec.workers:
+                if payload > START_S:
+                    raise LaneLost(f"the lane did not start within {START_S:g} s: does the cluster have {self.spec}?")
+            elif payload > hang_s:
+                raise LaneLost(f"training function hung: no sign of life for {hang_s:g} s", by_target=True)
+
+    def close(self) -> None:
+        """Kill the ranks and wait for Ray Train to notice, so that their resources are free again.
+
+        Raises RuntimeError when it does not within a minute; Tune then replaces this actor, and with it the lane dies.
+        """
+        for rank in self.ranks:
+            ray.kill(rank)
+        ray.kill(self.mailbox)
+        self.thread.join(60)
+        if self.thread.is_alive():
+            raise RuntimeError("a lane could not be closed")
 
     def _fit(self) -> None:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        os.environ.update({key: os.environ.get(key, value) for key, value in TRAIN_ENVIRONMENT.items()})
+        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        os.environ.update(TRAIN_ENVIRONMENT)
-        resources = {"CPU": self.spec.cpus} | ({"GPU": self.spec.gpus} if self.spec.gpus else {})
-        with tempfile.TemporaryDirectory(prefix="lane-", ignore_cleanup_errors=True) as folder:
+        spec, target, mailbox = self.spec, self.target, self.mailbox
+        resources = {"CPU": spec.cpus, "GPU": spec.gpus} if spec.gpus else {"CPU": spec.cpus}
+        # Ray Train insists on a folder, although nothing is kept there: checkpoints are files of the run directory.
+        with tempfile.TemporaryDirectory(prefix="lane-") as folder:
             trainer = TorchTrainer(
-                _work,
-                train_loop_config={"target": self.target, "spec": self.spec, "mailbox": self.mailbox},
+                lambda: _serve(target, mailbox, max(1, int(spec.cpus))),
                 scaling_config=ScalingConfig(
-                    num_workers=self.spec.workers, use_gpu=self.spec.gpus > 0, resources_per_worker=resources
+                    num_workers=spec.workers, use_gpu=spec.gpus > 0, resources_per_worker=resources
                 ),
-                # A lane is restarted whole, by run_in_lane, which also sees a dead controller; Train's own retries
-                # would be counted over all trials.
-                run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=0)),
+                run_config=RunConfig(  # type: ignore[call-arg]  # type checkers see Train V1's
+                    storage_path=folder,
+                    failure_config=FailureConfig(max_failures=0),  # restarts are counted per job, above
+                    logging_config=LoggingConfig(log_level="ERROR"),
+                ),
             )
             try:
                 trainer.fit()
-            except Exception as error:  # whatever it was, the lane is over
-                self._error = (str(error).strip().splitlines() or [repr(error)])[-1]
-
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def run(self, job: Job, report: Callable[[dict[str, Any]], Any], waiting: Callable[[], Any]) -> dict[str, Any]:
-        """Submit a job, relay its reports, return its result. Raises LaneLost, or TimeoutError when it hangs."""
-        hang_seconds = float(job.get("hang_seconds", HANG_SECONDS))
-        self._ticket += 1
-        self._ask("submit", self._ticket, job)
-        while True:
-            news = self._ask("read", READ_SECONDS)
-            for metrics in news["reports"]:
-                report(metrics)
-            if news["result"] is not None:
-                if news["result"]["outcome"] == "bug" and self.spec.workers > 1:
-                    self.kill()  # the other ranks may wait in a collective for the one that raised
-                return news["result"]
-            if not news["begun"]:
-                waiting()
-            if news["silence"] > hang_seconds:
-                self.kill()
-                raise TimeoutError
-            if not self.alive():
-                raise LaneLost(self._error)
-
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        try:
-            return ray.get(getattr(self.mailbox, method).remote(*arguments))
-        except RayActorError as error:
-            self.kill()
-            raise LaneLost("its mailbox died") from error
-
-    def kill(self) -> None:
-        """End the lane's processes, whatever they are doing."""
-        try:
-            for worker in ray.get(self.mailbox.workers.remote(), timeout=KILL_SECONDS):
-                ray.kill(worker)
-        except (RayActorError, GetTimeoutError):
-            pass
-        ray.kill(self.mailbox)  # workers that joined unseen end at their next question
-        self._thread.join(KILL_SECONDS)
+                self.end = "the lane ended by itself"
+            except Exception as error:
+                self.end = f"the lane died: {_first_line(error)}"
 
 
-@dataclass
-class _Round:
-    """A job as the ranks see it: they take jobs one after another, and each gets the same one."""
-
-    ticket: int
-    job: Job
-    answers: list[bool] = field(default_factory=list)  # of report 0, 1, ...: abandon?
-    left: int = 0  # ranks that are done with it
+_running: Lane | None = None
 
 
-@ray.remote(num_cpus=0)
-class Mailbox:
-    """Between a lane's owner and its ranks. Questions that have no answer yet wait (nobody polls)."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
-        self.actors: list[Any] = []
-        self.ticket = 0  # of the newest job; a round with another ticket is to be abandoned
-        self.pending: Job | None = None
-        self.rounds: dict[int, _Round] = {}
-        self.reports: list[dict[str, Any]] = []
-        self.result: dict[str, Any] | None = None
-        self.heard = time.monotonic()
-        self.changed = asyncio.Condition()
-
-    # The owner's side.
-
-    async def submit(self, ticket: int, job: Job) -> None:
-        async with self.changed:
-            self.ticket, self.pending, self.reports, self.result = ticket, job, [], None
-            self.changed.notify_all()
-
-    async def read(self, timeout: float) -> dict[str, Any]:
-        """The newest job's news: reports since the last read, its result, whether a rank has it, seconds of silence."""
-        async with self.changed:
-            try:
-                async with asyncio.timeout(timeout):
-                    await self.changed.wait_for(lambda: self.reports or self.result is not None)
-            except TimeoutError:
-                pass
-            reports, self.reports = self.reports, []
-            return {
-                "reports": reports,
-                "result": self.result,
-                "begun": self.pending is None,
-                "silence": time.monotonic() - self.heard if self.rounds else 0.0,
-            }
-
-    async def workers(self) -> list[Any]:
-        return self.actors
-
-    # The ranks' side.
-
-    async def join(self, actor: Any) -> None:
-        self.actors.append(actor)
-
-    async def next_job(self, number: int) -> Job:
-        """The job of round `number`; the rank that asks is done with the round before."""
-        async with self.changed:
-            if previous := self.rounds.get(number - 1):
-                previous.left += 1
-                if previous.left == self.ranks:
-                    del self.rounds[number - 1]
-            await self.changed.wait_for(lambda: number in self.rounds or self.pending is not None)
-            if number not in self.rounds:
-                assert self.pending is not None
-                self.rounds[number] = _Round(self.ticket, self.pending)
-                self.pending = None
-            self.heard = time.monotonic()
-            return self.rounds[number].job
-
-    async def post(self, number: int, index: int, metrics: dict[str, Any] | None) -> bool:
-        """Report `index` of a round, with rank 0's metrics; the same answer to every rank: abandon it?"""
-        async with self.changed:
-            self.heard = time.monotonic()
-            round = self.rounds[number]
-            if index == len(round.answers):
-                round.answers.append(round.ticket != self.ticket)
-            if metrics is not None and round.ticket == self.ticket:
-                self.reports.append(metrics)
-                self.changed.notify_all()
-            return round.answers[index]
-
-    async def alive(self) -> None:
-        self.heard = time.monotonic()
-
-    async def finish(self, number: int, result: dict[str, Any]) -> None:
-        async with self.changed:
-            if self.rounds[number].ticket == self.ticket and self.result is None:
-                self.result = result
-                self.changed.notify_all()
+def _lane(target: Target, spec: LaneSpec) -> Lane:
+    global _running
+    if _running and not (_running.thread.is_alive() and _running.target == target and _running.spec == spec):
+        _close_lane()
+    if _running is None:
+        _running = Lane(target, spec)
+    return _running
 
 
-class Report:
-    """What a target reports with; see run_in_lane."""
+def _close_lane() -> None:
+    global _running
+    lane, _running = _running, None
+    if lane:
+        lane.close()
 
-    def __init__(self, mailbox: Any, number: int, rank: int):
-        self._mailbox, self._number, self._rank = mailbox, number, rank
-        self._index = itertools.count()
-        self._last = time.monotonic()
 
-    def __call__(self, metrics: dict[str, Any]) -> bool:
-        mine = _plain(metrics) if self._rank == 0 else None
-        return ray.get(self._mailbox.post.remote(self._number, next(self._index), mine))
+def _serve(target: Target, mailbox: Any, threads: int) -> None:
+    """The training loop of a lane's ranks: take a job, train it, take the next."""
+    import torch
+    from ray.train import get_context
+
+    torch.set_num_threads(threads)
+    rank = get_context().get_world_rank()
+    ray.get(mailbox.join.remote(ray.get_runtime_context().current_actor))
+    while True:
+        number, job = ray.get(mailbox.take.remote(rank))
+        kind, payload = _run_target(target, job, _Report(mailbox, rank, number))
+        if ray.get(mailbox.meet.remote(rank, number, kind, payload)) == "broken":
+            raise RuntimeError("the ranks of this lane disagree")
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # raises, and so ends the lane, when the trial left the device in a broken state
+            gc.collect()
+            torch.cuda.empty_cache()  # other lanes may share this GPU
+
+
+def _run_target(target: Target, job: Job, report: Report) -> tuple[str, Any]:
+    """How the job ended on this rank ("returned" or "raised"), with the result, or the error and its traceback."""
+    try:
+        return "returned", _plain(target(job, report))
+    except Exception as error:
+        return "raised", {"error": _first_line(error), "traceback": traceback.format_exc()}
+
+
+class _Report:
+    def __init__(self, mailbox: Any, rank: int, number: int) -> None:
+        self._mailbox, self._rank, self._number = mailbox, rank, number
+        self._beaten = time.monotonic()
+
+    def __call__(self, metrics: Metrics) -> bool:
+        payload = _plain(metrics) if self._rank == 0 else None
+        answer = ray.get(self._mailbox.meet.remote(self._rank, self._number, "reported", payload))
+        if answer == "broken":
+            raise SystemExit("the ranks of this lane disagree")  # past the target's own `except Exception`
+        return answer == "abandon"
 
     def alive(self) -> None:
-        if time.monotonic() - self._last > ALIVE_SECONDS:
-            self._last = time.monotonic()
-            self._mailbox.alive.remote()
-
-
-def _work(config: dict[str, Any]) -> None:
-    """What Ray Train runs on every rank: one job after another, until the lane is killed."""
-    import ray.train.torch
-    import torch
-
-    target, spec, mailbox = config["target"], config["spec"], config["mailbox"]
-    rank = ray.train.get_context().get_world_rank()
-    torch.set_num_threads(max(1, int(spec.cpus)))
-    if spec.gpus:
-        torch.cuda.set_device(ray.train.torch.get_device())  # ranks of one node see each other's GPUs
-    ray.get(mailbox.join.remote(ray.get_runtime_context().current_actor))
-    for number in itertools.count():
-        job = ray.get(mailbox.next_job.remote(number))
-        try:
-            result = _plain(target(job, Report(mailbox, number, rank)))
-        except (Exception, SystemExit) as error:
-            line = f"{type(error).__name__}: {error}".splitlines()[0]
-            bug = {"outcome": "bug", "error": line, "traceback": traceback.format_exc()}
-            ray.get(mailbox.finish.remote(number, bug))
-            if spec.workers > 1:
-                raise
-            continue
-        if rank == 0:
-            ray.get(mailbox.finish.remote(number, result))
+        if time.monotonic() - self._beaten > BEAT_S:
+            self._beaten = time.monotonic()
+            self._mailbox.beat.remote()
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """The value as JSON would bring it back; a TypeError here is a bug of the target that gave it."""
+    """The value as JSON brings it back; what JSON cannot hold is an error here, where it shows as the target's."""
     return json.loads(json.dumps(value))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -6,6 +6,7 @@ study and is handed out again, under its own number, by the next process that op
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from trainables.errors import UserError
 CANDIDATE_OUTCOMES = ("finished", "time")  # the trial left a candidate
 TEACHING_OUTCOMES = ("diverged", "out of memory")  # told to the sampler as the worst value seen
 RETRIES = {"bug": 1, "lost node": 5}  # how often a trial is run again in one sweep
-MOST_INVALID = 200  # proposals in a row that cannot be trained: the space is wrong, not unlucky
+MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
 SECONDS_USED = "seconds_used"  # study attribute: time spent by earlier processes of this sweep
 
 
@@ -39,6 +40,8 @@ def open_study(
 ) -> optuna.Study:
     """Create the study or load it. Raises UserError when the storage cannot be opened or has another objective."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="The reported value is ignored")  # see Sweep.report
     minimize, maximize = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
     direction = minimize if objective == "log_loss" else maximize
     try:
@@ -110,7 +113,7 @@ class Sweep:
         self.maximise = study.direction == optuna.study.StudyDirection.MAXIMIZE
         self.metric = "tune_accuracy" if self.maximise else "tune_log_loss"
         self.running: dict[str, Trial] = {}
-        self.pruned: set[str] = set()
+        self.epochs: dict[str, int] = {}  # of every trial handed out
         self.retried: dict[str, int] = {}
         self.seconds_per_epoch: dict[str, float] = {}  # by what decides it, see _speed_key
         self.worst: float | None = None
@@ -177,7 +180,7 @@ class Sweep:
         else:
             return None
         id = _id(trial.number)
-        self.running[id] = trial
+        self.running[id], self.epochs[id] = trial, config.epochs
         self.board.started(id, config)
         weights = self.weights.get(config.backbone) if config.pretrained else None
         return {**self.job, "id": id, "config": config.to_dict(), "weights": weights, "deadline": self.deadline}
@@ -223,10 +226,8 @@ class Sweep:
         self.board.epoch(id, metrics)
         # a lane that was started again repeats epochs; the first report stands
         trial.report(float(metrics[self.metric]), int(metrics["epoch"]))
-        if trial.should_prune():
-            self.pruned.add(id)
-            return True
-        return False
+        is_last = int(metrics["epoch"]) >= self.epochs[id]  # then it is a candidate, and stopping it saves nothing
+        return not is_last and trial.should_prune()
 
     def finish(self, id: str, result: dict[str, Any]) -> None:
         """Every outcome of a trial, in one place. Called once for each job of `next`."""

@@ -14,7 +14,7 @@ class WeightAverage:
 
     EMA (`ema` > 0): slow weights follow the fast ones and are what is evaluated and kept.
     Lookahead (`lookahead` = k > 0; Zhang et al., 2019): every k steps the fast weights are pulled to the slow ones,
-    with a pull that grows over training as 0.95**k * progress**3 (Jordan, 2024, section 3.4), so late noise averages out.
+    with a pull that grows over training as 0.95**k * progress**3 (Jordan, 2024, section 3.4).
     """
 
     def __init__(self, model: nn.Module, ema: float, lookahead: int) -> None:

@@ -1,12 +1,14 @@
 """Small networks trained from scratch, with timm's interface: forward_features, forward_head, get_classifier.
 
 `speednet` is ours. Its shape follows the published airbench94 recipe (Jordan, 2024, arXiv:2404.00498): a frozen
-whitening layer, three groups of two 3x3 convolutions that start as identities, GELU, BatchNorm without scale, scaled logits.
+whitening layer, three groups of two 3x3 convolutions that start as identities, GELU, BatchNorm without
+scale, scaled logits.
 """
 
 from collections.abc import Callable
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 
@@ -21,7 +23,7 @@ class SpeedNet(nn.Module):
 
     def __init__(self, num_classes: int, width: float = 1.0, drop_rate: float = 0.0) -> None:
         super().__init__()
-        widths = [max(8, round(w * width / 8) * 8) for w in (64, 256, 256)]
+        widths = [_scaled(w, width) for w in (64, 256, 256)]
         self.whiten = nn.Conv2d(3, 24, 2, bias=True)
         self.whiten.weight.requires_grad = False  # set from the data, see `prepare`
         nn.init.zeros_(self.whiten.bias)  # type: ignore[arg-type]
@@ -86,7 +88,112 @@ def _norm(width: int) -> nn.BatchNorm2d:
     return norm
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"speednet": SpeedNet}
+class PlainNet(nn.Module):
+    """A plain stack of convolutions with a small dense top: what the seeds trained from scratch.
+
+    Args:
+        num_classes: size of the output.
+        body: the convolutional part; any spatial size comes out of it.
+        channels: of the body's output.
+        hidden: widths of the dense layers before the classifier.
+        activation: of the dense layers.
+        drop_rate: dropout before the classifier.
+    """
+
+    def __init__(
+        self, num_classes: int, body: nn.Module, channels: int, hidden: tuple[int, ...],
+        activation: type[nn.Module], drop_rate: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.body = body
+        # The seeds flatten the last feature map, which ties them to one image size; a fixed 2x2 map frees them of it.
+        self.pool = nn.AdaptiveMaxPool2d(2)
+        layers: list[nn.Module] = []
+        before = 4 * channels
+        for after in hidden:
+            layers += [nn.Linear(before, after), activation()]
+            before = after
+        self.dense = nn.Sequential(*layers)
+        self.drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(before, num_classes)
+        self.num_features = before
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.dense(self.pool(x).flatten(1)))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+
+def _conv_blocks(
+    blocks: tuple[tuple[int, ...], ...], activation: type[nn.Module], norm: bool, drops: tuple[float, ...]
+) -> nn.Sequential:
+    """3x3 convolutions, each [with BatchNorm and] an activation; max-pooling and dropout after each block."""
+    layers: list[nn.Module] = []
+    before = 3
+    for widths, drop in zip(blocks, drops, strict=True):
+        for after in widths:
+            layers.append(nn.Conv2d(before, after, 3, padding=1, bias=not norm))
+            layers += [nn.BatchNorm2d(after)] if norm else []
+            layers.append(activation())
+            before = after
+        layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        layers += [nn.Dropout(drop)] if drop else []
+    return nn.Sequential(*layers)
+
+
+def _simple(activation: type[nn.Module] = nn.ReLU, norm: bool = False) -> Callable[..., nn.Module]:
+    """The Intel seed's CNN: three blocks of three convolutions, then 256-256-classes."""
+
+    def make(num_classes: int, width: float, drop_rate: float) -> nn.Module:
+        widths = ((32, 64, 64), (128, 256, 256), (512, 1024, 1024))
+        blocks = tuple(tuple(_scaled(w, width) for w in block) for block in widths)
+        body = _conv_blocks(blocks, activation, norm, (0.25, 0.25, 0.25) if norm else (0.0, 0.0, 0.0))
+        hidden = (_scaled(256, width), _scaled(256, width))
+        return PlainNet(num_classes, body, blocks[-1][-1], hidden, activation, drop_rate or (0.5 if norm else 0.0))
+
+    return make
+
+
+def _keras_cnn(num_classes: int, width: float, drop_rate: float) -> nn.Module:
+    """The Keras seed's CNN: pairs of 64, of 128, of 256 and 128 filters with BatchNorm, then a dense layer of 128.
+
+    Its L2 on the dense layer is the trial's weight decay; its dropout of 0.3 there is used unless the config sets one.
+    """
+    blocks = tuple(tuple(_scaled(w, width) for w in block) for block in ((64, 64), (128, 128), (256, 128)))
+    body = _conv_blocks(blocks, nn.ReLU, True, (0.1, 0.2, 0.4))
+    return PlainNet(num_classes, body, blocks[-1][-1], (_scaled(128, width),), nn.ReLU, drop_rate or 0.3)
+
+
+def _vit_scratch(num_classes: int, width: float, drop_rate: float) -> nn.Module:
+    """A small ViT for 32x32 images: patches of 4, six blocks of width 192, by timm."""
+    dim = max(64, round(192 * width / 64) * 64)
+    return VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=dim, depth=6, num_heads=dim // 64, mlp_ratio=2.0, num_classes=num_classes,
+        drop_rate=drop_rate, class_token=False, global_pool="avg", dynamic_img_size=True,
+    )  # fmt: skip
+
+
+def _scaled(channels: int, width: float) -> int:
+    return max(8, round(channels * width / 8) * 8)
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "speednet": SpeedNet,
+    "simple": _simple(),
+    "simple_norm_dropout": _simple(norm=True),
+    "simple_sigmoid": _simple(nn.Sigmoid),
+    "simple_tanh": _simple(nn.Tanh),
+    "keras_cnn": _keras_cnn,
+    "vit_scratch": _vit_scratch,
+}
 
 
 def build_classic(name: str, num_classes: int, width: float, drop_rate: float) -> nn.Module:

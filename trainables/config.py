@@ -25,7 +25,7 @@ class TrialConfig:
         backbone: a timm model name, squeezenet1_0/1_1 of torchvision, or one of trainables.classic.
         pretrained: start from pretrained weights (a source must exist) or from a random initialisation.
         image_size: side to which images are resized on the device.
-        progressive: image sizes over the epochs, spread evenly; the last should be image_size. Empty: always image_size.
+        progressive: image sizes over the epochs, spread evenly; the last should be image_size. Empty: image_size.
         stem: "small" keeps the resolution of a ResNet- or DenseNet-like stem, for inputs of 32 pixels.
         width: width multiplier of the from-scratch networks of trainables.classic.
         epochs: passes over the train split, freeze epochs included.

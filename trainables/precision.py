@@ -1,7 +1,7 @@
 """Which precision and memory layout is fastest here, measured on a few steps rather than assumed.
 
 On a CPU with AVX512-BF16, bf16 autocast makes a ResNet-like net 2.5x faster and EfficientNet-lite 1.5x slower, so no
-rule by device alone is right. The answer is kept on the node, because every trial of a sweep asks the same few questions.
+rule by device alone is right. The answer is kept on the node, for every trial of a sweep asks the same few questions.
 """
 
 import hashlib

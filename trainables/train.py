@@ -141,8 +141,9 @@ def train(
         progress = _Progress(**state["progress"])
         progress.resumed.append(progress.epoch)
     else:
+        cache = data.path.parent.parent
         layout = choose_layout(
-            model, config.backbone, config.image_size, config.batch_size // world, place, data.path.parent.parent, config.precision
+            model, config.backbone, config.image_size, config.batch_size // world, place, cache, config.precision
         )  # fmt: skip
         progress.precision, progress.channels_last = layout.precision, layout.channels_last
     if progress.channels_last:

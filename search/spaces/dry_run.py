@@ -12,9 +12,10 @@ TRIALS = 24
 BACKBONES = {
     "speednet": "scratch",
     "resnet10t": "scratch",
-    "regnetx_002": "scratch",
+    "keras_cnn": "scratch",
     "tf_efficientnet_lite0": "pretrained",
 }
+LR_SCALE = {"speednet": 5.0}
 
 
 def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
@@ -29,7 +30,8 @@ def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
         epochs=6 if pretrained else 12,
         freeze_epochs=freeze_epochs,
         batch_size=trial.suggest_categorical("batch_size", [32, 64]),
-        lr=trial.suggest_float("lr", 5e-4, 5e-3, log=True),
+        # every backbone has its own scale: one range for all would waste most trials
+        lr=LR_SCALE.get(backbone, 1.0) * trial.suggest_float("lr", 5e-4, 4e-3, log=True),
         weight_decay=trial.suggest_float("weight_decay", 1e-3, 1e-1, log=True),
         dropout=trial.suggest_float("dropout", 0.0, 0.3),
         label_smoothing=trial.suggest_float("label_smoothing", 0.0, 0.1),

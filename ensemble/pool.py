@@ -44,6 +44,14 @@ class Pool:
     runs: list[UPath]
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def run_of(self, m: int) -> str:
+        """What Member.run says about where candidate m lies: "" for the first run."""
+        return relative_run(self.candidates[m].path.parent.parent, self.runs[0])
+
+    def numbers(self, key: str) -> np.ndarray:
+        """A number of every candidate's candidate.json, such as "latency_ms", float64 (M,); NaN where it has none."""
+        return np.array([_number(candidate.info.get(key)) for candidate in self.candidates])
+
 
 def load_pool(runs: Sequence[UPath]) -> Pool:
     """Open every candidate of `runs` and keep the usable ones.
@@ -103,7 +111,7 @@ def limits_for(
     """These demands as Limits for a pool; a candidate of unknown latency or size never fits a budget on it."""
     asked = [("latency_ms", max_latency_ms), ("params", max_params)]
     budgets = [(key, budget) for key, budget in asked if budget is not None]
-    costs = [[_number(c.info.get(key)) for c in pool.candidates] for key, _ in budgets]
+    costs = [pool.numbers(key) for key, _ in budgets]
     groups = np.unique([c.architecture for c in pool.candidates], return_inverse=True)[1]
     return Limits(
         k=k,

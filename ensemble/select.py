@@ -17,19 +17,25 @@ import numpy as np
 import tyro
 
 from ensemble import metrics, selection
-from ensemble.ensemble import Ensemble, Member, Probs, combine, write_ensemble
+from ensemble.blend import Blend, Probs
+from ensemble.ensemble import Ensemble, Member, write_ensemble
+from ensemble.explain import explain
+from ensemble.frontier import frontier
 from ensemble.limits import Limits
-from ensemble.pool import Pool, limits_for, load_pool, relative_run
+from ensemble.pool import Pool, limits_for, load_pool
 from ensemble.selection import Score
-from trainables.candidate import Candidate, open_run
+from ensemble.show import show
+from ensemble.stacking import stacking, tempered
+from trainables.candidate import open_run
 from trainables.errors import UserError, exit_on_user_error
 
-Selector = Callable[[Probs, np.ndarray, Limits, Score], np.ndarray]
+Selector = Callable[[Probs, np.ndarray, Limits, Score], np.ndarray | Blend]
 
 SELECTORS: dict[str, Selector] = {
     "greedy": selection.greedy,
     "uniform": selection.uniform,
     "accuracy_weighted": lambda probs, labels, limits, score: selection.accuracy_weighted(probs, labels, limits),
+    "stacking": lambda probs, labels, limits, score: stacking(probs, labels, limits),
     "best_single": selection.best_single,
 }
 
@@ -44,11 +50,12 @@ class Select:
     Attributes:
         run: a run directory; several (--run A --run B) merge when they share their splits. Default: the newest one.
         top_k: most distinct members.
-        selector: greedy, uniform, accuracy_weighted or best_single.
+        selector: greedy, uniform, accuracy_weighted, stacking or best_single.
         score: what greedy and uniform optimise: log_loss, brier or accuracy.
         min_per_architecture: at least so many members of every architecture.
         max_latency_ms: most milliseconds per image of all members together.
         max_params: most parameters of all members together.
+        temperature_scaling: give each candidate its own best temperature before anything is averaged.
         name: of the file under ensembles/. Default: the selector's name.
     """
 
@@ -59,6 +66,7 @@ class Select:
     min_per_architecture: int = 0
     max_latency_ms: float | None = None
     max_params: float | None = None
+    temperature_scaling: bool = False
     name: str = ""
 
 
@@ -79,41 +87,57 @@ def open_pool(args: Select) -> Pool:
         near = difflib.get_close_matches(args.selector, SELECTORS, 1, 0.3)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"unknown selector {args.selector!r}; {hint}known: {', '.join(SELECTORS)}")
+    if args.temperature_scaling and args.selector == "stacking":
+        raise UserError("stacking scales by itself; leave --temperature-scaling away, or name another --selector")
     return load_pool([open_run(run) for run in args.run] or [open_run()])
 
 
 def choose_from(pool: Pool, args: Select) -> Ensemble:
     """As `choose`, for candidates that are already loaded."""
     limits = limits_for(pool, args.top_k, args.min_per_architecture, args.max_latency_ms, args.max_params)
-    weights = SELECTORS[args.selector](pool.probs, pool.labels, limits, args.score)
+    blend = fit(pool, limits, args)
+    heaviest = [m for m in np.argsort(-blend.weights, kind="stable").tolist() if blend.weights[m] > 0]
+    ordered = blend.only(np.array(heaviest))
     members = []
-    for m in sorted(np.flatnonzero(weights), key=lambda m: (-weights[m], m)):
-        candidate = pool.candidates[m]
-        members.append(Member(candidate.id, float(weights[m]), run_of(candidate, pool)))
+    for place, m in enumerate(heaviest):
+        temperature = 1.0 if ordered.temperatures is None else float(ordered.temperatures[place])
+        members.append(Member(pool.candidates[m].id, float(ordered.weights[place]), pool.run_of(m), temperature))
+    single = best_single(pool)
     asked = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("run", "selector", "name") and v}
     return Ensemble(
         name=args.name or args.selector,
         members=tuple(members),
         selector=args.selector,
         split_fingerprint=pool.split_fingerprint,
-        scores=score_all(pool, weights),
+        scores=score_all(pool, blend, single),
+        stack=ordered.stack,
         options=asked,
         left_out=pool.left_out,
+        frontier=tuple(frontier(pool.probs, pool.labels, limits, pool.numbers("latency_ms"))),
+        insight=explain(blend, pool.probs, pool.labels, single, pool.classes),
     )
 
 
-def run_of(candidate: Candidate, pool: Pool) -> str:
-    """What Member.run says about where a candidate lies."""
-    return relative_run(candidate.path.parent.parent, pool.runs[0])
+def fit(pool: Pool, limits: Limits, args: Select) -> Blend:
+    """What the selector that the arguments name finds in the pool."""
+
+    def select(probs: Probs, labels: np.ndarray, limits: Limits) -> np.ndarray | Blend:
+        return SELECTORS[args.selector](probs, labels, limits, args.score)
+
+    if args.temperature_scaling:
+        return tempered(select, pool.probs, pool.labels, limits)
+    found = select(pool.probs, pool.labels, limits)
+    return found if isinstance(found, Blend) else Blend(found)
 
 
-def score_all(pool: Pool, weights: np.ndarray) -> dict[str, Any]:
-    """The select scores of the weighted average, of the most accurate single candidate, and their difference.
+def best_single(pool: Pool) -> int:
+    """The most accurate candidate, which every ensemble is compared with; log-loss breaks ties."""
+    return int(np.flatnonzero(selection.best_single(pool.probs, pool.labels, score="accuracy"))[0])
 
-    weights: (M,) over the pool's candidates.
-    """
-    single = int(np.flatnonzero(selection.best_single(pool.probs, pool.labels, score="accuracy"))[0])
-    ensemble_probs, single_probs = combine(pool.probs, weights), np.asarray(pool.probs[single])
+
+def score_all(pool: Pool, blend: Blend, single: int) -> dict[str, Any]:
+    """The select scores of the ensemble, of the best single candidate (an index), and their difference."""
+    ensemble_probs, single_probs = blend(pool.probs), np.asarray(pool.probs[single])
     right, single_right = metrics.correct(ensemble_probs, pool.labels), metrics.correct(single_probs, pool.labels)
     mean, low, high = metrics.paired_bootstrap(right, single_right)
     where = {"split": "select", "images": len(pool.labels), "shared": pool.shared}
@@ -134,62 +158,6 @@ def describe(probs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         "brier": metrics.brier(probs, labels),
         "ece": metrics.ece(probs, labels),
     }
-
-
-def show(pool: Pool, ensemble: Ensemble) -> None:
-    """Print members, weights and scores."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    by_place = {(run_of(c, pool), c.id): m for m, c in enumerate(pool.candidates)}
-    title = f"{ensemble.selector}: {len(ensemble.members)} of {len(pool.candidates)} candidates"
-    table = Table(title=title, title_justify="left")
-    for heading in ("weight", "accuracy", "log-loss"):
-        table.add_column(heading, justify="right")
-    table.add_column("candidate")
-    table.add_column("architecture")
-    for member in ensemble.members:
-        m = by_place[member.run, member.id]
-        own = describe(pool.probs[m], pool.labels)
-        table.add_row(
-            f"{member.weight:.3f}",
-            f"{own['accuracy']:.2%}",
-            f"{own['log_loss']:.4f}",
-            f"{member.run}/{member.id}" if member.run else member.id,
-            pool.candidates[m].architecture,
-        )
-    console.print(table)
-
-    scores = Table(title=f"on the {where(ensemble.scores['select'])}", title_justify="left")
-    for heading in ("", "accuracy", "95 % interval", "log-loss", "Brier", "ECE"):
-        scores.add_column(heading, justify="right" if heading else "left")
-    for label, key in (("best single", "best_single"), ("ensemble", "select")):
-        score = ensemble.scores[key]
-        low, high = score["interval"]
-        scores.add_row(
-            label,
-            f"{score['accuracy']:.2%}",
-            f"{low:.2%} to {high:.2%}",
-            f"{score['log_loss']:.4f}",
-            f"{score['brier']:.4f}",
-            f"{score['ece']:.4f}",
-        )
-    console.print(scores)
-    gain = ensemble.scores["gain"]
-    low, high = gain["interval"]
-    console.print(
-        f"ensemble minus best single: {100 * gain['accuracy']:+.2f} points "
-        f"(95 % {100 * low:+.2f} to {100 * high:+.2f}, McNemar p = {gain['mcnemar_p']:.2g})"
-    )
-    for id, reason in ensemble.left_out.items():
-        console.print(f"left out {id}: {reason}", style="yellow", markup=False)
-
-
-def where(score: dict[str, Any]) -> str:
-    """A score's split in words, for wherever it is printed: "select split (500 images, also used to tune)"."""
-    also = ", also used to tune: optimistic" if score["shared"] else ""
-    return f"{score['split']} split ({score['images']} images{also})"
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ from ensemble.limits import Limits
 from ensemble.metrics import FLOOR, log_loss
 from ensemble.selection import NINE, best_single, greedy
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse regularisation, from hardly anything to nearly free
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation: from hardly anything learned to hardly any restraint
 
 
-def stacking(probs: Probs, labels: np.ndarray, limits: Limits = NINE, folds: int = 5) -> Blend:
+def stacking(probs: Probs, labels: np.ndarray, limits: Limits = NINE, folds: int = 3) -> Blend:
     """A regularised multinomial logistic regression on the members' concatenated log-probabilities.
 
     The members are those of `greedy`; the regularisation is the one with the best cross-validated log-loss among
@@ -26,19 +26,15 @@ def stacking(probs: Probs, labels: np.ndarray, limits: Limits = NINE, folds: int
     classes = probs[0].shape[1]
     if np.bincount(labels, minlength=classes).min() < folds:
         return single
-    from sklearn.linear_model import LogisticRegressionCV  # a second to import: only who stacks pays for it
-
-    chosen = greedy(probs, labels, limits)
-    members = np.flatnonzero(chosen)
+    members = np.flatnonzero(chosen := greedy(probs, labels, limits))
     members = members[np.argsort(-chosen[members], kind="stable")]  # one order, whatever the candidates' was
-    features = np.concatenate([np.log(np.maximum(probs[m], FLOOR)) for m in members.tolist()], axis=1).astype(
-        np.float64
-    )
-    layer = LogisticRegressionCV(
-        Cs=STRENGTHS, cv=folds, scoring="neg_log_loss", max_iter=300, use_legacy_attributes=False
-    )
-    layer.fit(features, labels)
-    coefficients, intercept = layer.coef_, layer.intercept_
+    features = np.concatenate([np.log(np.maximum(probs[m], FLOOR)) for m in members.tolist()], axis=1)
+    features = features.astype(np.float64)
+    # of about unit size the solver needs a tenth of the iterations, and a strength means the same for every pool
+    centre, unit = features.mean(axis=0), max(float(features.std()), 1e-12)
+    coefficients, intercept = _layer((features - centre) / unit, labels, folds)
+    coefficients = coefficients / unit
+    intercept = intercept - coefficients @ centre
     if classes == 2:  # scikit-learn keeps one row for two classes; half of it on either side is the same layer
         coefficients = np.concatenate([-coefficients, coefficients]) / 2
         intercept = np.concatenate([-intercept, intercept]) / 2
@@ -48,6 +44,23 @@ def stacking(probs: Probs, labels: np.ndarray, limits: Limits = NINE, folds: int
     weights[members] = norms / norms.sum()
     stacked = Blend(weights, stack=Stack(blocks[:, np.argsort(members)], intercept))
     return stacked if log_loss(stacked(probs), labels) < log_loss(single(probs), labels) else single
+
+
+def _layer(features: np.ndarray, labels: np.ndarray, folds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients (C, F) and intercept (C,), one row for two classes, of the strength best on held-out rows."""
+    from sklearn.linear_model import LogisticRegression  # a second to import: only who stacks pays for it
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+    def layer(strength: float) -> LogisticRegression:
+        return LogisticRegression(C=strength, tol=1e-3, max_iter=1000)
+
+    rows = StratifiedKFold(folds, shuffle=True, random_state=0)
+    held_out = [
+        cross_val_score(layer(strength), features, labels, cv=rows, scoring="neg_log_loss").mean()
+        for strength in STRENGTHS
+    ]
+    fitted = layer(STRENGTHS[int(np.argmax(held_out))]).fit(features, labels)
+    return fitted.coef_, fitted.intercept_
 
 
 def tempered(

@@ -1,0 +1,124 @@
+"""An ensemble on the terminal: its members, its scores beside the best single candidate's, what latency buys."""
+
+from typing import Any
+
+import numpy as np
+
+from ensemble.ensemble import Ensemble
+from ensemble.metrics import accuracy, log_loss
+from ensemble.pool import Pool
+
+SHOWN_CLASSES = 3
+
+
+def show(pool: Pool, ensemble: Ensemble) -> None:
+    """Print everything that a person would want to know about an ensemble of this pool."""
+    from rich.console import Console  # not while importing: search and tests need this module without printing
+
+    console = Console(highlight=False)
+    console.print(_members(pool, ensemble))
+    console.print(_scores(ensemble))
+    console.print(gain_in_words(ensemble.scores["gain"]))
+    for line in _classes(ensemble.insight.get("classes", [])):
+        console.print(line, markup=False)
+    if len(ensemble.frontier) > 1:
+        console.print(_frontier(ensemble))
+    for id, reason in ensemble.left_out.items():
+        console.print(f"left out {id}: {reason}", style="yellow", markup=False)
+
+
+def where(score: dict[str, Any]) -> str:
+    """A score's split in words, for wherever it is printed: "select split (500 images, also used to tune)"."""
+    also = ", also used to tune: optimistic" if score["shared"] else ""
+    return f"{score['split']} split ({score['images']} images{also})"
+
+
+def gain_in_words(gain: dict[str, Any]) -> str:
+    """One line for `scores["gain"]`."""
+    low, high = gain["interval"]
+    return (
+        f"ensemble minus best single: {100 * gain['accuracy']:+.2f} points "
+        f"(95 % {100 * low:+.2f} to {100 * high:+.2f}, McNemar p = {gain['mcnemar_p']:.2g})"
+    )
+
+
+def _members(pool: Pool, ensemble: Ensemble) -> Any:
+    from rich.table import Table
+
+    places = {(pool.run_of(m), candidate.id): m for m, candidate in enumerate(pool.candidates)}
+    table = Table(
+        title=f"{ensemble.selector}: {len(ensemble.members)} of {len(pool.candidates)} candidates",
+        title_justify="left",
+        caption="without it: what the ensemble's accuracy loses, in points; mends: errors of the best single model",
+        caption_justify="left",
+    )
+    scaled = any(member.temperature != 1 for member in ensemble.members)
+    for heading in ("weight", "accuracy", "log-loss", *(["temperature"] if scaled else []), "without it", "mends"):
+        table.add_column(heading, justify="right")
+    table.add_column("candidate")
+    table.add_column("architecture")
+    for k, member in enumerate(ensemble.members):
+        m = places[member.run, member.id]
+        probs = np.asarray(pool.probs[m])
+        table.add_row(
+            f"{member.weight:.3f}",
+            f"{accuracy(probs, pool.labels):.2%}",
+            f"{log_loss(probs, pool.labels):.4f}",
+            *([f"{member.temperature:.2f}"] if scaled else []),
+            f"{-100 * ensemble.insight['leave_one_out'][k]['accuracy']:+.2f}",
+            str(ensemble.insight["repairs"]["by_member"][k]["mended"]),
+            f"{member.run}/{member.id}" if member.run else member.id,
+            pool.candidates[m].architecture,
+        )
+    return table
+
+
+def _scores(ensemble: Ensemble) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"on the {where(ensemble.scores['select'])}", title_justify="left")
+    for heading in ("", "accuracy", "95 % interval", "log-loss", "Brier", "ECE"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for label, key in (("best single", "best_single"), ("ensemble", "select")):
+        score = ensemble.scores[key]
+        low, high = score["interval"]
+        table.add_row(
+            label,
+            f"{score['accuracy']:.2%}",
+            f"{low:.2%} to {high:.2%}",
+            f"{score['log_loss']:.4f}",
+            f"{score['brier']:.4f}",
+            f"{score['ece']:.4f}",
+        )
+    return table
+
+
+def _frontier(ensemble: Ensemble) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"what latency buys, on the {where(ensemble.scores['select'])}", title_justify="left")
+    for heading in ("ms per image", "members", "accuracy", "log-loss"):
+        table.add_column(heading, justify="right")
+    for point in ensemble.frontier:
+        table.add_row(
+            f"{point['latency_ms']:.2f}",
+            str(point["members"]),
+            f"{point['accuracy']:.2%}",
+            f"{point['log_loss']:.4f}",
+        )
+    return table
+
+
+def _classes(gains: list[dict[str, Any]]) -> list[str]:
+    """The classes that win and lose most against the best single model, a line each; none for no difference."""
+    ranked = sorted(gains, key=lambda entry: -entry["gain"])
+    lines = []
+    for verb, some in (("gain", ranked[:SHOWN_CLASSES]), ("lose", ranked[::-1][:SHOWN_CLASSES])):
+        told = [
+            f"{entry['class']} {100 * entry['gain']:+.1f} points of {entry['images']}"
+            for entry in some
+            if (entry["gain"] > 0) == (verb == "gain") and entry["gain"] != 0
+        ]
+        if told:
+            lines.append(f"classes that {verb} most: {', '.join(told)}")
+    return lines

@@ -128,7 +128,12 @@ def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
 
 
 def fit_temperatures(probs: Probs, labels: np.ndarray) -> np.ndarray:
-    """Each model's own `fit_temperature`, float64 (M,)."""
+    """Each model's own `fit_temperature`, float64 (M,).
+
+    Scaling before averaging helps where candidates differ in calibration; an average of well-calibrated models is
+    itself too unsure, so it is an option, no default (Rahaman and Thiery 2021, "Uncertainty Quantification and Deep
+    Ensembles").
+    """
     return np.array([fit_temperature(p, labels) for p in probs])
 
 

@@ -43,6 +43,10 @@ class Limits:
         fits = (spent[:, None] + costs <= self.budgets[:, None] * (1 + 1e-9)).all(axis=0)
         return members | fits
 
+    def at_most(self, k: int) -> "Limits":
+        """The same limits for at most k members."""
+        return replace(self, k=k)
+
     def subset(self, candidates: np.ndarray) -> "Limits":
         """The same limits for some of the candidates only (indices)."""
         return replace(

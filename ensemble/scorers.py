@@ -8,12 +8,16 @@ members' predictions and answers "what would the loss be with one more of candid
 - Accuracy skips the rows whose winner no candidate can change, which after a few members are most of them.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import numpy as np
 
 from ensemble.blend import ROWS, Probs, chunks
 from ensemble.metrics import true_class
+
+FEW = 16  # candidates that are cheaper to look at than to rule out
 
 
 class Scorer(Protocol):
@@ -22,8 +26,11 @@ class Scorer(Protocol):
     singles: np.ndarray  # (M,) the loss of each candidate alone
     order: np.ndarray  # (M,) candidates from best to worst single
 
-    def losses(self, candidates: np.ndarray) -> np.ndarray:
-        """The loss after adding each of these candidates (indices), float64, same shape."""
+    def losses(self, candidates: np.ndarray, best_only: bool = False) -> np.ndarray:
+        """The loss after adding each of these candidates (indices), float64, same shape.
+
+        best_only: infinity will do for candidates that are certainly not the best.
+        """
 
     def ties(self, candidates: np.ndarray) -> np.ndarray:
         """A second loss after adding each of them, to choose among those that `losses` cannot tell apart."""
@@ -53,10 +60,36 @@ class LogLoss:
         self._sum = np.zeros(width)
         self._sum[self._n :] = 1.0  # the padding's factor is 1 at every step
         self._count = 0
+        self._log_sum = 0.0
+        self._rounded = true.astype(np.float32)
         self.singles = self.losses(np.arange(models))
         self.order = np.argsort(self.singles, kind="stable")
 
-    def losses(self, candidates: np.ndarray) -> np.ndarray:
+    def losses(self, candidates: np.ndarray, best_only: bool = False) -> np.ndarray:
+        if not best_only or self._count == 0 or len(candidates) <= FEW:
+            return self._exact(candidates)
+        bounds = self._bounds(candidates)
+        losses = np.full(len(candidates), np.inf)
+        first = np.argpartition(bounds, FEW)[:FEW]
+        losses[first] = self._exact(candidates[first])
+        rest = np.flatnonzero((bounds <= losses.min()) & np.isinf(losses))
+        losses[rest] = self._exact(candidates[rest])
+        return losses
+
+    def _bounds(self, candidates: np.ndarray) -> np.ndarray:
+        """What the losses cannot fall below, by one matrix-vector product.
+
+        log is concave, so it lies below its tangent. The tangent is taken where a candidate is as good as the average
+        is now, which nearly all of them nearly are: after a few steps one in twenty is left to be looked at exactly.
+        """
+        # 1e-5 is the slack for float32, which halves what the product has to read.
+        scale = self._count / (self._count + 1)
+        slope = (scale / self._sum[: self._n]).astype(np.float32)
+        gain = self._rounded @ slope if len(candidates) == len(self._rounded) else self._rounded[candidates] @ slope
+        logs = self._log_sum - self._n * np.log(scale) + gain.astype(np.float64) * (1 + 1e-5) - self._n * (1 - scale)
+        return np.log(self._count + 1) - logs / self._n
+
+    def _exact(self, candidates: np.ndarray) -> np.ndarray:
         logs = np.empty(len(candidates))
         block = max(1, 2**17 // len(self._sum))  # about 1 MiB, so that a block stays in the cache
         for start in range(0, len(candidates), block):
@@ -72,24 +105,35 @@ class LogLoss:
     def add(self, candidate: int) -> None:
         self._sum += self._true[candidate]
         self._count += 1
+        self._log_sum = float(np.log(self._sum).sum())
 
 
 class Brier:
-    """Mean squared distance of the average to the one-hot label."""
+    """Mean squared distance of the average to the one-hot label.
 
-    def __init__(self, probs: Probs, labels: np.ndarray) -> None:
-        self._probs = probs
-        self._n = len(labels)
-        self._norms = np.array([_dot(p, p) for p in probs])
-        self._true = np.array([p[np.arange(len(labels)), labels].sum(dtype=np.float64) for p in probs])
-        self._products: dict[int, np.ndarray] = {}  # of each member with every candidate, (M,)
-        self._cross = np.zeros(len(probs))  # of the running sum with every candidate
+    It is a quadratic form in the weights, so products of predictions are all that is needed, and these add up over
+    rows: whoever has them for parts of the rows has them for any union (see ensemble.auto).
+    """
+
+    def __init__(self, norms: np.ndarray, true: np.ndarray, rows: float, products: Callable[[int], np.ndarray]) -> None:
+        """norms: (M,) sums of squares of each model's predictions; true: (M,) sums of its probabilities of the labels;
+        products(m): (M,) inner products of m's predictions with everybody's."""
+        self._norms, self._true, self._n, self._products = norms, true, rows, products
+        self._cross = np.zeros(len(norms))  # of the running sum with every candidate
         self._norm = self._label = 0.0  # of the running sum: squared length, and mass on the labels
         self._count = 0
-        self.singles = self.losses(np.arange(len(probs)))
+        self.singles = self.losses(np.arange(len(norms)))
         self.order = np.argsort(self.singles, kind="stable")
 
-    def losses(self, candidates: np.ndarray) -> np.ndarray:
+    @classmethod
+    def of(cls, probs: Probs, labels: np.ndarray) -> "Brier":
+        """From predictions; one product per candidate and member, computed when the member first comes in."""
+        at = np.arange(len(labels)), labels
+        norms = np.array([_dot(p, p) for p in probs])
+        true = np.array([p[at].sum(dtype=np.float64) for p in probs])
+        return cls(norms, true, len(labels), cache(lambda m: np.array([_dot(p, probs[m]) for p in probs])))
+
+    def losses(self, candidates: np.ndarray, best_only: bool = False) -> np.ndarray:
         size = self._count + 1
         norm = self._norm + 2 * self._cross[candidates] + self._norms[candidates]
         return (norm / size**2 - 2 * (self._label + self._true[candidates]) / size) / self._n + 1
@@ -98,10 +142,8 @@ class Brier:
         return np.zeros(len(candidates))
 
     def add(self, candidate: int) -> None:
-        if candidate not in self._products:
-            self._products[candidate] = np.array([_dot(p, self._probs[candidate]) for p in self._probs])
         self._norm += 2 * self._cross[candidate] + self._norms[candidate]
-        self._cross += self._products[candidate]
+        self._cross = self._cross + self._products(candidate)
         self._label += self._true[candidate]
         self._count += 1
 
@@ -128,7 +170,7 @@ class Accuracy:
         self.order = np.lexsort((self._smooth.singles, self.singles))
         self._count = 0
 
-    def losses(self, candidates: np.ndarray) -> np.ndarray:
+    def losses(self, candidates: np.ndarray, best_only: bool = False) -> np.ndarray:
         if self._count == 0:
             return self.singles[candidates]
         margin = np.concatenate([_margin(self._sum[rows], self._labels[rows])[0] for rows in chunks(len(self._sum))])

@@ -17,7 +17,8 @@ import numpy as np
 import tyro
 
 from ensemble import metrics, selection
-from ensemble.blend import Blend, Probs
+from ensemble.auto import Choice, choose_selector
+from ensemble.blend import Blend, Probs, fit_temperatures, scale_all
 from ensemble.ensemble import Ensemble, Member, write_ensemble
 from ensemble.explain import explain
 from ensemble.frontier import frontier
@@ -25,16 +26,20 @@ from ensemble.limits import Limits
 from ensemble.pool import Pool, limits_for, load_pool
 from ensemble.selection import Score
 from ensemble.show import show
-from ensemble.stacking import stacking, tempered
+from ensemble.stacking import stacking
+from ensemble.weighting import cmaes, convex
 from trainables.candidate import open_run
 from trainables.errors import UserError, exit_on_user_error
 
-Selector = Callable[[Probs, np.ndarray, Limits, Score], np.ndarray | Blend]
+Selector = Callable[[Probs, np.ndarray, Limits, Score], np.ndarray | Blend | Choice]
 
 SELECTORS: dict[str, Selector] = {
+    "auto": lambda probs, labels, limits, score: choose_selector(probs, labels, limits),
     "greedy": selection.greedy,
     "uniform": selection.uniform,
     "accuracy_weighted": lambda probs, labels, limits, score: selection.accuracy_weighted(probs, labels, limits),
+    "convex": lambda probs, labels, limits, score: convex(probs, labels, limits),
+    "cmaes": cmaes,
     "stacking": lambda probs, labels, limits, score: stacking(probs, labels, limits),
     "best_single": selection.best_single,
 }
@@ -50,8 +55,8 @@ class Select:
     Attributes:
         run: a run directory; several (--run A --run B) merge when they share their splits. Default: the newest one.
         top_k: most distinct members.
-        selector: greedy, uniform, accuracy_weighted, stacking or best_single.
-        score: what greedy and uniform optimise: log_loss, brier or accuracy.
+        selector: auto (cross-validated), greedy, uniform, accuracy_weighted, convex, cmaes, stacking or best_single.
+        score: what greedy, uniform and cmaes optimise: log_loss, brier or accuracy.
         min_per_architecture: at least so many members of every architecture.
         max_latency_ms: most milliseconds per image of all members together.
         max_params: most parameters of all members together.
@@ -61,7 +66,7 @@ class Select:
 
     run: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     top_k: int = 9
-    selector: str = "greedy"
+    selector: str = "auto"
     score: Score = "log_loss"
     min_per_architecture: int = 0
     max_latency_ms: float | None = None
@@ -95,7 +100,7 @@ def open_pool(args: Select) -> Pool:
 def choose_from(pool: Pool, args: Select) -> Ensemble:
     """As `choose`, for candidates that are already loaded."""
     limits = limits_for(pool, args.top_k, args.min_per_architecture, args.max_latency_ms, args.max_params)
-    blend = fit(pool, limits, args)
+    blend, choice = fit(pool, limits, args)
     heaviest = [m for m in np.argsort(-blend.weights, kind="stable").tolist() if blend.weights[m] > 0]
     ordered = blend.only(np.array(heaviest))
     members = []
@@ -103,31 +108,38 @@ def choose_from(pool: Pool, args: Select) -> Ensemble:
         temperature = 1.0 if ordered.temperatures is None else float(ordered.temperatures[place])
         members.append(Member(pool.candidates[m].id, float(ordered.weights[place]), pool.run_of(m), temperature))
     single = best_single(pool)
+    scores = score_all(pool, blend, single)
+    insight = explain(blend, pool.probs, pool.labels, single, pool.classes)
+    if choice is not None:
+        scores["cross_validated"] = where(pool) | choice.cross_validated
+        insight["auto"] = choice.report()
     asked = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("run", "selector", "name") and v}
     return Ensemble(
         name=args.name or args.selector,
         members=tuple(members),
         selector=args.selector,
         split_fingerprint=pool.split_fingerprint,
-        scores=score_all(pool, blend, single),
+        scores=scores,
         stack=ordered.stack,
         options=asked,
         left_out=pool.left_out,
         frontier=tuple(frontier(pool.probs, pool.labels, limits, pool.numbers("latency_ms"))),
-        insight=explain(blend, pool.probs, pool.labels, single, pool.classes),
+        insight=insight,
     )
 
 
-def fit(pool: Pool, limits: Limits, args: Select) -> Blend:
-    """What the selector that the arguments name finds in the pool."""
-
-    def select(probs: Probs, labels: np.ndarray, limits: Limits) -> np.ndarray | Blend:
-        return SELECTORS[args.selector](probs, labels, limits, args.score)
-
+def fit(pool: Pool, limits: Limits, args: Select) -> tuple[Blend, Choice | None]:
+    """What the selector that the arguments name finds in the pool, and auto's account of how it chose."""
+    temperatures, probs = None, pool.probs
     if args.temperature_scaling:
-        return tempered(select, pool.probs, pool.labels, limits)
-    found = select(pool.probs, pool.labels, limits)
-    return found if isinstance(found, Blend) else Blend(found)
+        temperatures = fit_temperatures(probs, pool.labels)
+        probs = scale_all(probs, temperatures)
+    found = SELECTORS[args.selector](probs, pool.labels, limits, args.score)
+    if isinstance(found, Blend):
+        return found, None
+    if isinstance(found, Choice):
+        return Blend(found.weights, temperatures), found
+    return Blend(found, temperatures), None
 
 
 def best_single(pool: Pool) -> int:
@@ -140,12 +152,17 @@ def score_all(pool: Pool, blend: Blend, single: int) -> dict[str, Any]:
     ensemble_probs, single_probs = blend(pool.probs), np.asarray(pool.probs[single])
     right, single_right = metrics.correct(ensemble_probs, pool.labels), metrics.correct(single_probs, pool.labels)
     mean, low, high = metrics.paired_bootstrap(right, single_right)
-    where = {"split": "select", "images": len(pool.labels), "shared": pool.shared}
     return {
-        "select": where | describe(ensemble_probs, pool.labels),
-        "best_single": {"id": pool.candidates[single].id} | where | describe(single_probs, pool.labels),
-        "gain": where | {"accuracy": mean, "interval": [low, high], "mcnemar_p": metrics.mcnemar(right, single_right)},
+        "select": where(pool) | describe(ensemble_probs, pool.labels),
+        "best_single": {"id": pool.candidates[single].id} | where(pool) | describe(single_probs, pool.labels),
+        "gain": where(pool)
+        | {"accuracy": mean, "interval": [low, high], "mcnemar_p": metrics.mcnemar(right, single_right)},
     }
+
+
+def where(pool: Pool) -> dict[str, Any]:
+    """What every score says about the images that it was measured on."""
+    return {"split": "select", "images": len(pool.labels), "shared": pool.shared}
 
 
 def describe(probs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

@@ -57,14 +57,15 @@ def greedy(
         return grow(scorer(probs, labels, score), limits, steps, start)
     rng = np.random.default_rng(seed)
     total = np.zeros(len(probs))
+    order = scorer(probs, labels, score).order
     for _ in range(bags):
-        bag = np.sort(rng.choice(len(probs), -(-len(probs) // 2), replace=False))
+        bag = np.sort(order[rng.choice(len(probs), -(-len(probs) // 2), replace=False)])
         part = [probs[m] for m in bag]
         try:
             total[bag] += greedy(part, labels, limits.subset(bag), score, steps, sorted_start)
         except UserError:  # this half cannot meet the quota or the budget; another can
             continue
-    weights = trim(total, limits, scorer(probs, labels, score).order)
+    weights = trim(total, limits, order)
     return not_worse(weights, probs, labels, limits, score)
 
 
@@ -82,7 +83,7 @@ def grow(scorer: Scorer, limits: Limits = NINE, steps: int = 50, start: Sequence
         best = counts.copy()
     while counts.sum() < steps or not best.any():
         allowed = np.flatnonzero(limits.allowed(counts > 0))
-        losses = scorer.losses(allowed)
+        losses = scorer.losses(allowed, best_only=True)
         tied = allowed[losses == losses.min()]
         if len(tied) > 1:
             tied = tied[np.lexsort((scorer.ties(tied), counts[tied] == 0))]
@@ -98,8 +99,12 @@ def uniform(probs: Probs, labels: np.ndarray, limits: Limits = NINE, score: Scor
 
     With a budget, candidates that no longer fit are passed over.
     """
-    growing = scorer(probs, labels, score)
-    members = np.zeros(len(probs), bool)
+    return uniform_from(scorer(probs, labels, score), limits)
+
+
+def uniform_from(growing: Scorer, limits: Limits) -> np.ndarray:
+    """`uniform` over a scorer that nothing has been added to yet."""
+    members = np.zeros(len(growing.singles), bool)
     quota = limits.quota(growing.order)
     best_loss, best = np.inf, members
     for m in [*quota, *growing.order]:
@@ -164,7 +169,7 @@ def scorer(probs: Probs, labels: np.ndarray, score: Score) -> Scorer:
     if score == "log_loss":
         return LogLoss(true_probs(probs, labels))
     if score == "brier":
-        return Brier(probs, labels)
+        return Brier.of(probs, labels)
     if score == "accuracy":
         return Accuracy(probs, labels)
     raise UserError(f"unknown score {score!r}, expected {', '.join(get_args(Score))}")

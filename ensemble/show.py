@@ -19,6 +19,8 @@ def show(pool: Pool, ensemble: Ensemble) -> None:
     console.print(_members(pool, ensemble))
     console.print(_scores(ensemble))
     console.print(gain_in_words(ensemble.scores["gain"]))
+    if "auto" in ensemble.insight:
+        console.print(auto_in_words(ensemble.insight["auto"]))
     for line in _classes(ensemble.insight.get("classes", [])):
         console.print(line, markup=False)
     if len(ensemble.frontier) > 1:
@@ -39,6 +41,18 @@ def gain_in_words(gain: dict[str, Any]) -> str:
     return (
         f"ensemble minus best single: {100 * gain['accuracy']:+.2f} points "
         f"(95 % {100 * low:+.2f} to {100 * high:+.2f}, McNemar p = {gain['mcnemar_p']:.2g})"
+    )
+
+
+def auto_in_words(report: dict[str, Any]) -> str:
+    """One line for `insight["auto"]`: what auto chose, and by how much its fitted score flatters it."""
+    chosen = f"auto chose {report['selector']}" + (f" of at most {report['k']} members" if report["k"] > 1 else "")
+    held_out, fitted = report["cross_validated"], report["fitted"]
+    if not held_out:
+        return f"{chosen}: too few images to cross-validate"
+    return (
+        f"{chosen}: cross-validated accuracy {held_out['accuracy']:.2%} (fitted {fitted['accuracy']:.2%}), "
+        f"log-loss {held_out['log_loss']:.4f} (fitted {fitted['log_loss']:.4f})"
     )
 
 

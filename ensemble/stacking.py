@@ -1,10 +1,8 @@
-"""Selectors that do more than weigh: a stacked linear layer, and temperatures before any other selector."""
-
-from collections.abc import Callable
+"""The selector that does more than weigh: a linear layer stacked on the members."""
 
 import numpy as np
 
-from ensemble.blend import Blend, Probs, Stack, fit_temperatures, scale_all
+from ensemble.blend import Blend, Probs, Stack
 from ensemble.limits import Limits
 from ensemble.metrics import FLOOR, log_loss
 from ensemble.selection import NINE, best_single, greedy
@@ -61,22 +59,3 @@ def _layer(features: np.ndarray, labels: np.ndarray, folds: int) -> tuple[np.nda
     ]
     fitted = layer(STRENGTHS[int(np.argmax(held_out))]).fit(features, labels)
     return fitted.coef_, fitted.intercept_
-
-
-def tempered(
-    selector: Callable[[Probs, np.ndarray, Limits], Blend | np.ndarray],
-    probs: Probs,
-    labels: np.ndarray,
-    limits: Limits = NINE,
-) -> Blend:
-    """What `selector` chooses once each candidate has its own best temperature (see `fit_temperature`).
-
-    For selectors that answer with weights. Takes M N C x 4 bytes for the scaled predictions. It helps where candidates
-    differ in calibration; an average of well-calibrated models is itself too unsure, so it is an option, no default
-    (Rahaman and Thiery 2021, "Uncertainty Quantification and Deep Ensembles").
-    """
-    temperatures = fit_temperatures(probs, labels)
-    chosen = selector(scale_all(probs, temperatures), labels, limits)
-    if isinstance(chosen, Blend):
-        raise TypeError("a selector that transforms predictions itself cannot be tempered")
-    return Blend(chosen, temperatures)

@@ -29,7 +29,8 @@ class SearchConfig:
     stored_size: int | None = None
     """Side in pixels at which images are kept; default: their own, or the median one up to 256."""
     space: str = "auto"
-    """Search space: a name in search/spaces/ or the path of a Python file like those. auto: dry_run for digits."""
+    """Search space: a name in search/spaces/, or the path of a Python file like those. auto: dry_run for digits, else
+    default with GPUs and laptop without."""
     backbones: tuple[str, ...] = ()
     """Backbones instead of the space's own: timm names, squeezenet1_1, speednet."""
     from_scratch: bool = False

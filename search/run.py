@@ -4,6 +4,7 @@ parse -> prepare the data -> open the run directory -> connect -> sweep -> leade
 """
 
 import importlib.metadata
+import os
 import shlex
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -111,8 +113,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
 
 
 def _plan(config: SearchConfig) -> _Plan:
-    space_name = config.space if config.space != "auto" else ("dry_run" if config.data == "digits" else "default")
-    space = load_space(space_name)
+    space = load_space(_auto_space(config.data) if config.space == "auto" else config.space)
     wanted = dict(space.backbones)
     if config.backbones:
         wanted = {b: "scratch" if config.from_scratch or b in NETWORKS else "pretrained" for b in config.backbones}
@@ -134,6 +135,13 @@ def _plan(config: SearchConfig) -> _Plan:
     run = UPath(config.run or f"{RUNS}/{config.data}-{space.name}").absolute()
     trials = config.trials or (None if config.minutes else space.trials)
     return _Plan(run, data, splits, space, backbones, trials, missing)
+
+
+def _auto_space(data: str) -> str:
+    if data == "digits":
+        return "dry_run"
+    has_gpus = torch.cuda.is_available() or "RAY_ADDRESS" in os.environ  # a cluster is joined for its GPUs
+    return "default" if has_gpus else "laptop"
 
 
 def _open_run(plan: _Plan, config: SearchConfig) -> None:

@@ -4,10 +4,14 @@ Every network here has timm's interface: `forward_features`, `forward_head(x, pr
 """
 
 import difflib
+import functools
 import importlib.resources
+import socket
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import timm
 import torch
@@ -215,12 +219,28 @@ class SqueezeNet(nn.Module):
 
 
 def _load_hub(name: str) -> dict[str, Tensor]:
+    """Weights from the hub or its cache on this machine; raises one of a dozen errors when it has neither."""
+    _go_offline_when_cut_off()
     if name in SQUEEZENETS:
         import torchvision
 
         weights = torchvision.models.get_model_weights(name).DEFAULT
         return torch.hub.load_state_dict_from_url(weights.url, check_hash=True, weights_only=True, progress=False)
     return timm.create_model(name, pretrained=True).state_dict()
+
+
+@functools.cache
+def _go_offline_when_cut_off() -> None:
+    """Without a network huggingface_hub tries again for a minute per file; its cache needs none of that."""
+    from huggingface_hub import constants
+
+    host = urlparse(constants.ENDPOINT).hostname or "huggingface.co"
+    if urllib.request.getproxies().get("https"):
+        return  # only the proxy knows what can be reached
+    try:
+        socket.create_connection((host, 443), timeout=5).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def _takes_image_size(name: str) -> bool:

@@ -108,9 +108,7 @@ class FrozenFeatures:
             module.training = training
 
     def _vectors(self, images: np.ndarray, mirrored: bool) -> Tensor:
-        x = self.pixels(
-            torch.from_numpy(np.array(images)).to(self.pixels.mean.device), self.config.image_size
-        )
+        x = self.pixels(torch.from_numpy(np.array(images)).to(self.pixels.mean.device), self.config.image_size)
         if mirrored:
             x = x.flip(3)
         with autocast(x.device, self.precision):

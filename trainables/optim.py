@@ -21,10 +21,12 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """The optimisers of a model; their groups carry `lr_scale`, the factor between the schedule's lr and the group's.
 
+    A network may give parameters an lr_scale of their own in `lr_scales()`; Adam, which is blind to scale, ignores it.
     Muon takes the hidden matrices and filters; what it is not made for (the head, biases, norms) goes to SGD-Nesterov.
     Weights of one dimension get no weight decay.
     """
-    groups = _parameter_groups(model, head, body_lr, layer_decay, weight_decay)
+    own_scales = model.lr_scales() if optimizer != "adamw" and hasattr(model, "lr_scales") else {}  # type: ignore[operator]
+    groups = _parameter_groups(model, head, body_lr, layer_decay, weight_decay, own_scales)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
     if optimizer == "adamw":
@@ -47,10 +49,14 @@ def make_optimizers(
 
 
 def _parameter_groups(
-    model: nn.Module, head: nn.Module, body_lr: float, layer_decay: float, weight_decay: float
+    model: nn.Module,
+    head: nn.Module,
+    body_lr: float,
+    layer_decay: float,
+    weight_decay: float,
+    own_scales: dict[str, float],
 ) -> list[dict]:
-    """Groups by (lr_scale, weight_decay); a network may give single parameters their own scale in `lr_scales()`."""
-    own_scales: dict[str, float] = model.lr_scales() if hasattr(model, "lr_scales") else {}  # type: ignore[operator]
+    """Groups by (lr_scale, weight_decay); `own_scales` are single parameters' factors, by name, instead of body_lr."""
     layer_scale: dict[int, float] = {}
     if layer_decay < 1.0 and hasattr(model, "group_matcher"):
         for group in param_groups_layer_decay(model, layer_decay=layer_decay):
@@ -61,7 +67,7 @@ def _parameter_groups(
         if not parameter.requires_grad:
             continue  # such as a whitening layer, which never learns
         scale = 1.0 if id(parameter) in head_parameters else body_lr * layer_scale.get(id(parameter), 1.0)
-        scale *= own_scales.get(name, 1.0)
+        scale = own_scales.get(name, scale)
         decay = weight_decay if parameter.ndim >= 2 else 0.0
         groups.setdefault((scale, decay), []).append(parameter)
     return [{"params": p, "lr_scale": s, "weight_decay": d} for (s, d), p in groups.items()]

@@ -1,0 +1,61 @@
+"""The space for machines without a GPU.
+
+    python -m search.run --data cifar10 --data-dir data/cifar10 --minutes 20
+    python -m search.run --data folder --data-dir data/intel96 --minutes 60
+
+Fine-tuning a large backbone would take the whole budget for a trial or two. Here a pretrained one only trains a head on
+features that all trials share, and small fast nets learn from scratch beside it.
+"""
+
+import optuna
+
+from search.config import Task
+from trainables.config import TrialConfig
+
+TRIALS = 40
+BACKBONES = {"speednet": "scratch", "tf_efficientnet_lite0": "if found"}
+
+
+def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
+    backbone = trial.suggest_categorical("backbone", list(task.backbones))
+    return _from_scratch(trial, task, backbone) if task.backbones[backbone] is None else _head(trial, task, backbone)
+
+
+def _from_scratch(trial: optuna.Trial, task: Task, backbone: str) -> TrialConfig:
+    """The published recipe of small fast nets, with its main settings free."""
+    return TrialConfig(
+        backbone=backbone,
+        image_size=min(task.stored_size, 32),
+        width=trial.suggest_float("width", 0.25, 0.6),
+        epochs=trial.suggest_int("epochs", 3, 5),
+        batch_size=trial.suggest_categorical("scratch_batch_size", [250, 500, 1000]),
+        optimizer="sgd",
+        lr=trial.suggest_float("scratch_lr", 0.5, 3.0, log=True),
+        momentum=0.85,
+        weight_decay=trial.suggest_float("scratch_weight_decay", 3e-4, 4e-3, log=True),
+        schedule="triangular",
+        dropout=trial.suggest_float("dropout", 0.0, 0.2),
+        label_smoothing=trial.suggest_float("label_smoothing", 0.0, 0.2),
+        lookahead=5,
+        flip="alternating",
+        crop=max(1, task.stored_size // 16),
+        tta="mirror_shift",
+        seed=trial.number,
+    )
+
+
+def _head(trial: optuna.Trial, task: Task, backbone: str) -> TrialConfig:
+    epochs = 10
+    return TrialConfig(
+        backbone=backbone,
+        pretrained=True,
+        image_size=max(64, min(task.stored_size, 128)),
+        epochs=epochs,
+        freeze_epochs=epochs,
+        batch_size=trial.suggest_categorical("head_batch_size", [64, 128, 256]),
+        lr=trial.suggest_float("head_lr", 1e-3, 1e-2, log=True),
+        weight_decay=trial.suggest_float("head_weight_decay", 1e-3, 1e-1, log=True),
+        dropout=trial.suggest_float("dropout", 0.0, 0.2),
+        label_smoothing=trial.suggest_float("label_smoothing", 0.0, 0.2),
+        seed=trial.number,
+    )

@@ -25,6 +25,7 @@ FOLDS = 5
 REPEATS = 2  # times that the blocks are dealt anew into folds
 SIZES = (3, 5)  # member counts tried below limits.k
 FEWEST_ROWS = 2 * BLOCKS  # below that nothing can be told from cross-validation
+CELLS = 2**24  # predictions that are worked on at once: 64 MiB
 SINGLE = ("best_single", 1)
 POOL = 400  # best candidates that cross-validation looks at; more only cost memory (M^2 per block)
 
@@ -91,7 +92,7 @@ class Moments:
         """Of some rows (indices) of the predictions."""
         models, classes = len(probs), probs[0].shape[1]
         gram, true, right = np.zeros((models, models)), np.zeros(models), np.zeros(models)
-        step = max(1, 2**24 // (models * classes))  # 64 MiB of predictions at once
+        step = max(1, CELLS // (models * classes))
         for start in range(0, len(rows), step):
             some = rows[start : start + step]
             part = np.stack([np.asarray(p[some], np.float32) for p in probs])
@@ -134,11 +135,10 @@ def choose_selector(probs: Probs, labels: np.ndarray, limits: Limits = NINE, see
 
     Deterministic for a seed, which deals the rows into folds. Rows below FEWEST_ROWS: the best single candidate.
     """
-    single = best_single(probs, labels, limits, "accuracy")
     if len(labels) < FEWEST_ROWS or len(probs) == 1:
         if limits.min_per_group:
             return _chosen(greedy(probs, labels, limits, "brier"), "greedy_brier", limits.k, {}, probs, labels, ())
-        return _chosen(single, *SINGLE, {}, probs, labels, ())
+        return _chosen(best_single(probs, labels, limits, "accuracy"), *SINGLE, {}, probs, labels, ())
 
     some = _pool(probs, labels, limits)
     part, inner = [probs[m] for m in some.tolist()], limits.subset(some)
@@ -160,10 +160,8 @@ def choose_selector(probs: Probs, labels: np.ndarray, limits: Limits = NINE, see
     for (name, k), loss in losses.items():
         difference = loss - losses[best]
         options.append(Option(name, k, float(loss.mean()), _standard_error(difference)))
-    weights = single
-    if best != SINGLE:
-        weights = np.zeros(len(probs))
-        weights[some] = validation.fit(*best, held=())
+    weights = np.zeros(len(probs))
+    weights[some] = validation.fit(*best, held=())
     held_out = validation.scores(*best, seed)
     return _chosen(weights, *best, held_out, probs, labels, tuple(options))
 
@@ -245,11 +243,12 @@ def _folds(blocks: int, seed: int) -> list[tuple[int, ...]]:
 
 
 def _pool(probs: Probs, labels: np.ndarray, limits: Limits) -> np.ndarray:
-    """The POOL best candidates on the Brier score (those that a quota needs among them), as sorted indices."""
+    """The POOL best candidates on the Brier score, what a quota needs, and the most accurate one, as sorted indices."""
     if len(probs) <= POOL:
         return np.arange(len(probs))
     order = np.argsort([brier(np.asarray(p), labels) for p in probs], kind="stable")
-    return np.union1d(order[:POOL], np.array(limits.quota(order), np.int64))
+    single = np.flatnonzero(best_single(probs, labels, limits, "accuracy"))
+    return np.unique(np.concatenate([order[:POOL], limits.quota(order), single]).astype(np.int64))
 
 
 def _better(losses: np.ndarray, others: np.ndarray) -> bool:

@@ -7,7 +7,8 @@ import numpy as np
 from ensemble.blend import Probs, combine
 from ensemble.limits import Limits
 from ensemble.metrics import accuracy, log_loss
-from ensemble.selection import greedy
+from ensemble.scorers import LogLoss, true_probs
+from ensemble.selection import grow
 from trainables.errors import UserError
 
 
@@ -24,13 +25,13 @@ def frontier(
     if not len(known) or latency[known].min() <= 0:
         return []
     part, cost = [probs[m] for m in known.tolist()], latency[known]
-    limits = limits.subset(known)
-    most = greedy(part, labels, limits)
+    limits, true = limits.subset(known), true_probs(part, labels)
+    most = grow(LogLoss(true), limits)
     low, high = float(cost.min()), float(cost[most > 0].sum())
     kept: list[dict[str, float | int]] = []
     for budget in np.geomspace(low, max(high, low), points):
         try:
-            weights = greedy(part, labels, _with_budget(limits, cost, float(budget)))
+            weights = grow(LogLoss(true), _with_budget(limits, cost, float(budget)))
         except UserError:  # a quota or another budget cannot be met within this one
             continue
         together = combine(part, weights)

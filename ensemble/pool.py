@@ -90,7 +90,7 @@ def load_pool(runs: Sequence[UPath]) -> Pool:
             continue
         seen.setdefault(key, []).append(len(usable))
         usable.append(candidate)
-        probs.append(array)
+        probs.append(np.asarray(array))  # the same mapped memory, without the cost of np.memmap at every slice
     if not found:
         raise UserError(f"{runs[0]} has no candidates yet; wait for the first trial to finish, or run the search")
     if not usable:

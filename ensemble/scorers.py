@@ -5,7 +5,7 @@ members' predictions and answers "what would the loss be with one more of candid
 
 - LogLoss sees only each model's probability of the true class, so a step costs O(M N) instead of O(M N C).
 - Brier is a quadratic form: it needs one product <p_m, p_j> per candidate and chosen member, computed once per member.
-- Accuracy skips the rows whose winner no candidate can change, which after a few members are most of them.
+- Accuracy skips the rows that a candidate cannot change, which after a few members are most of them.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ensemble.blend import ROWS, Probs, chunks
+from ensemble.blend import Probs, chunks
 from ensemble.metrics import true_class
 
 FEW = 16  # candidates that are cheaper to look at than to rule out
@@ -149,41 +149,50 @@ class Brier:
 
 
 class Accuracy:
-    """Minus the accuracy of the average."""
+    """Minus the accuracy of the average.
+
+    A row that is right stays so unless a candidate puts some class above the label by as much as the label leads; one
+    that is wrong stays so unless the candidate's label outweighs what the label lacks. Two numbers per candidate and
+    row settle that for nearly all of them, and only for the rest are the C classes looked at.
+    """
 
     def __init__(self, probs: Probs, labels: np.ndarray) -> None:
-        self._probs, self._labels = probs, labels
+        self._probs, self._labels = [np.asarray(p) for p in probs], labels
         n = len(labels)
-        self._sum = np.zeros((n, probs[0].shape[1]))
-        # What one more member does to a row's margin (label minus best other class): at worst _harm, at best _help.
-        self._harm, self._help = np.full(n, np.inf), np.full(n, -np.inf)
+        true = true_probs(self._probs, labels)
+        self._smooth = LogLoss(true)
+        self._help = true.astype(np.float32)  # (M, N), what each model can add to a label
+        self._harm = np.empty_like(self._help)  # (M, N), by how much it puts its best class above the label
         right = np.zeros(len(probs), np.int64)
-        for m, p in enumerate(probs):
+        for m, p in enumerate(self._probs):
             for rows in chunks(n):
-                part = np.asarray(p[rows], np.float64)
-                right[m] += (part.argmax(axis=1) == labels[rows]).sum()
-                margin, label = _margin(part, labels[rows])
-                np.minimum(self._harm[rows], margin, out=self._harm[rows])
-                np.maximum(self._help[rows], label, out=self._help[rows])
+                answers = p[rows].argmax(axis=1)
+                right[m] += np.count_nonzero(answers == labels[rows])
+                self._harm[m, rows] = p[rows][np.arange(len(answers)), answers] - self._help[m, rows]
         self.singles = -right / n
-        self._smooth = LogLoss(true_probs(probs, labels))
         self.order = np.lexsort((self._smooth.singles, self.singles))
+        self._most_help, self._most_harm = self._help.max(axis=0), self._harm.max(axis=0)
+        self._sum = np.zeros((n, probs[0].shape[1]))
         self._count = 0
 
     def losses(self, candidates: np.ndarray, best_only: bool = False) -> np.ndarray:
         if self._count == 0:
             return self.singles[candidates]
-        margin = np.concatenate([_margin(self._sum[rows], self._labels[rows])[0] for rows in chunks(len(self._sum))])
-        # 1e-6 keeps rounding and exact ties among the open rows, where argmax itself decides.
-        sure = margin + self._harm > 1e-6
-        open_rows = np.flatnonzero(~sure & (margin + self._help > -1e-6))
-        right = np.full(len(candidates), sure.sum())
-        for start in range(0, len(open_rows), ROWS):
-            rows = open_rows[start : start + ROWS]
-            base, labels = self._sum[rows], self._labels[rows]
-            for i, m in enumerate(candidates):
-                right[i] += np.count_nonzero((self._probs[m][rows] + base).argmax(axis=1) == labels)
+        is_right, margin = self._margins()
+        right = np.full(len(candidates), np.count_nonzero(is_right))
+        at_risk = np.flatnonzero(is_right & (self._most_harm >= margin))
+        in_reach = np.flatnonzero(~is_right & (self._most_help >= margin))
+        risk, reach = margin[at_risk], margin[in_reach]
+        for i, m in enumerate(candidates.tolist()):
+            lost = at_risk[self._harm[m, at_risk] >= risk]
+            won = in_reach[self._help[m, in_reach] >= reach]
+            right[i] += self._right_with(m, won) - (len(lost) - self._right_with(m, lost))
         return -right / len(self._labels)
+
+    def _right_with(self, candidate: int, rows: np.ndarray) -> int:
+        """How many of these rows are right after adding a candidate."""
+        grown = self._sum[rows] + self._probs[candidate][rows]
+        return int(np.count_nonzero(grown.argmax(axis=1) == self._labels[rows]))
 
     def ties(self, candidates: np.ndarray) -> np.ndarray:
         return self._smooth.losses(candidates)
@@ -193,14 +202,20 @@ class Accuracy:
         self._sum += self._probs[candidate]
         self._count += 1
 
+    def _margins(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows are right now, and how far each is from changing: its label against the best other class.
 
-def _margin(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per row, the label's value minus the largest other one, and the label's value."""
-    at = np.arange(len(labels)), labels
-    label = values[at]
-    others = values.copy()
-    others[at] = -np.inf
-    return label - others.max(axis=1), label
+        A little is taken off the distance, so that rounding and exact ties are left to argmax itself.
+        """
+        is_right, margin = np.empty(len(self._sum), bool), np.empty(len(self._sum), np.float32)
+        for rows in chunks(len(self._sum)):
+            part = self._sum[rows].copy()
+            is_right[rows] = part.argmax(axis=1) == self._labels[rows]
+            at = np.arange(len(part)), self._labels[rows]
+            label = part[at]
+            part[at] = -np.inf
+            margin[rows] = np.abs(label - part.max(axis=1)) - 1e-5
+        return is_right, margin
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> float:

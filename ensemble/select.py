@@ -144,7 +144,9 @@ def fit(pool: Pool, limits: Limits, args: Select) -> tuple[Blend, Choice | None]
 
 def best_single(pool: Pool) -> int:
     """The most accurate candidate, which every ensemble is compared with; log-loss breaks ties."""
-    return int(np.flatnonzero(selection.best_single(pool.probs, pool.labels, score="accuracy"))[0])
+    accuracies = [metrics.accuracy(p, pool.labels) for p in pool.probs]
+    best = [m for m, accuracy in enumerate(accuracies) if accuracy == max(accuracies)]
+    return min(best, key=lambda m: (metrics.log_loss(pool.probs[m], pool.labels), m))
 
 
 def score_all(pool: Pool, blend: Blend, single: int) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from dataclasses import dataclass
 
 import ray
 
 OBJECT_STORE_BYTES = 256 * 2**20  # images travel as memory-mapped files, so Ray's third of the memory is not needed
+DASHBOARD = "RAY_API_SERVER_ADDRESS"
 ENVIRONMENT = {  # a local cluster hands these on to all its processes
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home, and there is no notice about it
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; without it Ray warns at every start
@@ -39,11 +41,15 @@ def connect(cpus: int | None = None) -> Offer:
     if os.environ.get("RAY_ADDRESS"):
         context = ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
+        port = _free_port()
+        # Ray Train's cleaner looks for its dashboard by itself, and dies when a second Ray runs on the machine.
+        os.environ[DASHBOARD] = f"http://127.0.0.1:{port}"
         context = ray.init(
             address="local",
             num_cpus=cpus,
             include_dashboard=True,
             dashboard_host="127.0.0.1",
+            dashboard_port=port,
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
             log_to_driver=False,
@@ -63,5 +69,12 @@ def connect(cpus: int | None = None) -> Offer:
 def disconnect() -> None:
     """Leave the cluster; a local one is ended with all its processes."""
     ray.shutdown()
+    os.environ.pop(DASHBOARD, None)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

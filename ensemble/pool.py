@@ -80,6 +80,8 @@ def load_pool(runs: Sequence[UPath]) -> Pool:
         try:
             array = candidate.probs("select")
             _check(array, candidate, labels, len(classes), fingerprint)
+            # float32 as the format says, else converted; the same mapped memory, but no np.memmap to slow each slice
+            array = np.asarray(array, np.float32)
         except (OSError, ValueError) as error:
             left_out[name] = str(error) if isinstance(error, _BadError) else f"cannot be read ({error})"
             continue
@@ -90,7 +92,7 @@ def load_pool(runs: Sequence[UPath]) -> Pool:
             continue
         seen.setdefault(key, []).append(len(usable))
         usable.append(candidate)
-        probs.append(np.asarray(array))  # the same mapped memory, without the cost of np.memmap at every slice
+        probs.append(array)
     if not found:
         raise UserError(f"{runs[0]} has no candidates yet; wait for the first trial to finish, or run the search")
     if not usable:
@@ -163,9 +165,9 @@ def _check(array: np.ndarray, candidate: Candidate, labels: np.ndarray, classes:
         raise _BadError(f"has {array.shape[0]} rows, the select split {len(labels)}")
     if array.shape[1] != classes:
         raise _BadError(f"has {array.shape[1]} classes, the run {classes}")
-    ones = np.ones(classes, array.dtype)
+    ones = np.ones(classes, np.float32)
     for rows in chunks(len(array)):
-        sums = array[rows] @ ones
+        sums = array[rows].astype(np.float32, copy=False) @ ones
         if not np.isfinite(sums).all():
             raise _BadError(f"{int((~np.isfinite(sums)).sum())} rows from {rows.start} on hold NaN or infinity")
         worst = rows.start + int(np.abs(sums - 1).argmax())

@@ -45,6 +45,7 @@ SELECTORS: dict[str, Selector] = {
 }
 
 
+SCORED = ("greedy", "uniform", "cmaes", "best_single")  # those that --score is for
 DESCRIPTION = "Choose the candidates of a sweep that vote best together, and write them as an ensemble."
 
 
@@ -56,7 +57,7 @@ class Select:
         run: a run directory; several (--run A --run B) merge when they share their splits. Default: the newest one.
         top_k: most distinct members.
         selector: auto (cross-validated), greedy, uniform, accuracy_weighted, convex, cmaes, stacking or best_single.
-        score: what greedy, uniform and cmaes optimise: log_loss, brier or accuracy.
+        score: what greedy, uniform, cmaes and best_single optimise. Default: log_loss.
         min_per_architecture: at least so many members of every architecture.
         max_latency_ms: most milliseconds per image of all members together.
         max_params: most parameters of all members together.
@@ -67,7 +68,7 @@ class Select:
     run: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     top_k: int = 9
     selector: str = "auto"
-    score: Score = "log_loss"
+    score: Score | None = None
     min_per_architecture: int = 0
     max_latency_ms: float | None = None
     max_params: float | None = None
@@ -94,6 +95,8 @@ def open_pool(args: Select) -> Pool:
         raise UserError(f"unknown selector {args.selector!r}; {hint}known: {', '.join(SELECTORS)}")
     if args.temperature_scaling and args.selector == "stacking":
         raise UserError("stacking scales by itself; leave --temperature-scaling away, or name another --selector")
+    if args.score and args.selector not in SCORED:
+        raise UserError(f"{args.selector} has its own score; leave --score away, or name one of {', '.join(SCORED)}")
     return load_pool([open_run(run) for run in args.run] or [open_run()])
 
 
@@ -134,7 +137,7 @@ def fit(pool: Pool, limits: Limits, args: Select) -> tuple[Blend, Choice | None]
     if args.temperature_scaling:
         temperatures = fit_temperatures(probs, pool.labels)
         probs = scale_all(probs, temperatures)
-    found = SELECTORS[args.selector](probs, pool.labels, limits, args.score)
+    found = SELECTORS[args.selector](probs, pool.labels, limits, args.score or "log_loss")
     if isinstance(found, Blend):
         return found, None
     if isinstance(found, Choice):

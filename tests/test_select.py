@@ -103,7 +103,32 @@ def test_limits_reach_the_selector(tmp_path):
     assert sum(latency[m.id] for m in cheap.members) <= 6
     mixed = choose(Select(run=(str(run),), min_per_architecture=1))
     assert {int(m.id[1:]) % 3 for m in mixed.members} == {0, 1, 2}
-    assert cheap.options == {"top_k": 9, "score": "log_loss", "max_latency_ms": 6, "max_params": 5000}
+    assert cheap.options == {"top_k": 9, "max_latency_ms": 6, "max_params": 5000}
+
+
+def test_auto_says_how_it_chose_and_what_it_would_score_elsewhere(tmp_path):
+    run, *_ = make_run(tmp_path / "run", models=9)
+    done = run_command("--run", run, cwd=tmp_path)
+    ensemble = read_ensemble(run)
+    report = ensemble.insight["auto"]
+    assert ensemble.selector == "auto"
+    assert report["selector"] == "greedy_brier"
+    assert {option["selector"] for option in report["options"]} >= {"greedy_brier", "uniform", "best_single"}
+    held_out = ensemble.scores["cross_validated"]
+    assert held_out["images"] == 300
+    assert report["fitted"]["accuracy"] == pytest.approx(ensemble.scores["select"]["accuracy"])
+    assert held_out["log_loss"] > ensemble.scores["select"]["log_loss"]
+    assert f"cross-validated accuracy {held_out['accuracy']:.2%}" in done.stdout.replace("\n", " ").replace("  ", " ")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_floating_point_types_are_read_as_well(dtype, tmp_path):
+    run, probs, _ = make_run(tmp_path / "run", models=3)
+    for m, p in enumerate(probs):
+        write_array(run / "candidates" / f"c{m}" / "select_probs.npy", p.astype(dtype))
+    pool = load_pool([run])
+    assert not pool.left_out
+    assert all(p.dtype == np.float32 for p in pool.probs)
 
 
 def spoil(path, name, probs):
@@ -168,6 +193,7 @@ def test_runs_on_the_same_splits_merge(tmp_path):
     [
         ({}, ["--top-k", "0"], "--top-k is 0, expected at least 1"),
         ({}, ["--selector", "gredy"], "did you mean greedy?"),
+        ({}, ["--score", "brier"], "auto has its own score"),
         ({"models": 0}, [], "no candidates yet"),
         ({}, ["--run", "runs/other"], "different splits"),
         ({}, ["--run", "nowhere"], "nowhere is not a run directory"),

@@ -13,6 +13,7 @@ import venv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +87,7 @@ def run_peers(probs: np.ndarray, labels: np.ndarray, jobs: Sequence[Job]) -> Ite
             worker.stdin.close()
             for job in jobs:
                 line = worker.stdout.readline()
-                answer = json.loads(line) if line else {"error": f"the worker died on {job.peer}"}
+                answer: dict[str, Any] = json.loads(line) if line else {"error": f"the worker died on {job.peer}"}
                 if "error" in answer:
                     yield Fit(np.zeros(0), float("nan"), answer["error"])
                 else:

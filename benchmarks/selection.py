@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +35,7 @@ from trainables.errors import UserError, exit_on_user_error
 
 LARGE = (1000, 10_000, 100)
 PEERS = ("phem", "phem, all cores", "autogluon.core")
+WIDTH = 110  # of the table, also where there is no terminal
 REPEATS = 3  # of our own fits, of which the median is told
 
 
@@ -111,7 +113,7 @@ def compare(args: Selection) -> list[Row]:
     rows = []
     scores: tuple[Score, ...] = ("log_loss", "accuracy")
     for score in scores:
-        for name, limits in (("ours", Limits(args.models)), ("ours, 9 members", Limits(9))):
+        for name, limits in (("ours", Limits(args.models)), ("ours, k = 9", Limits(9))):
             rows.append(row(name, score, *timed(probs, fit_labels, limits, score, args.steps)))
     if args.peers:
         jobs = [Job(peer, score, args.steps) for score in scores for peer in PEERS]
@@ -159,11 +161,14 @@ def large(args: Selection) -> dict[str, float]:
 
 
 def show(args: Selection, figures: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=max(WIDTH, Console().width))
     size = f"{args.models} models x {args.rows:,} rows x {args.classes} classes, {args.steps} steps"
-    table = Table(title=f"greedy selection: {size}; scores on {args.rows:,} held-out rows", title_justify="left")
-    for heading in ("selector", "optimises", "seconds", "ours faster", "members", "accuracy", "log-loss"):
-        table.add_column(heading, justify="left" if heading in ("selector", "optimises") else "right", no_wrap=True)
+    title = (
+        f"greedy selection: {size}\naccuracy and log-loss on {args.rows:,} held-out rows; faster: ours than this peer"
+    )
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    for heading in ("selector", "on", "seconds", "faster", "members", "accuracy", "log-loss"):
+        table.add_column(heading, justify="left" if heading in ("selector", "on") else "right", no_wrap=True)
     ours = {row["score"]: row["seconds"] for row in figures["rows"] if row["name"] == "ours"}
     for row in figures["rows"]:
         if row["error"]:

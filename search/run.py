@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import torch
 import tyro
 from rich.console import Console
@@ -41,6 +42,7 @@ LIBRARIES = ("torch", "timm", "ray", "optuna")
 MOST_CPU_LANES = 8  # without GPUs; each lane is a process of its own with a copy of torch
 RESERVE = (0.05, 60.0)  # share of --minutes, and most seconds, kept for predictions, selection and summary
 LEADERBOARD_ROWS = 10
+TRIED_PROPOSALS = 20
 PLAIN_WIDTH = 130
 
 
@@ -77,14 +79,6 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     if config.minutes is not None:
         reserve = min(RESERVE[0] * 60 * config.minutes, RESERVE[1])
         deadline = began + 60 * config.minutes - used - reserve
-    task = Task(
-        backbones=plan.backbones,
-        classes=len(plan.data.classes),
-        train_images=len(plan.splits.train),
-        stored_size=int(plan.data.images.shape[1]),
-        device="cpu",  # replaced once the cluster has said what it offers
-        minutes=config.minutes,
-    )
     job = {
         "run": str(plan.run),
         "data": {
@@ -100,8 +94,8 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         offer = connect()
         try:
             spec, lanes = lanes_for(offer, config)
-            task = Task(**{**vars(task), "device": "cuda" if spec.gpus else "cpu"})
-            going.propose_with(lambda trial: _checked(plan.space.suggest(trial, task), plan, task))
+            task = _task(plan.backbones, plan.data, plan.splits, config, "cuda" if spec.gpus else "cpu")
+            going.propose_with(lambda trial: _checked(plan.space.suggest(trial, task), task))
             board.links = [f"Ray dashboard {offer.dashboard_url}"] if offer.dashboard_url else []
             console.print(f"{lanes} trial{'s' * (lanes > 1)} at a time, {_spec(spec)}; {' '.join(board.links)}")
             with board:
@@ -132,9 +126,35 @@ def _plan(config: SearchConfig) -> _Plan:
         raise UserError(f"none of the backbones of space {space.name} has weights here; see --weights-dir, --backbones")
     data = prepare(config.data, config.data_dir, size=config.stored_size)
     splits = make_splits(data.labels, data.fingerprint, config.split_seed)
+    _check_space(space, backbones, data, splits, config)
     run = UPath(config.run or f"{RUNS}/{config.data}-{space.name}").absolute()
     trials = config.trials or (None if config.minutes else space.trials)
     return _Plan(run, data, splits, space, backbones, trials, missing)
+
+
+def _check_space(
+    space: Space, backbones: dict[str, WeightSource | None], data: Data, splits: Splits, config: SearchConfig
+) -> None:
+    """Raise the UserError of a space that proposes nothing that could be trained, before anything is written."""
+    task = _task(backbones, data, splits, config, device="cpu")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    error = None
+    for _ in range(TRIED_PROPOSALS):
+        try:
+            _checked(space.suggest(study.ask(), task), task)  # type: ignore[arg-type]
+            return
+        except UserError as refused:
+            error = refused
+    assert error is not None
+    raise error
+
+
+def _task(
+    backbones: dict[str, WeightSource | None], data: Data, splits: Splits, config: SearchConfig, device: str
+) -> Task:
+    size = int(data.images.shape[1])
+    assert device in ("cpu", "cuda")
+    return Task(backbones, len(data.classes), len(splits.train), size, device, config.minutes)  # type: ignore[arg-type]
 
 
 def _auto_space(data: str) -> str:
@@ -182,11 +202,11 @@ def _open_run(plan: _Plan, config: SearchConfig) -> None:
     )  # fmt: skip
 
 
-def _checked(trial: TrialConfig, plan: _Plan, task: Task) -> TrialConfig:
+def _checked(trial: TrialConfig, task: Task) -> TrialConfig:
     """The proposal, or a UserError that says why it cannot be trained: before it costs a device."""
     if trial.batch_size > task.train_images:
         raise UserError(f"batch_size {trial.batch_size} is larger than the train split ({task.train_images} images)")
-    if trial.pretrained and plan.backbones.get(trial.backbone) is None:
+    if trial.pretrained and task.backbones.get(trial.backbone) is None:
         raise UserError(f"{trial.backbone} is to start from pretrained weights, but none were asked for or found")
     return trial
 

@@ -52,8 +52,8 @@ def check_backbone(name: str) -> None:
 def find_weights(name: str, weights_dir: str | Path | None = None) -> WeightSource:
     """The source of a backbone's pretrained weights: `weights_dir`, then the offline package, then the hub.
 
-    Raises UserError when none has them, so that a sweep never starts from random weights unnoticed. The hub is really
-    asked (and its file cached), for "the hub has it" is only known by having it.
+    Raises UserError when none has them or they are another network's, so that a sweep never starts from random weights
+    unnoticed. The hub is really asked (and its file cached), for "the hub has it" is only known by having it.
     """
     check_backbone(name)
     if name in NETWORKS:
@@ -64,7 +64,9 @@ def find_weights(name: str, weights_dir: str | Path | None = None) -> WeightSour
         for ending in (".safetensors", ".pth", ".pt", ".bin"):
             path = Path(weights_dir) / f"{name}{ending}"
             if path.exists():
-                return WeightSource("file", str(path.resolve()))
+                source = WeightSource("file", str(path.resolve()))
+                build(TrialConfig(backbone=name, image_size=224), 2, source)  # another network's are refused here
+                return source
     if name in OFFLINE:
         try:
             folder = importlib.resources.files(OFFLINE[name]) / "models"

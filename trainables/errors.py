@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class UserError(ValueError):
-    """A mistake that the user can mend. The message says what was wrong, what was expected and what to do."""
+class UserError(Exception):
+    """A mistake that the user can mend. The message says what was wrong, what was expected and what to do.
+
+    Not a ValueError: argument parsers catch these and wrap them in pages of usage.
+    """
 
 
 @contextmanager

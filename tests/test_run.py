@@ -1,0 +1,152 @@
+"""What a user of search.run can get wrong: one line, exit code 2, nothing written and nothing started."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cluster.connect import Offer
+from search import run as search_run
+from search.config import SearchConfig
+from search.run import lanes_for
+from trainables.backbones import build
+from trainables.config import TrialConfig
+from trainables.errors import UserError
+
+SPACE = """
+from trainables.config import TrialConfig
+TRIALS = 2
+BACKBONES = {"speednet": "scratch"}
+def suggest(trial, task):
+    return TrialConfig(backbone="speednet", batch_size=4096)
+"""
+
+
+def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, run: Path, *args: str) -> str:
+    """The one line on stderr of a command that must be refused."""
+    monkeypatch.setattr(sys, "argv", ["search.run", *args, "--run", str(run)])
+    monkeypatch.setattr(search_run, "connect", lambda: pytest.fail("Ray was started"))
+    before = sorted(run.rglob("*")) if run.exists() else []
+    with pytest.raises(SystemExit) as exit:
+        search_run.main()
+    assert exit.value.code == 2
+    assert (sorted(run.rglob("*")) if run.exists() else []) == before
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--backbones", "resnet118"], "near matches: resnet1"),
+        (["--backbones", "vgg19"], "--weights-dir"),  # no hub here, and no random start instead
+        (["--backbones", "vgg19", "--weights-dir", "nowhere"], "weights folder nowhere does not exist"),
+        (["--data", "folder", "--data-dir", "nowhere"], "nowhere"),
+        (["--data", "folder"], "--data-dir"),
+        (["--space", "defualt"], "default"),
+        (["--trials", "0"], "--trials is 0"),
+        (["--minutes", "0"], "--minutes is 0"),
+        (["--top-k", "0"], "--top-k is 0"),
+        (["--workers-per-trial", "0"], "--workers-per-trial is 0"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    args: list[str], expected: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = refused(capsys, monkeypatch, tmp_path / "run", *args)
+    assert expected in line
+
+
+def test_unknown_option_is_exit_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["search.run", "--tirals", "3"])
+    with pytest.raises(SystemExit) as exit:
+        search_run.main()
+    assert exit.value.code == 2
+    assert "--trials" in capsys.readouterr().err
+
+
+def test_a_batch_larger_than_the_split(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "huge.py").write_text(SPACE)
+    line = refused(capsys, monkeypatch, tmp_path / "run", "--space", str(tmp_path / "huge.py"))
+    assert "batch_size 4096 is larger than the train split (1151 images)" in line
+
+
+def test_a_space_file_with_an_error_in_it(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.py").write_text("TRIALS = 1 / 0")
+    assert "ZeroDivisionError" in refused(capsys, monkeypatch, tmp_path / "run", "--space", str(tmp_path / "broken.py"))
+
+
+def test_a_class_folder_without_images(
+    pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(pictures, tmp_path / "data")
+    (tmp_path / "data/train/empty").mkdir()
+    args = ["--data", "folder", "--data-dir", str(tmp_path / "data")]
+    assert "empty" in refused(capsys, monkeypatch, tmp_path / "run", *args)
+
+
+def test_a_run_directory_of_another_data_set(
+    pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    info = {"classes": ["a", "b"], "split_fingerprint": "other", "data": {"name": "cats"}}
+    (run / "run.json").write_text(json.dumps(info))
+    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "laptop"]
+    line = refused(capsys, monkeypatch, run, *args)
+    assert "cats" in line
+    assert "--run" in line
+
+
+def test_weights_of_another_architecture(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save_file(build(TrialConfig(backbone="resnet10t"), 10).state_dict(), tmp_path / "resnet18.safetensors")
+    args = ["--backbones", "resnet18", "--weights-dir", str(tmp_path)]
+    assert "are not resnet18's" in refused(capsys, monkeypatch, tmp_path / "run", *args)
+
+
+def test_weights_by_name_from_a_folder(tmp_path: Path) -> None:
+    from trainables.backbones import find_weights
+
+    torch.manual_seed(1)
+    kept = build(TrialConfig(backbone="resnet10t"), 1000)
+    save_file(kept.state_dict(), tmp_path / "resnet10t.safetensors")
+    source = find_weights("resnet10t", tmp_path)
+    loaded = build(TrialConfig(backbone="resnet10t", pretrained=True), 7, source).state_dict()
+    assert loaded["fc.weight"].shape == (7, 512)
+    for name, value in kept.state_dict().items():
+        assert name.startswith("fc.") or torch.equal(loaded[name], value)
+
+
+@pytest.mark.parametrize(
+    ("offer", "config", "expected"),
+    [
+        (Offer(2, 0, 1, ""), {}, (1, 1.0, 0.0, 2)),
+        (Offer(64, 0, 1, ""), {}, (1, 8.0, 0.0, 8)),
+        (Offer(32, 4, 1, ""), {}, (1, 8.0, 1.0, 4)),
+        (Offer(32, 4, 1, ""), {"gpus_per_trial": 0.5}, (1, 4.0, 0.5, 8)),
+        (Offer(32, 4, 1, ""), {"workers_per_trial": 2}, (2, 8.0, 1.0, 2)),
+        (Offer(2, 0, 1, ""), {"cpus_per_trial": 2.0}, (1, 2.0, 0.0, 1)),
+        (Offer(2, 0, 1, ""), {"workers_per_trial": 2}, (2, 1.0, 0.0, 1)),
+    ],
+)
+def test_lanes_fill_the_cluster(offer: Offer, config: dict, expected: tuple) -> None:
+    spec, lanes = lanes_for(offer, SearchConfig(**config))
+    assert (spec.workers, spec.cpus, spec.gpus, lanes) == expected
+
+
+def test_a_trial_that_no_node_can_hold() -> None:
+    with pytest.raises(UserError, match="lower --cpus-per-trial"):
+        lanes_for(Offer(2, 0, 1, ""), SearchConfig(cpus_per_trial=4))

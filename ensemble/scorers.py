@@ -157,7 +157,7 @@ class Accuracy:
     """
 
     def __init__(self, probs: Probs, labels: np.ndarray) -> None:
-        self._probs, self._labels = [np.asarray(p) for p in probs], labels
+        self._probs, self._labels = [np.ascontiguousarray(p) for p in probs], labels  # take() would copy others
         n = len(labels)
         true = true_probs(self._probs, labels)
         self._smooth = LogLoss(true)
@@ -184,14 +184,14 @@ class Accuracy:
         in_reach = np.flatnonzero(~is_right & (self._most_help >= margin))
         risk, reach = margin[at_risk], margin[in_reach]
         for i, m in enumerate(candidates.tolist()):
-            lost = at_risk[self._harm[m, at_risk] >= risk]
-            won = in_reach[self._help[m, in_reach] >= reach]
+            lost = at_risk[self._harm[m].take(at_risk) >= risk]
+            won = in_reach[self._help[m].take(in_reach) >= reach]
             right[i] += self._right_with(m, won) - (len(lost) - self._right_with(m, lost))
         return -right / len(self._labels)
 
     def _right_with(self, candidate: int, rows: np.ndarray) -> int:
         """How many of these rows are right after adding a candidate."""
-        grown = self._sum[rows] + self._probs[candidate][rows]
+        grown = self._sum.take(rows, axis=0) + self._probs[candidate].take(rows, axis=0)  # faster than indexing
         return int(np.count_nonzero(grown.argmax(axis=1) == self._labels[rows]))
 
     def ties(self, candidates: np.ndarray) -> np.ndarray:

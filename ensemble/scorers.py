@@ -1,7 +1,7 @@
 """The loss of a growing average, and of every average that is one member larger, without recomputing what is known.
 
-Three scorers of one shape (see Scorer). Each keeps the running sum of the chosen
-members' predictions and answers "what would the loss be with one more of candidate m" for many m at once:
+Three scorers of one shape (see Scorer). Each keeps the running sum of the chosen members' predictions and answers "what
+would the loss be with one more of candidate m" for many m at once:
 
 - LogLoss sees only each model's probability of the true class, so a step costs O(M N) instead of O(M N C).
 - Brier is a quadratic form: it needs one product <p_m, p_j> per candidate and chosen member, computed once per member.

@@ -172,6 +172,23 @@ def test_scorers_agree_with_the_metrics(score):
         scorer.add(chosen[size])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_ruling_candidates_out_never_loses_the_best(kind):
+    probs, labels = make_pool(150, 333, 4, seed=4, kind=kind)
+    scorer = LogLoss(true_probs(probs, labels))
+    candidates = np.arange(150)
+    looked_at = []
+    for _ in range(40):
+        exact, quick = scorer.losses(candidates), scorer.losses(candidates, best_only=True)
+        seen = np.isfinite(quick)
+        assert np.array_equal(quick[seen], exact[seen])
+        assert seen[exact == exact.min()].all(), "every candidate that ties for the best"
+        looked_at.append(seen.mean())
+        scorer.add(int(exact.argmin()))
+    if kind == "soft":
+        assert np.mean(looked_at[10:]) < 0.5, "and it does save work"
+
+
 def test_log_loss_survives_certain_mistakes_and_many_steps():
     true = np.zeros((3, 100)) + true_probs(np.zeros((1, 100, 2), np.float32), np.zeros(100, int))
     scorer = LogLoss(true)

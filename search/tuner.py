@@ -73,22 +73,26 @@ def run_trials(sweep: Sweep, target: Target, spec: LaneSpec, lanes: int) -> None
     os.environ.update(TUNE_ENVIRONMENT)
     bridge = _Bridge(sweep)
     with _ctrl_c_stops(sweep), _quiet(), tempfile.TemporaryDirectory(prefix="tune-") as folder:
-        # tune.run rather than Tuner, which would pickle the sweep for a restore that is never used.
-        tune.run(
-            # The trial's own process only waits for its lane; a CPU slot for it would starve the lane's workers.
-            tune.with_resources(train_trial, {"memory": 1}),
-            name="sweep",
-            num_samples=-1,
-            search_alg=_Searcher(bridge),
-            scheduler=_Scheduler(bridge),
-            max_concurrent_trials=lanes,
-            reuse_actors=True,
-            max_failures=MAX_FAILURES,
-            raise_on_failed_trial=False,
-            storage_path=folder,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-            verbose=0,
-        )
+        try:
+            # tune.run rather than Tuner, which would pickle the sweep for a restore that is never used.
+            tune.run(
+                # The trial's own process only waits for its lane; a CPU slot for it would starve the lane's workers.
+                tune.with_resources(train_trial, {"memory": 1}),
+                name="sweep",
+                num_samples=-1,
+                search_alg=_Searcher(bridge),
+                scheduler=_Scheduler(bridge),
+                max_concurrent_trials=lanes,
+                reuse_actors=True,
+                max_failures=MAX_FAILURES,
+                raise_on_failed_trial=False,
+                storage_path=folder,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+                verbose=0,
+            )
+        finally:
+            for trial_id in list(bridge.running):
+                bridge.finish(trial_id, {"outcome": "interrupted"})
     if bridge.error:
         raise bridge.error
 
@@ -116,6 +120,8 @@ class _Bridge:
 
     def hear(self, trial_id: str, message: dict[str, Any]) -> bool:
         """A trial's metrics or its result; True ends it."""
+        if trial_id not in self.running:
+            return True
         if "result" in message:
             self.finish(trial_id, message["result"])
         elif self._ask(self.sweep.report, self.running[trial_id], message["metrics"]):
@@ -193,7 +199,9 @@ class _Scheduler(FIFOScheduler):
         self.bridge.finish(trial.trial_id, {"outcome": "interrupted"})
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """The Tune actor failed for the last time; what the target does wrong comes as a result instead."""
+        """The Tune actor failed (what the target does wrong comes as a result): Tune tries again, or gives up."""
+        if trial.should_recover():
+            return
         lines = str(trial.get_error() or "the trial's Tune actor was lost").strip().splitlines()
         self.bridge.finish(trial.trial_id, {"outcome": "lost node", "error": lines[-1]})
 

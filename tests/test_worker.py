@@ -19,7 +19,10 @@ TWO = LaneSpec(workers=2, cpus=1)
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_cluster():
-    connect(cpus=2)
+    with pytest.MonkeyPatch.context() as patch:
+        tests = Path(__file__).parent
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))  # Ray's processes import targets
+        connect(cpus=2)
     yield
     worker._close_lane()
     disconnect()

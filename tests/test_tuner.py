@@ -1,0 +1,198 @@
+"""run_trials with real Ray: Tune, lanes and faults. The sweep is a list of jobs; the targets do no training."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.connect import connect, disconnect
+from search import tuner
+from search.tuner import run_trials
+from trainables.worker import LaneSpec
+
+LANE = LaneSpec(workers=1, cpus=1)
+
+
+IMPORTABLE = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])  # for Ray's processes
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", IMPORTABLE)
+        offer = connect(cpus=2)
+    assert (offer.cpus, offer.nodes) == (2, 1)
+    assert offer.dashboard_url.startswith("http://127.0.0.1:")
+    yield
+    disconnect()
+
+
+def count_epochs(job, report):
+    """Reports epochs, going on from a checkpoint file if there is one."""
+    checkpoint = Path(job["checkpoint"]) if "checkpoint" in job else None
+    first = int(checkpoint.read_text()) if checkpoint and checkpoint.exists() else 0
+    for epoch in range(first, job["epochs"]):
+        if checkpoint:
+            checkpoint.write_text(str(epoch + 1))
+        if report({"epoch": epoch, "pid": os.getpid()}):
+            return {"outcome": "pruned"}
+        time.sleep(job.get("epoch_s", 0))
+    if "error" in job:
+        raise ValueError(job["error"])
+    return {"outcome": "finished", "first": first, "pid": os.getpid()}
+
+
+class Sweep:
+    """Hands out jobs; remembers what it is told; may prune, stop or do something at (job, epoch)."""
+
+    def __init__(self, jobs, prune_at=None, stop_at=None, at=None, do=None):
+        self.jobs = [{"id": f"{n:04d}", **job} for n, job in enumerate(jobs)]
+        self.left = list(self.jobs)
+        self.prune_at, self.stop_at, self.at, self.do = prune_at or {}, stop_at, at, do
+        self.stopping = False
+        self.epochs = {job["id"]: [] for job in self.jobs}
+        self.pids = []
+        self.results = {}
+        self.ticks = 0
+
+    def next(self):
+        return self.left.pop(0) if self.left else None
+
+    def report(self, id, metrics):
+        self.epochs[id].append(metrics["epoch"])
+        self.pids.append(metrics["pid"])
+        if (id, metrics["epoch"]) == self.stop_at:
+            self.stopping = True
+        if (id, metrics["epoch"]) == self.at:
+            self.at = None
+            self.do()
+        return metrics["epoch"] == self.prune_at.get(id)
+
+    def finish(self, id, result):
+        assert id not in self.results
+        self.results[id] = result
+
+    def tick(self):
+        self.ticks += 1
+
+    @property
+    def outcomes(self):
+        return [self.results[id]["outcome"] for id in sorted(self.results)]
+
+
+def kill_tune_actor():
+    from ray.util.state import list_actors
+
+    alive = list_actors(filters=[("state", "=", "ALIVE")])
+    (actor,) = [actor for actor in alive if "ImplicitFunc" in actor.class_name]
+    os.kill(actor.pid, signal.SIGKILL)
+
+
+def test_trials_run_in_order_in_one_lane_with_pruning_and_bugs_between(ray_cluster, capfd):
+    jobs = [{"epochs": 3}, {"epochs": 10_000, "epoch_s": 0.02}, {"epochs": 2, "error": "two\nlines"}, {"epochs": 0}]
+    sweep = Sweep(jobs * 3, prune_at={"0001": 2, "0005": 0, "0009": 1})
+    run_trials(sweep, count_epochs, LANE, lanes=1)
+    assert sweep.outcomes == ["finished", "pruned", "bug", "finished"] * 3
+    assert list(sweep.epochs.values()) == [
+        [0, 1, 2], [0, 1, 2], [0, 1], [],
+        [0, 1, 2], [0], [0, 1], [],
+        [0, 1, 2], [0, 1], [0, 1], [],
+    ]  # fmt: skip
+    assert sweep.results["0002"]["error"] == "ValueError: two"
+    assert "in count_epochs" in sweep.results["0002"]["traceback"]
+    assert len(set(sweep.pids)) == 1
+    assert sweep.ticks > 2
+    assert capfd.readouterr() == ("", "")  # quiet
+
+
+def test_the_job_of_a_killed_tune_actor_goes_on_in_a_new_lane(ray_cluster, tmp_path):
+    job = {"epochs": 6, "epoch_s": 0.3, "checkpoint": str(tmp_path / "epoch")}
+    sweep = Sweep([job, {"epochs": 1}], at=("0000", 2), do=kill_tune_actor)
+    run_trials(sweep, count_epochs, LANE, lanes=1)
+    assert sweep.outcomes == ["finished", "finished"]
+    assert sweep.results["0000"]["first"] >= 3
+    assert len(set(sweep.pids)) == 2
+    assert sweep.epochs["0000"][-1] == 5
+
+
+def test_a_sweep_that_is_stopping_starts_nothing_more_and_interrupts_what_runs(ray_cluster):
+    sweep = Sweep([{"epochs": 2}, {"epochs": 10_000, "epoch_s": 0.1}, {"epochs": 2}], stop_at=("0001", 1))
+    run_trials(sweep, count_epochs, LANE, lanes=1)
+    assert sweep.outcomes == ["finished", "interrupted"]
+    assert sweep.epochs["0001"] == [0, 1]
+
+
+def test_nothing_to_do_needs_no_lane(ray_cluster):
+    sweep = Sweep([])
+    run_trials(sweep, count_epochs, LANE, lanes=1)
+    assert sweep.results == {}
+
+
+@pytest.mark.slow
+def test_an_epoch_that_does_not_end_is_cut_after_the_grace(ray_cluster, monkeypatch):
+    monkeypatch.setattr(tuner, "GRACE_S", 1.0)
+    sweep = Sweep([{"epochs": 2, "epoch_s": 600}], at=("0000", 0))
+    sweep.do = lambda: signal.setitimer(signal.ITIMER_REAL, 1)
+    before = signal.signal(signal.SIGALRM, lambda *_: setattr(sweep, "stopping", True))
+    try:
+        run_trials(sweep, count_epochs, LANE, lanes=1)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert sweep.outcomes == ["interrupted"]
+
+
+@pytest.mark.slow
+def test_an_exception_of_the_sweep_comes_out_unchanged(ray_cluster):
+    def fail():
+        raise KeyError("no such trial")
+
+    sweep = Sweep([{"epochs": 3}, {"epochs": 3}], at=("0000", 1), do=fail)
+    with pytest.raises(KeyError, match="no such trial"):
+        run_trials(sweep, count_epochs, LANE, lanes=1)
+    assert sweep.outcomes == ["interrupted"]
+
+
+@pytest.mark.slow
+def test_two_lanes_keep_their_workers(ray_cluster):
+    sweep = Sweep([{"epochs": 3, "epoch_s": 0.05}] * 40)
+    run_trials(sweep, count_epochs, LANE, lanes=2)
+    assert sweep.outcomes == ["finished"] * 40
+    assert len(set(sweep.pids)) == 2
+
+
+DRIVER = """
+import sys
+from cluster.connect import connect, disconnect
+from search.tuner import run_trials
+from test_tuner import LANE, Sweep, count_epochs
+
+connect(cpus=1)
+jobs = [{"epochs": 10_000, "epoch_s": 0.1}, {"epochs": 1}]
+sweep = Sweep(jobs, at=("0000", 2), do=lambda: print("ready", flush=True))
+try:
+    run_trials(sweep, count_epochs, LANE, lanes=1)
+finally:
+    disconnect()
+print(sweep.outcomes, sweep.stopping)
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_ctrl_c_and_sigterm_end_the_sweep_in_order(sign, tmp_path):
+    # Its own process group, all of which gets the signal, as a terminal's Ctrl-C does.
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER],
+        env={**os.environ, "PYTHONPATH": IMPORTABLE},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path,
+    )  # fmt: skip
+    try:
+        assert driver.stdout.readline() == "ready\n", driver.communicate()
+        (os.killpg if sign == signal.SIGINT else os.kill)(driver.pid, sign)
+        out, err = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
+    assert (driver.returncode, out, err) == (0, "['interrupted'] True\n", "")

@@ -103,6 +103,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
                     run_trials(going, run_trial, spec, lanes)
         finally:
             disconnect()
+            going.remove_stale_checkpoints()
     return _conclude(console, plan, config, going, began)
 
 

@@ -265,6 +265,14 @@ class Sweep:
             self.study.set_user_attr(SECONDS_USED, self._used + now - self._started)
         self.board.refresh()
 
+    def remove_stale_checkpoints(self) -> None:
+        """Forget checkpoints of trials that have ended: one that was pruned may have written its last too late."""
+        going_on = {_id(t.number) for t in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])}
+        folder = self.run / "checkpoints"
+        for path in folder.iterdir() if folder.exists() else ():
+            if path.name not in going_on:
+                remove_checkpoint(self.run, path.name)
+
     def _time_left(self) -> float:
         return math.inf if self.deadline is None else self.deadline - time.time()
 

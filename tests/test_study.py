@@ -220,3 +220,18 @@ def test_samplers_and_pruners_by_name(tmp_path: Path, sampler: str, pruner: str)
         s.report(job["id"], scores(0.5))
         finish(s, job)
     assert states(s) == ["COMPLETE"] * 3
+
+
+def test_checkpoints_of_ended_trials_are_removed_and_those_of_interrupted_ones_kept(tmp_path: Path) -> None:
+    s = sweep(tmp_path)
+    ended, cut = s.next(), s.next()
+    assert ended is not None
+    assert cut is not None
+    s.finish(ended["id"], {"outcome": "pruned"})
+    s.finish(cut["id"], {"outcome": "interrupted"})
+    for job in (ended, cut):
+        folder = tmp_path / "checkpoints" / job["id"]
+        folder.mkdir(parents=True)
+        (folder / "state.pt").write_bytes(b"late")
+    s.remove_stale_checkpoints()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [cut["id"]]

@@ -5,6 +5,7 @@ folder, with `phem` lacking the dependencies that its greedy selection does not 
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -36,10 +37,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Fit:
-    """What came of a job: weights (M,) and seconds of the fit alone, or the error that the peer raised."""
+    """What came of a job: weights (M,), seconds and CPU seconds of the fit alone, or the error that the peer raised."""
 
     weights: np.ndarray
     seconds: float
+    cpu_seconds: float
     error: str = ""
 
 
@@ -89,6 +91,6 @@ def run_peers(probs: np.ndarray, labels: np.ndarray, jobs: Sequence[Job]) -> Ite
                 line = worker.stdout.readline()
                 answer: dict[str, Any] = json.loads(line) if line else {"error": f"the worker died on {job.peer}"}
                 if "error" in answer:
-                    yield Fit(np.zeros(0), float("nan"), answer["error"])
+                    yield Fit(np.zeros(0), math.nan, math.nan, answer["error"])
                 else:
-                    yield Fit(np.array(answer["weights"]), answer["seconds"])
+                    yield Fit(np.array(answer["weights"]), answer["seconds"], answer["cpu_seconds"])

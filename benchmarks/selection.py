@@ -169,7 +169,7 @@ def large(args: Selection) -> dict[str, float]:
 def show(args: Selection, figures: dict[str, Any]) -> None:
     console = Console(highlight=False, width=max(WIDTH, Console().width))
     size = f"{args.models} models x {args.rows:,} rows x {args.classes} classes, {args.steps} steps"
-    title = f"greedy selection: {size}\naccuracy and log-loss on {args.rows:,} held-out rows; ratios: this peer's time to ours"
+    title = f"greedy selection: {size}\nscores on {args.rows:,} held-out rows; ratios: this peer's time to ours"
     table = Table(title=title, title_justify="left", box=SIMPLE)
     for heading in ("selector", "on", "seconds", "faster", "CPU s", "less CPU", "members", "accuracy", "log-loss"):
         table.add_column(heading, justify="left" if heading in ("selector", "on") else "right", no_wrap=True)

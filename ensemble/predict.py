@@ -56,14 +56,9 @@ def candidate_predictor(candidate: Candidate, device: str | None = None) -> Call
 
 
 def ensemble_predictor(run: UPath, ensemble: Ensemble, device: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """As `candidate_predictor`, for the weighted average of an ensemble's members (the same weights as on disk)."""
+    """As `candidate_predictor`, for a whole ensemble, combined as it was when it was chosen."""
     predictors = [candidate_predictor(member.candidate(run), device) for member in ensemble.members]
-    weights = ensemble.weights
-
-    def predict(images: np.ndarray) -> np.ndarray:
-        return sum(w * p(images).astype(np.float64) for w, p in zip(weights, predictors, strict=True))  # type: ignore[return-value]
-
-    return predict
+    return lambda images: ensemble.predict([predict(images) for predict in predictors])
 
 
 def find_images(folder: Path) -> dict[str, Path]:

@@ -11,9 +11,9 @@ import tyro
 from upath import UPath
 
 from ensemble import metrics
-from ensemble.ensemble import Ensemble, combine, read_ensemble
+from ensemble.ensemble import Ensemble, Member, read_ensemble
 from ensemble.predict import candidate_predictor
-from trainables.candidate import Candidate, open_run, read_json, read_run, write_json
+from trainables.candidate import open_run, read_run, write_json
 from trainables.data import open_test
 from trainables.errors import UserError, exit_on_user_error
 
@@ -38,15 +38,14 @@ def test_scores(run: UPath, ensemble: Ensemble) -> dict[str, Any] | None:
         return None
     images, labels = open_test(info["data"]["path"])
     single = str(ensemble.scores["best_single"]["id"])
-    places = {member.id: member.candidate(run) for member in ensemble.members}
-    if single not in places:
-        path = run / "candidates" / single
-        places[single] = Candidate(single, path, read_json(path / "candidate.json"))
-    probs = {id: candidate_predictor(candidate)(images) for id, candidate in places.items()}
-    members = combine([probs[member.id] for member in ensemble.members], ensemble.weights)
+    probs = {member: candidate_predictor(member.candidate(run))(images) for member in ensemble.members}
+    alone = next((member for member in ensemble.members if member.id == single and not member.run), Member(single, 1.0))
+    if alone not in probs:
+        probs[alone] = candidate_predictor(alone.candidate(run))(images)
+    together = ensemble.predict([probs[member] for member in ensemble.members])
     return {
-        "ensemble": {"name": ensemble.name, **_score(members, labels)},
-        "best_single": {"id": single, **_score(probs[single], labels)},
+        "ensemble": {"name": ensemble.name, **_score(together, labels)},
+        "best_single": {"id": single, **_score(probs[alone], labels)},
     }
 
 

@@ -1,6 +1,6 @@
 """An ensemble on the terminal: its members, its scores beside the best single candidate's, what latency buys."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -8,14 +8,26 @@ from ensemble.ensemble import Ensemble
 from ensemble.metrics import accuracy, log_loss
 from ensemble.pool import Pool
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 SHOWN_CLASSES = 3
+PLAIN_WIDTH = 130
+
+
+def make_console() -> "Console":
+    """Where tables are printed. A file has no width, and tables folded to 80 columns are no tables."""
+    from rich.console import Console  # not while importing: many need this module without printing
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
 
 
 def show(pool: Pool, ensemble: Ensemble) -> None:
     """Print everything that a person would want to know about an ensemble of this pool."""
-    from rich.console import Console  # not while importing: search and tests need this module without printing
-
-    console = Console(highlight=False)
+    console = make_console()
     console.print(_members(pool, ensemble))
     console.print(_scores(ensemble))
     console.print(gain_in_words(ensemble.scores["gain"]))

@@ -24,6 +24,7 @@ from cluster.connect import Offer, connect, disconnect
 from ensemble.ensemble import Ensemble, write_ensemble
 from ensemble.report import describe_test, write_report
 from ensemble.select import Select, choose_from, open_pool, show
+from ensemble.show import make_console
 from search.config import SearchConfig, Task
 from search.live import LiveBoard
 from search.spaces import Space, load_space
@@ -43,7 +44,6 @@ MOST_CPU_LANES = 8  # without GPUs; each lane is a process of its own with a cop
 RESERVE = (0.05, 60.0)  # share of --minutes, and most seconds, kept for predictions, selection and summary
 LEADERBOARD_ROWS = 10
 TRIED_PROPOSALS = 20
-PLAIN_WIDTH = 130
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     Raises UserError, before anything is written or started, for whatever the user can mend.
     """
     began = time.time()
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH  # a log file has no width, and folded tables are no tables
+    console = make_console()
     plan = _plan(config)
     for name in plan.missing:
         console.print(f"{name}: no pretrained weights found here, so this sweep runs without it", style="yellow")

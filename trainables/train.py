@@ -155,7 +155,7 @@ def train(
     forward = DistributedDataParallel(model, find_unused_parameters=config.freeze_epochs > 0) if world > 1 else model
     class_weights = _class_weights(data, splits, place) if config.class_weights else None
 
-    outcome = "finished"
+    outcome, use_cache = "finished", False
     while progress.epoch < config.epochs:
         epoch, started = progress.epoch, time.perf_counter()
         _seed(config.seed + 1_000_003 * (epoch + 1) + rank)  # dropout and the like
@@ -266,6 +266,8 @@ def train(
         for split, indices in (("tune", splits.tune), ("select", splits.select)):
             if split == "select" and splits.shared:
                 probs["select"] = probs["tune"]
+            elif use_cache and frozen is not None and config.tta == "none" and not average.active:
+                probs[split] = frozen.probs(indices)  # the body never learned, so its features still hold
             else:
                 probs[split] = predict_probs(
                     model, data.images, indices, pixels, _image_size(config, progress.epoch - 1), config.tta,

@@ -136,6 +136,7 @@ def _check_space(
 ) -> None:
     """Raise the UserError of a space that proposes nothing that could be trained, before anything is written."""
     task = _task(backbones, data, splits, config, device="cpu")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     error = None
     for _ in range(TRIED_PROPOSALS):

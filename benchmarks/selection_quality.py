@@ -12,8 +12,9 @@ gives means over pools of means over draws:
 - gain: test accuracy minus the best single's in points, and how much lower the log-loss is in nats;
 - worse: share of the draws in which the selector's accuracy, or log-loss, is worse than the best single's.
 
-Our selectors have at most --top-k members, the peers as many as they like. Takes about half an hour on two idle cores
-with the peers, the first time some minutes more to train scikit-learn's classifiers.
+Our selectors have at most --top-k members, the peers as many as they like. Takes about a quarter of an hour on two idle
+cores, of which the peers take all but two minutes (--no-peers); the first time some minutes more, to install the peers
+and to train scikit-learn's classifiers.
 """
 
 import json

@@ -116,9 +116,12 @@ def test_the_job_of_a_killed_tune_actor_goes_on_in_a_new_lane(ray_cluster, tmp_p
     assert sweep.outcomes == ["finished", "finished"]
     assert sweep.results["0000"]["first"] >= 3
     assert len(set(sweep.pids)) == 2
+    with pytest.raises(ProcessLookupError):  # the orphaned lane does not train on beside the new one
+        os.kill(sweep.pids[0], 0)
     assert sweep.epochs["0000"][-1] == 5
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopping_starts_nothing_more_and_interrupts_what_runs(ray_cluster):
     sweep = Sweep([{"epochs": 2}, {"epochs": 10_000, "epoch_s": 0.1}, {"epochs": 2}], stop_at=("0001", 1))
     run_trials(sweep, count_epochs, LANE, lanes=1)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ray.util.state import list_actors
 
 from cluster.connect import connect, disconnect
 from trainables import worker
@@ -148,6 +149,25 @@ def test_the_job_of_a_killed_worker_goes_on_from_its_checkpoint_in_a_new_lane(tm
     assert result["first"] == 3
     assert report.epochs == [0, 1, 2, 3, 4]
     assert len(set(report.pids)) == 2
+
+
+@pytest.mark.slow
+def test_the_job_of_a_killed_controller_goes_on_in_a_new_lane(tmp_path):
+    def kill_controllers(metrics):
+        for actor in list_actors(filters=[("state", "=", "ALIVE")]):
+            if actor.class_name == "TrainController":
+                os.kill(actor.pid, signal.SIGKILL)
+
+    report = Collect(at=1, do=kill_controllers)
+    job = {"epochs": 8, "epoch_s": 0.5, "checkpoint": str(tmp_path / "epoch")}
+    for _ in range(2):  # twice: two CPUs that are not freed again would leave the third lane without any
+        result = run_in_lane(count_epochs, ONE, job, report)
+        assert result["outcome"] == "finished"
+        assert result["first"] >= 2
+        assert report.epochs[-1] == 7
+        assert len(set(report.pids)) == 2
+        report = Collect(at=1, do=kill_controllers)
+        Path(job["checkpoint"]).unlink()
 
 
 def test_a_hanging_job_is_resubmitted_once_and_goes_on(tmp_path):

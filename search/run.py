@@ -4,6 +4,7 @@ parse -> prepare the data -> open the run directory -> connect -> sweep -> leade
 """
 
 import importlib.metadata
+import inspect
 import os
 import shlex
 import sys
@@ -305,7 +306,8 @@ def _shown(run: UPath) -> str:
 
 def main() -> None:
     with exit_on_user_error():
-        config = tyro.cli(SearchConfig, description=SearchConfig.__doc__, prog="python -m search.run")
+        description = inspect.getdoc(SearchConfig)
+        config = tyro.cli(SearchConfig, description=description, prog="python -m search.run")
         sweep(config)
 
 

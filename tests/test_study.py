@@ -210,8 +210,17 @@ def test_another_objective_is_refused(tmp_path: Path) -> None:
         sweep(tmp_path, objective="log_loss")
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "nsga2"])
-@pytest.mark.parametrize("pruner", ["asha", "hyperband", "median", "none"])
+@pytest.mark.parametrize(
+    ("sampler", "pruner"),
+    [
+        ("tpe", "asha"),
+        ("gp", "none"),
+        ("random", "hyperband"),
+        ("qmc", "median"),
+        ("cmaes", "none"),
+        ("nsga2", "wilcoxon"),
+    ],
+)
 def test_samplers_and_pruners_by_name(tmp_path: Path, sampler: str, pruner: str) -> None:
     s = sweep(tmp_path, trials=3, sampler=sampler, pruner=pruner)
     for _ in range(3):

@@ -31,9 +31,10 @@ from trainables.augment import Pixels
 from trainables.backbones import load_model
 from trainables.candidate import Candidate, list_candidates, open_run, read_run, write_candidate
 from trainables.config import TrialConfig
-from trainables.data import Data, Splits, load_splits, open_data
+from trainables.data import Data, open_data
 from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import pick_device, predict_probs, scores
+from trainables.splits import Splits, load_splits
 
 State = dict[str, Tensor]
 INGREDIENTS = 12  # best candidates of an architecture that are tried; each costs a pass over train samples and tune

@@ -35,8 +35,9 @@ from trainables.backbones import WeightSource, check_backbone, find_weights
 from trainables.candidate import RUNS, list_candidates, read_json, write_array, write_json
 from trainables.classic import NETWORKS
 from trainables.config import TrialConfig
-from trainables.data import Data, Splits, make_splits, prepare, save_splits
+from trainables.data import Data, prepare
 from trainables.errors import UserError, exit_on_user_error
+from trainables.splits import Splits, make_splits, save_splits
 from trainables.trial import run_trial
 from trainables.worker import LaneSpec
 

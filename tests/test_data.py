@@ -15,8 +15,9 @@ from PIL import Image
 from upath import UPath
 
 from trainables import data, decode
-from trainables.data import load_splits, make_splits, open_data, open_test, prepare, read_images, save_splits
+from trainables.data import open_data, open_test, prepare, read_images
 from trainables.errors import UserError
+from trainables.splits import load_splits, make_splits, save_splits
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

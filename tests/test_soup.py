@@ -14,8 +14,9 @@ from trainables.augment import Pixels
 from trainables.backbones import load_model
 from trainables.candidate import Candidate, list_candidates, write_array, write_candidate, write_json
 from trainables.config import TrialConfig
-from trainables.data import make_splits, prepare, save_splits
+from trainables.data import prepare
 from trainables.inference import predict_probs, scores
+from trainables.splits import make_splits, save_splits
 from trainables.train import train
 
 

@@ -12,9 +12,10 @@ from upath import UPath
 from trainables.augment import Pixels, augment, cutout, mix
 from trainables.backbones import build, head_of, set_frozen
 from trainables.config import TrialConfig
-from trainables.data import Data, Splits, make_splits, prepare
+from trainables.data import Data, prepare
 from trainables.errors import UserError
 from trainables.optim import lr_factor, orthogonalize
+from trainables.splits import Splits, make_splits
 from trainables.train import Diverged, Trained, train
 
 SMALL = TrialConfig(

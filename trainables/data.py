@@ -14,7 +14,6 @@ Only the listing is looked at a second time, so an unchanged data set opens at o
 import contextlib
 import difflib
 import hashlib
-import io
 import json
 import math
 import os
@@ -22,7 +21,6 @@ import shutil
 import sys
 import time
 import uuid
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 from upath import UPath
 
-from trainables.candidate import read_json, write_bytes, write_json
+from trainables.candidate import read_json, write_json
 from trainables.decode import (
     FORMATS,
     Contents,
@@ -49,28 +47,23 @@ from trainables.decode import (
     read_items,
 )
 from trainables.errors import UserError
+from trainables.splits import FEWEST_PER_CLASS, draw
 
 __all__ = [
     "DATASETS",
     "Data",
-    "Splits",
     "default_cache",
-    "load_splits",
-    "make_splits",
     "open_data",
     "open_test",
     "prepare",
     "read_images",
-    "save_splits",
 ]
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
 FORMAT = 1  # of the cache folder; raise it when decoding changes
 LARGEST_DEFAULT_SIDE = 256
 MEASURED_IMAGES = 1000  # that decide the stored size
-FEWEST_PER_CLASS = 3
 LEAST_SKIP_LIMIT = 10
-SHARED_BELOW = 2000  # validation images, below which two splits of half the size would each say too little
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,64 +90,6 @@ class Data:
     test_images: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-
-
-@dataclass(frozen=True, eq=False)
-class Splits:
-    """Sorted int64 indices into a Data's train part. With `shared`, tune and select are the same images."""
-
-    train: np.ndarray
-    tune: np.ndarray
-    select: np.ndarray
-    shared: bool
-    fingerprint: str
-
-
-def make_splits(labels: np.ndarray, fingerprint: str, seed: int = 0, tune: float = 0.1, select: float = 0.1) -> Splits:
-    """Stratified splits of a train part with `labels` int64 (N,): `tune` and `select` are fractions of it.
-
-    With fewer than 2,000 validation images in all, tune and select are the same `tune + select` of it (`shared`). The
-    result depends on the arguments alone; `fingerprint` is the data's. Raises UserError on fractions that leave nothing
-    and on a class with fewer than 3 images.
-    """
-    if not (tune > 0 and select > 0 and tune + select < 1):
-        raise UserError(f"tune is {tune} and select {select}; expected fractions above 0, together below 1")
-    counts = np.bincount(labels)
-    if counts.min() < FEWEST_PER_CLASS:
-        raise UserError(
-            f"class {counts.argmin()} has {counts.min()} images to train and validate on, "
-            f"expected at least {FEWEST_PER_CLASS}"
-        )
-    shared = round((tune + select) * len(labels)) < SHARED_BELOW
-    drawn = _draw(labels, [tune + select] if shared else [tune, select], seed)
-    rest = np.setdiff1d(np.arange(len(labels)), np.concatenate(drawn))
-    if len(np.unique(labels[rest])) < len(counts):
-        raise UserError(f"tune {tune} and select {select} leave a class without train images; lower them")
-    digest = hashlib.sha256(fingerprint.encode())
-    for indices in (rest, *drawn):
-        digest.update(len(indices).to_bytes(8, "little") + indices.astype("<i8").tobytes())
-    return Splits(rest, drawn[0], drawn[-1], shared, digest.hexdigest()[:16])
-
-
-def save_splits(run: UPath, splits: Splits) -> None:
-    """Write splits.npz into a run directory, atomically: int64 arrays train, tune and select, and the fingerprint."""
-    buffer = io.BytesIO()
-    np.savez(
-        buffer, train=splits.train, tune=splits.tune, select=splits.select, fingerprint=np.array(splits.fingerprint)
-    )
-    write_bytes(run / "splits.npz", buffer.getvalue())
-
-
-def load_splits(run: UPath) -> Splits:
-    """The splits of a run directory. Raises UserError when splits.npz is missing, damaged or holds pickles."""
-    path = run / "splits.npz"
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            train, tune, select = (file[name].astype(np.int64, casting="safe") for name in ("train", "tune", "select"))
-            fingerprint = str(file["fingerprint"])
-    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); start the sweep in a new run directory") from None
-    return Splits(train, tune, select, np.array_equal(tune, select), fingerprint)
 
 
 def default_cache() -> Path:
@@ -327,7 +262,7 @@ def _train_and_test(contents: Contents) -> tuple[Part, Part]:
     train = contents.train
     is_test = np.zeros(len(train.labels), bool)
     if contents.test_fraction > 0:
-        is_test[_draw(train.labels, [contents.test_fraction], seed=0)[0]] = True
+        is_test[draw(train.labels, [contents.test_fraction], seed=0)[0]] = True
     return _take(train, ~is_test), _take(train, is_test)
 
 
@@ -335,21 +270,6 @@ def _take(part: Part, where: np.ndarray) -> Part:
     if isinstance(part.items, np.ndarray):
         return Part(part.items[where], part.labels[where])
     return Part([part.items[i] for i in np.flatnonzero(where)], part.labels[where])
-
-
-def _draw(labels: np.ndarray, fractions: Sequence[float], seed: int) -> list[np.ndarray]:
-    """Disjoint stratified draws, one per fraction: sorted int64 indices, at least one of every class."""
-    # RandomState, because its stream is frozen: a split must be the same under every numpy version
-    random = np.random.RandomState(seed)
-    drawn: list[list[np.ndarray]] = [[] for _ in fractions]
-    for label in np.unique(labels):
-        members = random.permutation(np.flatnonzero(labels == label))
-        start = 0
-        for chosen, fraction in zip(drawn, fractions, strict=True):
-            stop = start + max(1, round(fraction * len(members)))
-            chosen.append(members[start:stop])
-            start = stop
-    return [np.sort(np.concatenate(chosen)).astype(np.int64) for chosen in drawn]
 
 
 def _check_counts(classes: Sequence[str], labels: np.ndarray) -> None:

@@ -25,11 +25,12 @@ from trainables.averaging import WeightAverage
 from trainables.backbones import WeightSource, build, head_of, normalisation, set_frozen
 from trainables.candidate import write_bytes
 from trainables.config import TrialConfig
-from trainables.data import Data, Splits
+from trainables.data import Data
 from trainables.features import FrozenFeatures
 from trainables.inference import autocast, pick_device, predict_probs, scores
 from trainables.optim import lr_factor, make_optimizers
 from trainables.precision import choose_layout
+from trainables.splits import Splits
 
 PLATEAU_EPOCHS = 2
 EXPLODED = 10.0  # an epoch's mean loss of that many times ln(classes) is not going to come back

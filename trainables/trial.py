@@ -20,8 +20,9 @@ from upath import UPath
 from trainables.backbones import WeightSource
 from trainables.candidate import remove_checkpoint, write_candidate
 from trainables.config import TrialConfig
-from trainables.data import Data, Splits, load_splits, open_data, prepare
+from trainables.data import Data, open_data, prepare
 from trainables.errors import UserError
+from trainables.splits import Splits, load_splits
 from trainables.train import Diverged, Trained, train
 
 LATENCY_REPEATS = 5

@@ -6,6 +6,7 @@ python -m search.run --data folder --data-dir PHOTOS --minutes 120
 import optuna
 
 from search.config import Task
+from search.spaces.laptop import small_net
 from trainables.config import TrialConfig
 
 TRIALS = 40
@@ -21,32 +22,9 @@ BACKBONES = {
 
 def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
     backbone = trial.suggest_categorical("backbone", list(task.backbones))
-    return _from_scratch(trial, task, backbone) if task.backbones[backbone] is None else _tuned(trial, task, backbone)
-
-
-def _from_scratch(trial: optuna.Trial, task: Task, backbone: str) -> TrialConfig:
-    """The published recipe of small fast nets, with its main settings free."""
-    return TrialConfig(
-        backbone=backbone,
-        image_size=min(task.stored_size, 64),
-        width=trial.suggest_float("width", 0.75, 2.0),
-        epochs=trial.suggest_int("scratch_epochs", 8, 24),
-        batch_size=trial.suggest_categorical("scratch_batch_size", [250, 500, 1000]),
-        optimizer="muon",
-        lr=trial.suggest_float("scratch_lr", 0.4, 1.5, log=True),
-        body_lr=0.32,
-        momentum=0.6,
-        weight_decay=0.0,  # Muon keeps the filters at their scale
-        schedule="triangular",
-        warmup=0.05,
-        dropout=trial.suggest_float("dropout", 0.0, 0.2),
-        label_smoothing=trial.suggest_float("label_smoothing", 0.0, 0.2),
-        lookahead=5,
-        flip="alternating",
-        crop=max(1, task.stored_size // 16),
-        tta="mirror_shift",
-        seed=trial.number,
-    )
+    if task.backbones[backbone] is None:
+        return small_net(trial, task, backbone, largest=64, widths=(0.75, 2.0), epochs=(8, 24))
+    return _tuned(trial, task, backbone)
 
 
 def _tuned(trial: optuna.Trial, task: Task, backbone: str) -> TrialConfig:

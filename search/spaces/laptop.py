@@ -18,16 +18,20 @@ BACKBONES = {"speednet": "scratch", "tf_efficientnet_lite0": "if found"}
 
 def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
     backbone = trial.suggest_categorical("backbone", list(task.backbones))
-    return _from_scratch(trial, task, backbone) if task.backbones[backbone] is None else _head(trial, task, backbone)
+    if task.backbones[backbone] is None:
+        return small_net(trial, task, backbone, largest=32, widths=(0.25, 0.6), epochs=(3, 5))
+    return _head(trial, task, backbone)
 
 
-def _from_scratch(trial: optuna.Trial, task: Task, backbone: str) -> TrialConfig:
-    """The published recipe of small fast nets, with its main settings free."""
+def small_net(
+    trial: optuna.Trial, task: Task, backbone: str, largest: int, widths: tuple[float, float], epochs: tuple[int, int]
+) -> TrialConfig:
+    """The published recipe of small fast nets from scratch, with its main settings free; `largest` is a side in pixels."""
     return TrialConfig(
         backbone=backbone,
-        image_size=min(task.stored_size, 32),
-        width=trial.suggest_float("width", 0.25, 0.6),
-        epochs=trial.suggest_int("epochs", 3, 5),
+        image_size=min(task.stored_size, largest),
+        width=trial.suggest_float("width", *widths),
+        epochs=trial.suggest_int("epochs", *epochs),
         batch_size=trial.suggest_categorical("scratch_batch_size", [250, 500, 1000]),
         optimizer="muon",
         lr=trial.suggest_float("scratch_lr", 0.4, 1.5, log=True),

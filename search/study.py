@@ -115,7 +115,7 @@ class Sweep:
         self.running: dict[str, Trial] = {}
         self.epochs: dict[str, int] = {}  # of every trial handed out
         self.retried: dict[str, int] = {}
-        self.seconds_per_epoch: dict[str, float] = {}  # by what decides it, see _speed_key
+        self.seconds_per_epoch: dict[tuple[str, str], float] = {}  # by what decides it, see _speed_key
         self.worst: float | None = None
         self.stopping = False
         self.out_of_time = False  # too little is left for even one epoch of the next trial
@@ -211,9 +211,11 @@ class Sweep:
 
     def _fit(self, config: TrialConfig) -> TrialConfig | None:
         """The config with as many epochs as the time left allows (its schedule then still ends at zero), or None."""
-        speed = self.seconds_per_epoch.get(_speed_key(config.to_dict()))
-        if self.deadline is None or speed is None:
+        family, exact = _speed_key(config.to_dict())
+        known = [speed for key, speed in self.seconds_per_epoch.items() if key[0] == family]
+        if self.deadline is None or not known:
             return config
+        speed = self.seconds_per_epoch.get((family, exact), max(known))
         epochs = min(config.epochs, int(self._time_left() / speed))
         if epochs < 1:
             return None
@@ -300,6 +302,7 @@ def _id(number: int) -> str:
     return f"{number:04d}"
 
 
-def _speed_key(config: dict[str, Any]) -> str:
+def _speed_key(config: dict[str, Any]) -> tuple[str, str]:
+    """What an epoch's seconds depend on: much (the first part), and a little (the second)."""
     frozen = config["freeze_epochs"] >= config["epochs"]
-    return f"{config['backbone']} {config['image_size']} {config['width']:.2f} {config['stem']} {frozen}"
+    return f"{config['backbone']} {frozen}", f"{config['image_size']} {config['width']:.2f} {config['stem']}"

@@ -26,7 +26,7 @@ def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
 def small_net(
     trial: optuna.Trial, task: Task, backbone: str, largest: int, widths: tuple[float, float], epochs: tuple[int, int]
 ) -> TrialConfig:
-    """The published recipe of small fast nets from scratch, with its main settings free; `largest` is a side in pixels."""
+    """The published recipe of small fast nets, with its main settings free; `largest` is a side in pixels."""
     return TrialConfig(
         backbone=backbone,
         image_size=min(task.stored_size, largest),

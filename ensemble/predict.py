@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -14,7 +14,7 @@ from upath import UPath
 from ensemble.ensemble import Ensemble, read_ensemble
 from trainables.augment import Pixels
 from trainables.backbones import load_model
-from trainables.candidate import Candidate, open_run, read_run
+from trainables.candidate import Candidate, open_run, read_json, read_run, write_json
 from trainables.config import TrialConfig
 from trainables.data import read_images
 from trainables.errors import UserError, exit_on_user_error
@@ -46,12 +46,12 @@ def candidate_predictor(candidate: Candidate, device: str | None = None) -> Call
     Raises UserError when the candidate has no weights or they do not fit.
     """
     place = pick_device(device)
+    model = load_model(candidate, place)
     info = candidate.info
     config = TrialConfig.from_dict(info["config"])
-    model = load_model(candidate, place)
     pixels = Pixels.of(info["mean"], info["std"], place)
     precision = info.get("precision", "fp32") if place.type == "cuda" or info.get("precision") != "fp16" else "fp32"
-    size = config.image_size
+    size = info.get("image_size", config.image_size)
     return lambda images: predict_probs(model, images, None, pixels, size, config.tta, precision)
 
 
@@ -80,10 +80,13 @@ def predict_folder(args: Predict) -> tuple[int, int]:
     run = open_run(args.run)
     info = read_run(run)
     classes = [str(name) for name in info["classes"]]
-    predict = ensemble_predictor(run, read_ensemble(run, args.ensemble))
+    ensemble = read_ensemble(run, args.ensemble)
     header = ["id", "label", *(classes if args.probs else [])]
-    done = _rows_done(args.out, header)
-    size = int(info.get("data", {}).get("size", 0)) or 224
+    if not args.out.absolute().parent.is_dir():
+        raise UserError(f"folder {args.out.absolute().parent} does not exist; make it, or name another --out")
+    done = _rows_done(args.out, header, _origin(args, run, ensemble))
+    predict = ensemble_predictor(run, ensemble)
+    height, width = info.get("data", {}).get("size", (224, 224))
     todo = [id for id in images if id not in done]
     unreadable = 0
     with open(args.out, "a", newline="") as file:
@@ -91,7 +94,11 @@ def predict_folder(args: Predict) -> tuple[int, int]:
         if not done and file.tell() == 0:
             writer.writerow(header)
         for ids in _progress(todo):
-            pictures = {i: p for i, (_, p) in enumerate(read_images([images[id] for id in ids], size)) if p is not None}
+            pictures = {
+                i: p
+                for i, (_, p) in enumerate(read_images([images[id] for id in ids], (height, width)))
+                if p is not None
+            }
             good = list(pictures)
             rows = [[id, "", *([""] * (len(header) - 2))] for id in ids]
             if good:
@@ -105,10 +112,25 @@ def predict_folder(args: Predict) -> tuple[int, int]:
     return len(images), unreadable
 
 
-def _rows_done(out: Path, header: list[str]) -> set[str]:
-    """Ids that the file already answers; a last line that was cut in the middle is removed from it."""
+def _origin(args: Predict, run: UPath, ensemble: Ensemble) -> dict[str, Any]:
+    """What a prediction depends on besides the image."""
+    return {
+        "run": str(run.absolute()), "ensemble": ensemble.name, "created": ensemble.created,
+        "images": str(args.images.absolute()),
+    }  # fmt: skip
+
+
+def _rows_done(out: Path, header: list[str], origin: dict[str, Any]) -> set[str]:
+    """Ids that the file already answers; a last line that was cut in the middle is removed from it.
+
+    What made the file stands beside it, as <out>.json: rows of another ensemble are never mixed in.
+    """
+    beside = UPath(out.with_name(out.name + ".json"))
     if not out.exists():
+        write_json(beside, origin)
         return set()
+    if not beside.exists() or read_json(beside) != origin:
+        raise UserError(f"{out} holds predictions of another ensemble or folder; remove it or name another --out")
     text = out.read_text()
     whole = text[: text.rfind("\n") + 1]
     rows = list(csv.reader(whole.splitlines()))

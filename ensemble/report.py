@@ -37,15 +37,18 @@ def test_scores(run: UPath, ensemble: Ensemble) -> dict[str, Any] | None:
     if not info.get("splits", {}).get("test"):
         return None
     images, labels = open_test(info["data"]["path"])
-    single = str(ensemble.scores["best_single"]["id"])
+    if "best_single" not in ensemble.scores:
+        raise UserError(f"ensemble {ensemble.name} does not say which model was best alone; select again")
+    single = ensemble.scores["best_single"]
     probs = {member: candidate_predictor(member.candidate(run))(images) for member in ensemble.members}
-    alone = next((member for member in ensemble.members if member.id == single and not member.run), Member(single, 1.0))
+    alone = Member(str(single["id"]), 1.0, single.get("run", ""))
+    alone = next((member for member in ensemble.members if (member.id, member.run) == (alone.id, alone.run)), alone)
     if alone not in probs:
         probs[alone] = candidate_predictor(alone.candidate(run))(images)
     together = ensemble.predict([probs[member] for member in ensemble.members])
     return {
         "ensemble": {"name": ensemble.name, **_score(together, labels)},
-        "best_single": {"id": single, **_score(probs[alone], labels)},
+        "best_single": {"id": alone.id, **_score(probs[alone], labels)},
     }
 
 

@@ -159,7 +159,9 @@ def score_all(pool: Pool, blend: Blend, single: int) -> dict[str, Any]:
     mean, low, high = metrics.paired_bootstrap(right, single_right)
     return {
         "select": where(pool) | describe(ensemble_probs, pool.labels),
-        "best_single": {"id": pool.candidates[single].id} | where(pool) | describe(single_probs, pool.labels),
+        "best_single": {"id": pool.candidates[single].id, "run": pool.run_of(single)}
+        | where(pool)
+        | describe(single_probs, pool.labels),
         "gain": where(pool)
         | {"accuracy": mean, "interval": [low, high], "mcnemar_p": metrics.mcnemar(right, single_right)},
     }

@@ -18,6 +18,7 @@ from upath import UPath
 from ensemble.ensemble import combine
 from ensemble.limits import Limits
 from ensemble.metrics import accuracy, log_loss
+from ensemble.pool import load_pool
 from ensemble.selection import greedy
 from trainables.candidate import Candidate, list_candidates, read_json, select_labels
 from trainables.config import TrialConfig
@@ -40,9 +41,10 @@ class EnsembleSoFar:
         self.best_single: tuple[str, float] | None = None
         self.members = 0
         self.curve: list[tuple[int, float, float]] = []
-        candidates = list_candidates(run)
-        for candidate in candidates:
-            self.add(candidate, choose=candidate is candidates[-1])
+        if list_candidates(run):
+            pool = load_pool([run])  # checked: other tools may have added candidates
+            for candidate in pool.candidates:
+                self.add(candidate, choose=candidate is pool.candidates[-1])
 
     def add(self, candidate: Candidate, choose: bool = True) -> None:
         probs = np.asarray(candidate.probs("select"))

@@ -17,6 +17,7 @@ import numpy as np
 import optuna
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from upath import UPath
@@ -43,8 +44,10 @@ from trainables.worker import LaneSpec
 
 LIBRARIES = ("torch", "timm", "ray", "optuna")
 MOST_CPU_LANES = 8  # without GPUs; each lane is a process of its own with a copy of torch
-RESERVE = (0.05, 60.0)  # share of --minutes, and most seconds, kept for predictions, selection and summary
+# Share of --minutes, and most seconds, kept for predictions, selection and summary: without and with a test part
+RESERVES = ((0.05, 60.0), (0.1, 180.0))
 LEADERBOARD_ROWS = 10
+LEADERBOARD_KEYS = {"metrics", "config", "curve", "params", "latency_ms", "seconds"}
 TRIED_PROPOSALS = 20
 
 
@@ -72,14 +75,16 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     for name in plan.missing:
         console.print(f"{name}: no pretrained weights found here, so this sweep runs without it", style="yellow")
     _open_run(plan, config)
+    lock = _lock(plan.run)
     storage = config.storage or f"sqlite:///{plan.run / 'study.db'}"
     study = open_study(storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
     used = float(study.user_attrs.get(SECONDS_USED, 0.0))
     deadline = None
     if config.minutes is not None:
-        reserve = min(RESERVE[0] * 60 * config.minutes, RESERVE[1])
+        share, most = RESERVES[plan.data.test_images > 0]
+        reserve = min(share * 60 * config.minutes, most)
         deadline = began + 60 * config.minutes - used - reserve
-    job = {
+    job: dict[str, Any] = {
         "run": str(plan.run),
         "data": {
             "path": str(plan.data.path), "name": config.data, "size": config.stored_size,
@@ -94,6 +99,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         offer = connect()
         try:
             spec, lanes = lanes_for(offer, config)
+            job["gpus"] = spec.gpus
             task = _task(plan.backbones, plan.data, plan.splits, config, "cuda" if spec.gpus else "cpu")
             going.propose_with(lambda trial: _checked(plan.space.suggest(trial, task), task))
             board.links = [f"Ray dashboard {offer.dashboard_url}"] if offer.dashboard_url else []
@@ -104,7 +110,10 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         finally:
             disconnect()
             going.remove_stale_checkpoints()
-    return _conclude(console, plan, config, going, began)
+    ensemble = _conclude(console, plan, config, going, began)
+    if lock is not None:
+        lock.release()
+    return ensemble
 
 
 def _plan(config: SearchConfig) -> _Plan:
@@ -176,6 +185,12 @@ def _open_run(plan: _Plan, config: SearchConfig) -> None:
                 f"{plan.run} holds a run on other data or splits ({info.get('data', {}).get('name', 'unknown')}); "
                 f"name another with --run"
             )
+        asked = sorted(plan.backbones)
+        if info.get("backbones", asked) != asked:
+            raise UserError(
+                f"{plan.run} is a sweep over {', '.join(info['backbones'])}, not over {', '.join(asked)}; "
+                "ask for the same backbones (and have their weights), or name another with --run"
+            )
         return
     splits, data = plan.splits, plan.data
     plan.run.mkdir(parents=True, exist_ok=True)
@@ -192,16 +207,29 @@ def _open_run(plan: _Plan, config: SearchConfig) -> None:
             },
             "data": {
                 "name": config.data, "fingerprint": data.fingerprint, "path": str(data.path),
-                "size": int(data.images.shape[1]),
+                "size": [int(side) for side in data.images.shape[1:3]],
                 "mean": [float(x) for x in data.mean], "std": [float(x) for x in data.std],
             },
             "search": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
             "space": plan.space.name,
+            "backbones": sorted(plan.backbones),
             "command": shlex.join(sys.argv),
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
             "created": time.time(),
         },
     )  # fmt: skip
+
+
+def _lock(run: UPath) -> FileLock | None:
+    """Held until this process ends: two sweeps in one run directory would train the same trials."""
+    if run.protocol not in ("", "file"):
+        return None  # object stores have no locks
+    lock = FileLock(str(run / ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another search.run is at work in {run}; wait for it, or name another with --run") from None
+    return lock
 
 
 def _checked(trial: TrialConfig, task: Task) -> TrialConfig:
@@ -246,8 +274,10 @@ def _conclude(console: Console, plan: _Plan, config: SearchConfig, going: Sweep,
     ensemble = choose_from(pool, args)
     write_ensemble(plan.run, ensemble)
     show(pool, ensemble)
-    scores = write_report(plan.run, ensemble)
-    if scores is None:
+    scores = None if going.stopping else write_report(plan.run, ensemble)
+    if going.stopping:
+        console.print("the test part stays unread until the sweep is complete")
+    elif scores is None:
         console.print("the data set has no test part, so nothing is said about unseen images beyond the select split")
     else:
         console.print("\n".join(describe_test(scores)), style="bold")
@@ -271,7 +301,8 @@ def _print_start(console: Console, plan: _Plan, config: SearchConfig, going: Swe
 
 
 def _print_leaderboard(console: Console, run: UPath) -> None:
-    rows: list[dict[str, Any]] = [c.info for c in list_candidates(run) if "metrics" in c.info and "config" in c.info]
+    # candidates that other tools have added need not have all of this
+    rows: list[dict[str, Any]] = [c.info for c in list_candidates(run) if c.info.keys() >= LEADERBOARD_KEYS]
     rows.sort(key=lambda info: info["metrics"]["select_log_loss"])
     if not rows:
         return
@@ -309,7 +340,11 @@ def main() -> None:
     with exit_on_user_error():
         description = inspect.getdoc(SearchConfig)
         config = tyro.cli(SearchConfig, description=description, prog="python -m search.run")
-        sweep(config)
+        try:
+            sweep(config)
+        except KeyboardInterrupt:  # the second Ctrl-C, or one before anything ran
+            print("stopped; the same command goes on", file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ study and is handed out again, under its own number, by the next process that op
 """
 
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Protocol
 
 import optuna
@@ -23,6 +25,7 @@ CANDIDATE_OUTCOMES = ("finished", "time")  # the trial left a candidate
 TEACHING_OUTCOMES = ("diverged", "out of memory")  # told to the sampler as the worst value seen
 RETRIES = {"bug": 1, "lost node": 5}  # how often a trial is run again in one sweep
 MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
+MOST_TOO_SLOW = 5  # proposals in a row that do not fit into the time left
 SECONDS_USED = "seconds_used"  # study attribute: time spent by earlier processes of this sweep
 
 
@@ -153,7 +156,8 @@ class Sweep:
             if frozen.state == TrialState.RUNNING:
                 trial = Trial(self.study, frozen._trial_id)
                 if id in done:  # it died between writing the candidate and telling the study
-                    self.study.tell(trial, self._value(done[id].info["metrics"]))
+                    trial.set_user_attr("outcome", done[id].info.get("outcome", "finished"))
+                    self._see(self.study.tell(trial, self._value(done[id].info["metrics"])))
                     self.counted += 1
                 elif "config" in frozen.user_attrs:
                     self.interrupted.append(trial)
@@ -187,7 +191,7 @@ class Sweep:
 
     def _ask(self) -> tuple[Trial, TrialConfig] | None:
         assert self.suggest is not None, "propose_with() was not called"
-        reason = ""
+        reason, too_slow = "", 0
         for _ in range(MOST_INVALID):
             trial = self.study.ask()
             try:
@@ -201,8 +205,11 @@ class Sweep:
             shortened = self._fit(config)
             if shortened is None:
                 self.study.tell(trial, state=TrialState.FAIL)
-                self.out_of_time = True
-                return None
+                too_slow += 1
+                if too_slow == MOST_TOO_SLOW:
+                    self.out_of_time = True
+                    return None
+                continue
             trial.set_user_attr("config", shortened.to_dict())
             return trial, shortened
         raise UserError(
@@ -255,6 +262,7 @@ class Sweep:
             self.study.tell(trial, self._worst_value())
         else:  # a bug, a lost node that stayed lost, an invalid configuration found late
             self.study.tell(trial, state=TrialState.FAIL)
+            self.counted -= outcome == "invalid"  # as if it had been refused at once
         if outcome not in CANDIDATE_OUTCOMES:
             remove_checkpoint(self.run, id)
         self.board.ended(id, outcome, result)
@@ -293,9 +301,11 @@ class Sweep:
         return 0.0 if self.maximise else 10.0
 
     def _learn_speed(self, info: dict[str, Any]) -> None:
-        curve = info.get("curve") or []
-        if curve and "config" in info:
-            self.seconds_per_epoch[_speed_key(info["config"])] = float(info["seconds"]) / len(curve)
+        """Median seconds of an epoch: the first may have computed what later trials find cached."""
+        ends = [float(row["seconds"]) for row in info.get("curve") or [] if "seconds" in row]
+        if ends and "config" in info:
+            epochs = [after - before for before, after in pairwise([0.0, *ends])]
+            self.seconds_per_epoch[_speed_key(info["config"])] = statistics.median(epochs)
 
 
 def _id(number: int) -> str:

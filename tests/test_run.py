@@ -109,6 +109,28 @@ def test_a_run_directory_of_another_data_set(
     assert "--run" in line
 
 
+def test_a_run_directory_that_another_search_is_working_in(
+    pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "laptop", "--backbones", "speednet"]
+    config = SearchConfig(data="folder", data_dir=pictures, space="laptop", backbones=("speednet",), run=str(tmp_path))
+    plan = search_run._plan(config)
+    search_run._open_run(plan, config)
+    held = search_run._lock(plan.run)
+    assert "another search.run is at work" in refused(capsys, monkeypatch, tmp_path, *args)
+    assert held is not None
+    held.release()
+
+
+def test_a_run_directory_of_other_backbones(
+    pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = SearchConfig(data="folder", data_dir=pictures, space="laptop", backbones=("speednet",), run=str(tmp_path))
+    search_run._open_run(search_run._plan(config), config)
+    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "laptop", "--backbones", "keras_cnn"]
+    assert "a sweep over speednet, not over keras_cnn" in refused(capsys, monkeypatch, tmp_path, *args)
+
+
 def test_weights_of_another_architecture(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -42,7 +42,8 @@ def scores(accuracy: float, epoch: int = 1) -> dict[str, Any]:
 def finish(s: Sweep, job: dict[str, Any], accuracy: float = 0.5, seconds: float = 6.0) -> None:
     """As a lane would: the candidate on disk first, then the result."""
     metrics = {"tune_accuracy": accuracy, "tune_log_loss": 1 - accuracy}
-    curve = [{"epoch": e + 1} for e in range(job["config"]["epochs"])]
+    epochs = job["config"]["epochs"]
+    curve = [{"epoch": e + 1, "seconds": seconds * (e + 1) / epochs} for e in range(epochs)]
     info = {"id": job["id"], "config": job["config"], "metrics": metrics, "curve": curve, "seconds": seconds}
     write_candidate(s.run, info, np.full((2, 2), 0.5))
     s.finish(job["id"], {"outcome": "finished", **metrics, "seconds": seconds})
@@ -127,12 +128,12 @@ def test_a_candidate_that_the_study_was_never_told_of_counts(tmp_path: Path) -> 
     assert job is not None
     metrics = {"tune_accuracy": 0.7, "tune_log_loss": 0.3}
     write_candidate(first.run, {"id": job["id"], "config": job["config"], "metrics": metrics}, np.full((2, 2), 0.5))
-    second = sweep(tmp_path, trials=2)
-    assert second.study.trials[0].value == 0.7
-    following = second.next()
+    assert sweep(tmp_path, trials=2).study.trials[0].value == 0.7
+    third = sweep(tmp_path, trials=2)  # and still counts for whoever comes after the one that told
+    following = third.next()
     assert following is not None
     assert following["id"] == "0001"
-    assert second.next() is None
+    assert third.next() is None
 
 
 def test_a_repeated_epoch_does_not_disturb_the_study(tmp_path: Path) -> None:

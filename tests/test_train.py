@@ -128,6 +128,18 @@ def test_accumulated_micro_batches_give_the_whole_batches_gradient(data: Data, s
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_accumulation_doubled_after_a_checkpoint_holds(data: Data, splits: Splits, tmp_path: Path) -> None:
+    checkpoint = UPath(tmp_path / "state.pt")
+    with pytest.raises(Interrupt):
+        train(SMALL, data, splits, stop_after(2), checkpoint=checkpoint)
+    assert train(replace(SMALL, accumulate=4), data, splits, checkpoint=checkpoint).accumulate == 4
+
+
+def test_pretrained_without_a_source_is_no_random_start(data: Data, splits: Splits) -> None:
+    with pytest.raises(UserError, match="source was not given"):
+        train(replace(SMALL, backbone="resnet10t", pretrained=True), data, splits)
+
+
 def test_frozen_means_parameters_and_batchnorm_statistics(data: Data, splits: Splits) -> None:
     config = replace(SMALL, backbone="resnet10t", image_size=32, epochs=2, freeze_epochs=2, crop=1)
     torch.manual_seed(config.seed)
@@ -163,7 +175,10 @@ def test_patience_stops_early_and_keeps_the_best_epoch(data: Data, splits: Split
 def test_ema_weights_are_what_is_kept(data: Data, splits: Splits) -> None:
     plain, averaged = train(SMALL, data, splits), train(replace(SMALL, ema=0.99), data, splits)
     start = build(SMALL, 3)
-    distance = lambda t: float((t.model.head.weight - start.head.weight).norm())  # type: ignore[union-attr, operator]  # noqa: E731
+
+    def distance(trained: Trained) -> float:
+        return float((trained.model.head.weight - start.head.weight).detach().norm())  # type: ignore[union-attr, operator]
+
     assert distance(averaged) < distance(plain)
 
 

@@ -11,6 +11,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+MOST_PATCHES = 2_000_000  # that the whitening filters are computed from
+
 
 class SpeedNet(nn.Module):
     """A fast convnet for images of about 32 pixels.
@@ -42,8 +44,8 @@ class SpeedNet(nn.Module):
 
         The filters are the eigenvectors of the 2x2 patches' covariance, scaled to unit variance, with both signs.
         """
-        patches = images.float().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
-        patches = patches[torch.linspace(0, len(patches) - 1, min(len(patches), 500_000)).long()]
+        images = images[: max(1, MOST_PATCHES // (images.shape[2] * images.shape[3]))]
+        patches = images.float().cpu().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
         values, vectors = torch.linalg.eigh(torch.cov(patches.double().T))
         # eigenvectors have no natural sign; fixing one keeps equal data giving equal weights
         vectors = vectors * torch.sign(vectors[vectors.abs().argmax(0), torch.arange(12)])

@@ -48,7 +48,7 @@ class TrialConfig:
         crop: largest shift in pixels of the *stored* image, reflected at the border.
         randaugment: magnitude 0 (off) to 10 of two random operations per batch slice.
         ema: decay of a moving average of the weights, which is then what is evaluated and kept; 0 is off.
-        lookahead: pull towards slow weights every that many steps (factor 0.5); 0 is off.
+        lookahead: pull towards slow weights every that many steps, harder as training goes on; 0 is off. Not with ema.
         clip_norm: largest norm of the whole gradient; 0 is off.
         class_weights: weigh the loss by inverse class frequency.
         balanced: draw every class equally often.
@@ -100,6 +100,8 @@ class TrialConfig:
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
                 raise UserError(f"{name} is {value}, expected {low} to {high}")
+        if self.ema and self.lookahead:
+            raise UserError("ema and lookahead are both on, expected at most one of them")
         if self.freeze_epochs > self.epochs:
             raise UserError(f"freeze_epochs is {self.freeze_epochs}, expected at most epochs ({self.epochs})")
 

@@ -4,9 +4,11 @@ While the body is frozen its output does not change, so freeze epochs train the 
 plain and, when the config flips images, of the mirrored view. Crops, cutout and mixing are not applied meanwhile.
 """
 
+import functools
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,16 @@ from trainables.data import Data
 from trainables.inference import EVAL_BATCH, autocast
 
 
+class OutOfTime(RuntimeError):
+    """The sweep's time was over before the features were complete."""
+
+
+@functools.cache
+def _identity(weights: WeightSource) -> str:
+    """What tells pretrained weights apart: a file's content, or that they are the hub's."""
+    return hashlib.sha256(Path(weights.path).read_bytes()).hexdigest() if weights.path else weights.kind
+
+
 class FrozenFeatures:
     """The features that a trial's freeze epochs need; nothing is computed before the first use.
 
@@ -37,18 +49,18 @@ class FrozenFeatures:
         data: Data,
         weights: WeightSource | None,
         pixels: Pixels,
-        precision: str,
+        deadline: float | None,
         tick: Callable[[], None],
     ) -> None:
         self.model, self.config, self.data, self.pixels = model, config, data, pixels
-        self.precision, self.tick = precision, tick
+        self.deadline, self.tick = deadline, tick
+        self.precision = "fp32"  # of the body; set before the first use
         self.head = head_of(model)
         self.views: dict[bool, np.ndarray] = {}
         self.usable = weights is not None and not config.progressive and self._head_takes_vectors()
-        source = weights and (weights.kind, Path(weights.path).name, weights.path and os.path.getsize(weights.path))
         self.question = {
-            "backbone": config.backbone, "stem": config.stem, "weights": source, "size": config.image_size,
-            "data": data.fingerprint, "precision": precision,
+            "backbone": config.backbone, "stem": config.stem, "weights": weights and _identity(weights),
+            "size": config.image_size, "data": data.fingerprint,
         }  # fmt: skip
 
     def logits(self, indices: np.ndarray, epoch: int, generator: torch.Generator) -> Tensor:
@@ -63,7 +75,7 @@ class FrozenFeatures:
     def probs(self, indices: np.ndarray) -> np.ndarray:
         """Class probabilities, float32 (N, C), from the plain view."""
         logits = torch.cat([self.head(self._take(part, mirrored=False)) for part in np.array_split(indices, 8)])
-        return F.softmax(logits.double(), dim=1).float().cpu().numpy()
+        return F.softmax(logits.cpu().double(), dim=1).float().numpy()
 
     def _take(self, indices: np.ndarray, mirrored: bool) -> Tensor:
         if mirrored not in self.views:
@@ -73,7 +85,7 @@ class FrozenFeatures:
 
     def _load_or_compute(self, mirrored: bool) -> np.ndarray:
         """float16 (N, F) of all images, memory-mapped. Two trials that ask at the same time compute them once."""
-        question = json.dumps({**self.question, "mirrored": mirrored}, sort_keys=True)
+        question = json.dumps({**self.question, "precision": self.precision, "mirrored": mirrored}, sort_keys=True)
         folder = self.data.path.parent.parent / "features"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{hashlib.sha256(question.encode()).hexdigest()[:20]}.npy"
@@ -94,12 +106,24 @@ class FrozenFeatures:
         self.model.eval()
         out: np.memmap | None = None
         images = self.data.images
-        for start in range(0, len(images), EVAL_BATCH):
-            vectors = self._vectors(images[start : start + EVAL_BATCH], mirrored).cpu().numpy()
+        start, size = 0, EVAL_BATCH
+        while start < len(images):
+            if self.deadline is not None and time.time() > self.deadline:
+                temporary.unlink(missing_ok=True)
+                raise OutOfTime("the deadline passed while features were computed")
+            try:
+                vectors = self._vectors(images[start : start + size], mirrored).cpu().numpy()
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                torch.cuda.empty_cache()
+                size //= 2
+                continue
             if out is None:
                 shape = (len(images), vectors.shape[1])
                 out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
             out[start : start + len(vectors)] = vectors
+            start += len(vectors)
             self.tick()
         assert out is not None
         out.flush()
@@ -123,9 +147,7 @@ class FrozenFeatures:
             images = self.data.images[:2]
             vectors = self._vectors(images, mirrored=False)
             x = self.pixels(torch.from_numpy(np.array(images)).to(vectors.device), self.config.image_size)
-            with autocast(x.device, self.precision):
-                whole = self.model(x).float()
-            return vectors.ndim == 2 and torch.allclose(self.head(vectors), whole, rtol=0.05, atol=0.05)
+            return vectors.ndim == 2 and torch.allclose(self.head(vectors), self.model(x), rtol=1e-3, atol=1e-3)
         except (RuntimeError, TypeError, AttributeError, NotImplementedError):
             return False
         finally:

@@ -68,7 +68,7 @@ def predict_probs(
             torch.cuda.empty_cache()
             batch_size = max(1, batch_size // 2)
             continue
-        probs.append(F.softmax(logits.double(), dim=1).float().cpu().numpy())
+        probs.append(F.softmax(logits.cpu().double(), dim=1).float().numpy())  # mps has no float64
         start += len(chunk)
         tick()
     model.train(was_training)

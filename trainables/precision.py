@@ -45,7 +45,7 @@ def choose_layout(
     timed, once per node for a (backbone, image size, threads), and remembered under `cache`.
     """
     if device.type == "cuda":
-        half = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         return Layout(half if asked == "auto" else asked, channels_last=True)
     if device.type != "cpu":
         return Layout("fp32" if asked == "auto" else asked, channels_last=False)

@@ -26,6 +26,7 @@ from trainables.backbones import WeightSource, build, head_of, normalisation, se
 from trainables.candidate import write_bytes
 from trainables.config import TrialConfig
 from trainables.data import Data
+from trainables.errors import UserError
 from trainables.features import FrozenFeatures
 from trainables.inference import autocast, pick_device, predict_probs, scores
 from trainables.optim import lr_factor, make_optimizers
@@ -55,6 +56,7 @@ class Trained:
         precision, accumulate: what was really used.
         seconds: spent in training steps and evaluation, over all resumptions.
         resumed: after which epochs it was continued from a checkpoint.
+        image_size: side in pixels at which the predictions were made.
         outcome: "finished", "pruned" (report() said stop: then without probs), or "time" (cut at the deadline).
     """
 
@@ -67,6 +69,7 @@ class Trained:
     accumulate: int
     seconds: float
     resumed: list[int]
+    image_size: int
     outcome: str
 
 
@@ -117,6 +120,8 @@ def train(
     _seed(config.seed)
     pixels = Pixels.of(*normalisation(config.backbone, config.pretrained, data.mean, data.std), device=place)
     model = build(config, len(data.classes), weights)
+    if config.pretrained and weights is None:
+        raise UserError(f"{config.backbone} is to start from pretrained weights, but their source was not given")
     if hasattr(model, "prepare"):  # a whitening layer is set from the data
         sample = np.sort(np.random.default_rng(0).permutation(splits.train)[:2000])
         model.prepare(pixels_of(data.images[sample], pixels, config.image_size))  # type: ignore[operator]
@@ -127,11 +132,13 @@ def train(
         model, head_of(model), config.optimizer, config.lr, config.body_lr, config.layer_decay,
         config.weight_decay, config.momentum,
     )  # fmt: skip
-    scaler = torch.amp.GradScaler(place.type, enabled=False)
     average = WeightAverage.of(model, config)
     best = None  # weights of the best epoch, when config.patience asks for them
     progress = _Progress(accumulate=config.accumulate)
 
+    # what is cached is decided before the checkpoint changes the head: a resumed run must decide alike
+    frozen = FrozenFeatures(model, config, data, weights, pixels, deadline, tick) if config.freeze_epochs else None
+    state = None
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(io.BytesIO(checkpoint.read_bytes()), map_location=place, weights_only=True)
         model.load_state_dict(state["model"])
@@ -141,18 +148,21 @@ def train(
         best = state["best"]
         progress = _Progress(**state["progress"])
         progress.resumed.append(progress.epoch)
+        progress.accumulate = max(progress.accumulate, config.accumulate)  # doubled since, when memory ran out
     else:
         cache = data.path.parent.parent
         layout = choose_layout(
-            model, config.backbone, config.image_size, config.batch_size // world, place, cache, config.precision
+            model, f"{config.backbone} {config.width} {config.stem}", config.image_size, config.batch_size // world,
+            place, cache, config.precision,
         )  # fmt: skip
-        progress.precision, progress.channels_last = layout.precision, layout.channels_last
+        progress.precision, progress.channels_last = _agreed([layout.precision, layout.channels_last], world)
     if progress.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     scaler = torch.amp.GradScaler(place.type, enabled=progress.precision == "fp16")
-    frozen = (
-        FrozenFeatures(model, config, data, weights, pixels, progress.precision, tick) if config.freeze_epochs else None
-    )
+    if state is not None:
+        scaler.load_state_dict(state["scaler"])
+    if frozen is not None:
+        frozen.precision = progress.precision
     forward = DistributedDataParallel(model, find_unused_parameters=config.freeze_epochs > 0) if world > 1 else model
     class_weights = _class_weights(data, splits, place) if config.class_weights else None
 
@@ -166,7 +176,8 @@ def train(
         batches = _batches(config, data.labels, splits.train, epoch)
         model.train()
         set_frozen(model, is_frozen)
-        use_cache = is_frozen and frozen is not None and frozen.usable
+        # cached steps go past DDP, which would leave every rank with a head of its own
+        use_cache = is_frozen and frozen is not None and frozen.usable and world == 1
         total_loss, seen = torch.zeros((), device=place), 0
         for step, batch in enumerate(batches):
             tick()
@@ -177,7 +188,7 @@ def train(
                     group["lr"] = config.lr * group["lr_scale"] * factor
             mine = batch[rank::world]
             loss_sum = torch.zeros((), device=place)
-            for micro in _micro_batches(mine, progress.accumulate):
+            for micro in _micro_batches(mine, min(progress.accumulate, max(1, len(batch) // world))):
                 targets = _targets(data.labels[micro], len(data.classes), place)
                 if use_cache and frozen is not None:
                     logits = frozen.logits(micro, epoch, generator)
@@ -194,19 +205,19 @@ def train(
                 # the sum over all ranks and micro-batches is the mean over the whole batch; DDP divides by `world`
                 scaler.scale(loss * (world / len(batch))).backward()
                 loss_sum += loss.detach()
-            for optimizer in optimizers:
-                if config.clip_norm:
-                    scaler.unscale_(optimizer)
             if config.clip_norm:
+                for optimizer in filter(_has_gradients, optimizers):
+                    scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.clip_norm)
             for optimizer in optimizers:
-                scaler.step(optimizer)
+                if _has_gradients(optimizer):  # Muon has none while the body is frozen, and a scaler insists on some
+                    scaler.step(optimizer)
             scaler.update()
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             average.update(model, at)
             total_loss, seen = total_loss + loss_sum, seen + len(mine)
-            if place.type == "cpu" and not math.isfinite(float(loss_sum)):
+            if place.type == "cpu" and world == 1 and not math.isfinite(float(loss_sum)):
                 raise Diverged(f"loss is {float(loss_sum)} in epoch {epoch + 1}, step {step + 1}")
             if _past(deadline, step, world):
                 outcome = "time"
@@ -223,7 +234,8 @@ def train(
                 tune_probs = predict_probs(
                     model, data.images, splits.tune, pixels, size, precision=progress.precision, tick=tick
                 )
-        tune = scores(tune_probs, data.labels[splits.tune], "tune")
+        # BatchNorm statistics differ a little between ranks; what decides must not
+        tune = _agreed(scores(tune_probs, data.labels[splits.tune], "tune"), world)
         if not math.isfinite(float(tune["tune_log_loss"])):
             raise Diverged(f"predictions are not numbers after epoch {epoch + 1}")
         progress.epoch += 1
@@ -247,7 +259,8 @@ def train(
             buffer = io.BytesIO()
             torch.save(
                 {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                 "average": average.state_dict(), "best": best, "progress": vars(progress)},
+                 "average": average.state_dict(), "best": best, "scaler": scaler.state_dict(),
+                 "progress": vars(progress)},
                 buffer,
             )  # fmt: skip
             write_bytes(checkpoint, buffer.getvalue())
@@ -257,6 +270,7 @@ def train(
         if last:
             break
 
+    image_size = _image_size(config, progress.epoch - 1)
     average.apply(model)
     if best is not None:
         model.load_state_dict(best)
@@ -271,13 +285,13 @@ def train(
                 probs[split] = frozen.probs(indices)  # the body never learned, so its features still hold
             else:
                 probs[split] = predict_probs(
-                    model, data.images, indices, pixels, _image_size(config, progress.epoch - 1), config.tta,
+                    model, data.images, indices, pixels, image_size, config.tta,
                     progress.precision, tick=tick,
                 )  # fmt: skip
             metrics.update(scores(probs[split], data.labels[indices], split))
     return Trained(
         model, probs, metrics, progress.curve, pixels, progress.precision, progress.accumulate,
-        progress.seconds, progress.resumed, outcome,
+        progress.seconds, progress.resumed, image_size, outcome,
     )  # fmt: skip
 
 
@@ -343,6 +357,19 @@ def _past(deadline: float | None, step: int, world: int) -> bool:
     flag = torch.tensor([float(time.time() > deadline)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
+def _agreed(value: Any, world: int) -> Any:
+    """Rank 0's value on every rank."""
+    if world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _mean_over_ranks(total: float, count: int) -> float:

@@ -18,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from upath import UPath
 
 from trainables.backbones import WeightSource
-from trainables.candidate import remove_checkpoint, write_candidate
+from trainables.candidate import read_json, remove_checkpoint, write_candidate
 from trainables.config import TrialConfig
 from trainables.data import Data, open_data, prepare
 from trainables.errors import UserError
+from trainables.features import OutOfTime
 from trainables.splits import Splits, load_splits
 from trainables.train import Diverged, Trained, train
 
@@ -32,17 +33,22 @@ def run_trial(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> 
     """Train one candidate and write it; called on every rank of a lane with the same job.
 
     `job` is JSON-able: `id`, `config` (TrialConfig as a dict), `run` (path of the run directory), `data` ({"path",
-    "name", "data_dir", "size"}), `weights` (WeightSource as a dict, or None), `deadline` (time.time(), or None).
+    "name", "data_dir", "size"}), `weights` (WeightSource as a dict, or None), `gpus` (of this lane), `deadline`
+    (time.time(), or None).
 
     Returns plain JSON: `outcome` is "finished", "time" (cut at the deadline, still a candidate), "pruned",
-    "out of memory", "diverged" or "invalid"; with it the scores, or `error`. Any other exception is a bug, and the
-    lane's matter.
+    "interrupted" (no time left to begin), "out of memory", "diverged" or "invalid"; with it the scores, or
+    `error`. Any other exception is a bug, and the lane's matter.
     """
     config = TrialConfig.from_dict(job["config"])
     run = UPath(job["run"])
     data, splits = _open(job["run"], *sorted(job["data"].items()))
     weights = WeightSource(**job["weights"]) if job.get("weights") else None
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    written = run / "candidates" / job["id"] / "candidate.json"
+    if written.exists():  # an earlier process got that far and died before it was heard
+        info = read_json(written)
+        return {"outcome": info["outcome"], **info["metrics"], "seconds": info["seconds"]}
     try:
         trained = _train_within_memory(config, data, splits, report, weights, run, job)
         result: dict[str, Any] = {"outcome": trained.outcome, **trained.metrics, "seconds": trained.seconds}
@@ -52,9 +58,13 @@ def run_trial(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> 
         result = {"outcome": "diverged", "error": str(error)}
     except UserError as error:
         result = {"outcome": "invalid", "error": str(error)}
+    except OutOfTime as error:
+        return {"outcome": "interrupted", "error": str(error)}
     except (torch.OutOfMemoryError, MemoryError) as error:
+        if world > 1:
+            raise  # the other ranks wait in a collective: only the lane can end them
         result = {"outcome": "out of memory", "error": str(error).splitlines()[0]}
-    if rank == 0:
+    if rank == 0 and result["outcome"] != "pruned":  # or interrupted, which looks the same from here
         remove_checkpoint(run, job["id"])
     return result
 
@@ -65,14 +75,16 @@ def _train_within_memory(
 ) -> Trained:  # fmt: skip
     """train(), halving the micro-batch while memory runs out: the effective batch stays what the sampler asked for."""
     checkpoint = run / "checkpoints" / job["id"] / "state.pt"
+    # without a GPU slot of its own a trial must not take somebody else's
+    device = "cpu" if torch.cuda.is_available() and not job.get("gpus") else None
     while True:
         try:
             return train(
                 config, data, splits, report, weights=weights, checkpoint=checkpoint,
-                deadline=job.get("deadline"), tick=getattr(report, "alive", lambda: None),
+                deadline=job.get("deadline"), device=device, tick=getattr(report, "alive", lambda: None),
             )  # fmt: skip
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not _is_out_of_memory(error) or (dist.is_initialized() and dist.get_world_size() > 1):
                 raise
             if config.accumulate >= config.batch_size:
                 raise torch.OutOfMemoryError(str(error)) from error
@@ -106,6 +118,7 @@ def _write(run: UPath, id: str, config: TrialConfig, data: Data, splits: Splits,
         "num_classes": len(data.classes),
         "mean": trained.pixels.mean.flatten().tolist(),
         "std": trained.pixels.std.flatten().tolist(),
+        "image_size": trained.image_size,
         "precision": trained.precision,
         "outcome": trained.outcome,
         "metrics": trained.metrics,

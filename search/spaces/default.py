@@ -6,7 +6,7 @@ python -m search.run --data folder --data-dir PHOTOS --minutes 120
 import optuna
 
 from search.config import Task
-from search.spaces.laptop import small_net
+from search.spaces.laptop import largest_batch, small_net
 from trainables.config import TrialConfig
 
 TRIALS = 40
@@ -35,7 +35,7 @@ def _tuned(trial: optuna.Trial, task: Task, backbone: str) -> TrialConfig:
         image_size=224,
         epochs=epochs,
         freeze_epochs=trial.suggest_int("freeze_epochs", 0, 3),
-        batch_size=trial.suggest_categorical("tuned_batch_size", [32, 64, 128]),
+        batch_size=min(trial.suggest_categorical("tuned_batch_size", [32, 64, 128]), largest_batch(task)),
         lr=trial.suggest_float("tuned_lr", 1e-4, 3e-3, log=True),
         body_lr=trial.suggest_float("body_lr", 0.03, 1.0, log=True),
         weight_decay=trial.suggest_float("tuned_weight_decay", 1e-3, 1e-1, log=True),

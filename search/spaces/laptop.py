@@ -23,6 +23,11 @@ def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
     return _head(trial, task, backbone)
 
 
+def largest_batch(task: Task) -> int:
+    """The largest sensible batch: small data sets still get ten steps an epoch."""
+    return max(8, task.train_images // 10)
+
+
 def small_net(
     trial: optuna.Trial, task: Task, backbone: str, largest: int, widths: tuple[float, float], epochs: tuple[int, int]
 ) -> TrialConfig:
@@ -32,7 +37,7 @@ def small_net(
         image_size=min(task.stored_size, largest),
         width=trial.suggest_float("width", *widths),
         epochs=trial.suggest_int("epochs", *epochs),
-        batch_size=trial.suggest_categorical("scratch_batch_size", [250, 500, 1000]),
+        batch_size=min(trial.suggest_categorical("scratch_batch_size", [250, 500, 1000]), largest_batch(task)),
         optimizer="muon",
         lr=trial.suggest_float("scratch_lr", 0.4, 1.5, log=True),
         body_lr=0.32,
@@ -58,7 +63,7 @@ def _head(trial: optuna.Trial, task: Task, backbone: str) -> TrialConfig:
         image_size=max(64, min(task.stored_size, 128)),
         epochs=epochs,
         freeze_epochs=epochs,
-        batch_size=trial.suggest_categorical("head_batch_size", [64, 128, 256]),
+        batch_size=min(trial.suggest_categorical("head_batch_size", [64, 128, 256]), largest_batch(task)),
         lr=trial.suggest_float("head_lr", 1e-3, 1e-2, log=True),
         weight_decay=trial.suggest_float("head_weight_decay", 1e-3, 1e-1, log=True),
         dropout=trial.suggest_float("dropout", 0.0, 0.2),

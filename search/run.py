@@ -45,7 +45,7 @@ from trainables.worker import LaneSpec
 LIBRARIES = ("torch", "timm", "ray", "optuna")
 MOST_CPU_LANES = 8  # without GPUs; each lane is a process of its own with a copy of torch
 # Share of --minutes, and most seconds, kept for predictions, selection and summary: without and with a test part
-RESERVES = ((0.05, 60.0), (0.1, 180.0))
+RESERVES = ((0.05, 60.0), (0.15, 300.0))
 LEADERBOARD_ROWS = 10
 LEADERBOARD_KEYS = {"metrics", "config", "curve", "params", "latency_ms", "seconds"}
 TRIED_PROPOSALS = 20

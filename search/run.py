@@ -74,6 +74,8 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     plan = _plan(config)
     for name in plan.missing:
         console.print(f"{name}: no pretrained weights found here, so this sweep runs without it", style="yellow")
+    if config.storage:  # one that cannot be opened is told before anything is written
+        open_study(config.storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
     _open_run(plan, config)
     lock = _lock(plan.run)
     storage = config.storage or f"sqlite:///{plan.run / 'study.db'}"

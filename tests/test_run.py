@@ -50,6 +50,7 @@ def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, run:
         (["--data", "folder", "--data-dir", "nowhere"], "nowhere"),
         (["--data", "folder"], "--data-dir"),
         (["--space", "defualt"], "default"),
+        (["--storage", "nonsense://host/db"], "check --storage"),
         (["--trials", "0"], "--trials is 0"),
         (["--minutes", "0"], "--minutes is 0"),
         (["--top-k", "0"], "--top-k is 0"),

@@ -57,7 +57,8 @@ def open_study(
             f"the study cannot be opened in {storage}: {str(error).splitlines()[0]}; check --storage"
         ) from error
     # several processes may have asked since: a seed alone would make each of them propose the same again
-    study.sampler.reseed_rng() if len(study.get_trials(deepcopy=False)) else None
+    if study.get_trials(deepcopy=False):
+        study.sampler.reseed_rng()
     kept = study.user_attrs.get("objective", objective)
     if kept != objective:
         raise UserError(f"this run's objective is {kept}, not {objective}; use --objective {kept} or another --run")

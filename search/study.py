@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 import optuna
@@ -26,6 +27,7 @@ TEACHING_OUTCOMES = ("diverged", "out of memory")  # told to the sampler as the 
 RETRIES = {"bug": 1, "lost node": 5}  # how often a trial is run again in one sweep
 MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
 MOST_TOO_SLOW = 5  # proposals in a row that do not fit into the time left
+SQLITE = "sqlite:///"  # and then a file's path
 SECONDS_USED = "seconds_used"  # study attribute: time spent by earlier processes of this sweep
 
 
@@ -48,6 +50,7 @@ def open_study(
     minimize, maximize = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
     direction = minimize if objective == "log_loss" else maximize
     try:
+        _create_file(storage)
         study = optuna.create_study(
             storage=storage, study_name=name, direction=direction, load_if_exists=True,
             sampler=_sampler(sampler, seed), pruner=_pruner(pruner),
@@ -64,6 +67,22 @@ def open_study(
         raise UserError(f"this run's objective is {kept}, not {objective}; use --objective {kept} or another --run")
     study.set_user_attr("objective", objective)
     return study
+
+
+def _create_file(storage: str) -> None:
+    """Make the tables of a new SQLite file aside, and rename it.
+
+    A kill between a table and its index would leave a file without the index that keeps study names unique: the next
+    process adds the study, and the one after that adds it again, after which nobody can open it.
+    """
+    if not storage.startswith(SQLITE) or Path(storage.removeprefix(SQLITE)).exists():
+        return
+    path = Path(storage.removeprefix(SQLITE))
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    made = optuna.storages.RDBStorage(f"{SQLITE}{new}")
+    made.engine.dispose()
+    new.replace(path)
 
 
 def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:

@@ -245,3 +245,18 @@ def test_checkpoints_of_ended_trials_are_removed_and_those_of_interrupted_ones_k
         (folder / "state.pt").write_bytes(b"late")
     s.remove_stale_checkpoints()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [cut["id"]]
+
+
+def test_a_database_that_was_killed_in_its_making_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite commits every CREATE by itself: cut after the tables, the index of study names would be missing."""
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sqlalchemy.sql.ddl.SchemaGenerator.visit_index", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(tmp_path)
+    for _ in range(3):
+        assert states(sweep(tmp_path)) == []

@@ -251,6 +251,7 @@ def test_a_database_that_was_killed_in_its_making_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SQLite commits every CREATE by itself: cut after the tables, the index of study names would be missing."""
+
     def killed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 

@@ -52,9 +52,10 @@ class SpeedNet(nn.Module):
         filters = (vectors / torch.sqrt(values + 5e-4)).T.flip(0).reshape(12, 3, 2, 2).float()
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
 
-    def lr_scales(self) -> dict[str, float]:
-        """Biases learn 64 times as fast (Jordan, 2024, section 3.2)."""
-        return {name: 64.0 for name, p in self.named_parameters() if name.endswith("bias") and p.requires_grad}
+    def own_rates(self) -> dict[str, tuple[float, float]]:
+        """Biases learn 64 times as fast (Jordan, 2024, section 3.2), that of the whitening only in the beginning."""
+        biases = [name for name, _ in self.named_parameters() if name.endswith("bias")]
+        return {name: (64.0, 3 / 8 if name == "whiten.bias" else 1.0) for name in biases}
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.groups(nn.functional.gelu(self.whiten(x)))

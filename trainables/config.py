@@ -35,7 +35,8 @@ class TrialConfig:
         lr: peak learning rate of the head; the body's is lr * body_lr.
         body_lr: factor on lr for everything but the head.
         layer_decay: lr of a block is body_lr * layer_decay ** (blocks above it).
-        weight_decay: decoupled (AdamW, Muon); for SGD, added to the gradient. Not on biases and norms.
+        weight_decay: decoupled (AdamW, Muon); for SGD, added to the gradient. Not on biases and norms,
+            speednet's excepted.
         momentum: of SGD (Nesterov) and Muon.
         schedule: "cosine", "onecycle" (up for `warmup`, then cosine to 0), "triangular" (up for `warmup`, then linear
             to 0), "constant", "plateau" (halved when the tune log-loss has not improved for 2 epochs).

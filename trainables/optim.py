@@ -19,14 +19,18 @@ def make_optimizers(
     weight_decay: float,
     momentum: float,
 ) -> list[torch.optim.Optimizer]:
-    """The optimisers of a model; their groups carry `lr_scale`, the factor between the schedule's lr and the group's.
+    """The optimisers of a model.
 
-    A network may give parameters an lr_scale of their own in `lr_scales()`; Adam, which is blind to scale, ignores it.
-    Muon takes the hidden matrices and filters; what it is not made for (the head, biases, norms) goes to SGD-Nesterov.
-    Weights of one dimension get no weight decay.
+    Their groups carry `lr_scale`, the factor between the schedule's lr and the group's, and `until`, the share of the
+    training (0 to 1) over which the group runs through the schedule, and after which it no longer learns.
+
+    A network may give single parameters a scale and a share of their own in `own_rates()`; Adam, which is blind to
+    scale, ignores them. Muon takes the hidden matrices and filters; what it is not made for (the head, biases, norms)
+    goes to SGD-Nesterov. Weights of one dimension get no weight decay, but those with a scale of their own: they shrink
+    as fast as the head does.
     """
-    own_scales = model.lr_scales() if optimizer != "adamw" and hasattr(model, "lr_scales") else {}  # type: ignore[operator]
-    groups = _parameter_groups(model, head, body_lr, layer_decay, weight_decay, own_scales)
+    own_rates = model.own_rates() if optimizer != "adamw" and hasattr(model, "own_rates") else {}  # type: ignore[operator]
+    groups = _parameter_groups(model, head, body_lr, layer_decay, weight_decay, own_rates)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
     if optimizer == "adamw":
@@ -54,23 +58,27 @@ def _parameter_groups(
     body_lr: float,
     layer_decay: float,
     weight_decay: float,
-    own_scales: dict[str, float],
+    own_rates: dict[str, tuple[float, float]],
 ) -> list[dict]:
-    """Groups by (lr_scale, weight_decay); `own_scales` are single parameters' factors, by name, instead of body_lr."""
+    """Groups by (lr_scale, weight_decay, until); `own_rates` are single parameters' lr_scale and until, by name."""
     layer_scale: dict[int, float] = {}
     if layer_decay < 1.0 and hasattr(model, "group_matcher"):
         for group in param_groups_layer_decay(model, layer_decay=layer_decay):
             layer_scale.update({id(p): group["lr_scale"] for p in group["params"]})
     head_parameters = {id(p) for p in head.parameters()}
-    groups: dict[tuple[float, float], list[Tensor]] = {}
+    groups: dict[tuple[float, float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue  # such as a whitening layer, which never learns
-        scale = 1.0 if id(parameter) in head_parameters else body_lr * layer_scale.get(id(parameter), 1.0)
-        scale = own_scales.get(name, scale)
-        decay = weight_decay if parameter.ndim >= 2 else 0.0
-        groups.setdefault((scale, decay), []).append(parameter)
-    return [{"params": p, "lr_scale": s, "weight_decay": d} for (s, d), p in groups.items()]
+        if name in own_rates:
+            scale, until = own_rates[name]
+            decay = weight_decay / scale  # the lr multiplies it again
+        else:
+            scale = 1.0 if id(parameter) in head_parameters else body_lr * layer_scale.get(id(parameter), 1.0)
+            until = 1.0
+            decay = weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((scale, decay, until), []).append(parameter)
+    return [{"params": p, "lr_scale": s, "weight_decay": d, "until": u} for (s, d, u), p in groups.items()]
 
 
 class Muon(torch.optim.Optimizer):

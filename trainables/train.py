@@ -163,7 +163,9 @@ def train(
         scaler.load_state_dict(state["scaler"])
     if frozen is not None:
         frozen.precision = progress.precision
-    forward = DistributedDataParallel(model, find_unused_parameters=config.freeze_epochs > 0) if world > 1 else model
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    some_rest = config.freeze_epochs > 0 or any(group["until"] < 1 for group in groups)
+    forward = DistributedDataParallel(model, find_unused_parameters=some_rest) if world > 1 else model
     class_weights = _class_weights(data, splits, place) if config.class_weights else None
 
     outcome, use_cache = "finished", False
@@ -176,16 +178,19 @@ def train(
         batches = _batches(config, data.labels, splits.train, epoch)
         model.train()
         set_frozen(model, is_frozen)
+        for group in groups:
+            if epoch >= group["until"] * config.epochs:
+                for parameter in group["params"]:
+                    parameter.requires_grad = False  # their gradient costs time, too
         # cached steps go past DDP, which would leave every rank with a head of its own
         use_cache = is_frozen and frozen is not None and frozen.usable and world == 1
         total_loss, seen = torch.zeros((), device=place), 0
         for step, batch in enumerate(batches):
             tick()
             at = (epoch + step / len(batches)) / config.epochs
-            factor = lr_factor(config.schedule, at, config.warmup) * progress.plateau_factor
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * group["lr_scale"] * factor
+            for group in groups:
+                factor = lr_factor(config.schedule, at / group["until"], config.warmup) * progress.plateau_factor
+                group["lr"] = config.lr * group["lr_scale"] * factor
             mine = batch[rank::world]
             loss_sum = torch.zeros((), device=place)
             for micro in _micro_batches(mine, min(progress.accumulate, max(1, len(batch) // world))):

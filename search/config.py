@@ -13,6 +13,7 @@ DataName = Literal["digits", "cifar10", "cifar100", "folder"]
 Sampler = Literal["tpe", "gp", "random", "qmc", "cmaes", "nsga2"]
 Pruner = Literal["asha", "hyperband", "median", "wilcoxon", "none"]
 Objective = Literal["accuracy", "log_loss"]
+Scale = Literal["full", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class SearchConfig:
     space: str = "auto"
     """Search space: a name in search/spaces/, or the path of a Python file like those. auto: dry_run for digits, else
     default with GPUs and laptop without."""
+    scale: Scale = "full"
+    """tiny: few, short, narrow trials on small images, to try a space out in minutes."""
     backbones: tuple[str, ...] = ()
     """Backbones instead of the space's own: timm names, squeezenet1_1, speednet."""
     from_scratch: bool = False

@@ -61,7 +61,7 @@ class _Plan:
     space: Space
     backbones: dict[str, WeightSource | None]
     trials: int | None
-    missing: list[str]  # backbones left out for want of weights
+    missing: list[str]  # backbones whose pretrained weights were not found
 
 
 def sweep(config: SearchConfig) -> Ensemble | None:
@@ -73,7 +73,8 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     console = make_console()
     plan = _plan(config)
     for name in plan.missing:
-        console.print(f"{name}: no pretrained weights found here, so this sweep runs without it", style="yellow")
+        instead = "it starts from random ones" if name in plan.backbones else "this sweep runs without it"
+        console.print(f"{name}: no pretrained weights found here, so {instead}", style="yellow")
     if config.storage:  # one that cannot be opened is told before anything is written
         open_study(config.storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
     _open_run(plan, config)
@@ -119,7 +120,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
 
 
 def _plan(config: SearchConfig) -> _Plan:
-    space = load_space(_auto_space(config.data) if config.space == "auto" else config.space)
+    space = load_space(_auto_space(config.data) if config.space == "auto" else config.space, config.scale)
     wanted = dict(space.backbones)
     if config.backbones:
         wanted = {b: "scratch" if config.from_scratch or b in NETWORKS else "pretrained" for b in config.backbones}
@@ -131,9 +132,11 @@ def _plan(config: SearchConfig) -> _Plan:
         try:
             backbones[name] = None if start == "scratch" else find_weights(name, config.weights_dir)
         except UserError:
-            if start != "if found":
+            if start == "pretrained":
                 raise
             missing.append(name)
+            if start == "or scratch":
+                backbones[name] = None
     if not backbones:
         raise UserError(f"none of the backbones of space {space.name} has weights here; see --weights-dir, --backbones")
     data = prepare(config.data, config.data_dir, size=config.stored_size)

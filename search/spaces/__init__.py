@@ -2,10 +2,12 @@
 
 A space has
     TRIALS: int                       trials when neither --trials nor --minutes is given
-    BACKBONES: dict[str, str]         name -> "pretrained" (no weights: an error), "if found", or "scratch"
+    BACKBONES: dict[str, str]         name -> "pretrained" (no weights: an error), "if found" (no weights: left out),
+                                      "or scratch" (no weights: random ones, and the sweep says so), or "scratch"
     suggest(trial, task) -> TrialConfig
 """
 
+import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -17,7 +19,7 @@ from typing import NamedTuple
 
 import optuna
 
-from search.config import Task
+from search.config import Scale, Task
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 
@@ -29,8 +31,14 @@ class Space(NamedTuple):
     suggest: Callable[[optuna.Trial, Task], TrialConfig]
 
 
-def load_space(name: str) -> Space:
-    """A space by its name in this folder, or by the path of a Python file; raises UserError when it is neither."""
+TINY_TRIALS = 4
+
+
+def load_space(name: str, scale: Scale = "full") -> Space:
+    """A space by its name in this folder, or by the path of a Python file; raises UserError when it is neither.
+
+    At scale "tiny" its trials are few, short, narrow and small: the whole road of a large space in minutes.
+    """
     known = sorted(module.name for module in pkgutil.iter_modules(__path__))
     if name in known:
         module = importlib.import_module(f"search.spaces.{name}")
@@ -42,7 +50,21 @@ def load_space(name: str) -> Space:
     missing = [part for part in ("TRIALS", "BACKBONES", "suggest") if not hasattr(module, part)]
     if missing:
         raise UserError(f"search space {name} lacks {', '.join(missing)}; see search/spaces/dry_run.py for the shape")
-    return Space(Path(name).stem, module.TRIALS, module.BACKBONES, module.suggest)
+    space = Space(Path(name).stem, module.TRIALS, module.BACKBONES, module.suggest)
+    if scale == "full":
+        return space
+    return space._replace(trials=TINY_TRIALS, suggest=lambda trial, task: _tiny(space.suggest(trial, task)))
+
+
+def _tiny(config: TrialConfig) -> TrialConfig:
+    return dataclasses.replace(
+        config,
+        epochs=min(2, config.epochs),
+        freeze_epochs=min(1, config.freeze_epochs),
+        image_size=min(32, config.image_size),
+        progressive=(),
+        width=min(0.25, config.width),
+    )
 
 
 def _from_file(path: Path) -> ModuleType:

@@ -1,0 +1,73 @@
+"""Every search space: its proposals can be trained, with and without pretrained weights; tiny ones run end to end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+
+from search.config import Task
+from search.run import _checked
+from search.spaces import TINY_TRIALS, load_space
+from trainables.backbones import WeightSource, check_backbone
+
+ROOT = Path(__file__).parent.parent
+SEEDS = ("cifar10_nine", "intel_scenes", "cifar100_transfer", "cifar10_keras_cnn", "cifar10_from_scratch")
+SPACES = ("default", "dry_run", "laptop", *SEEDS)
+
+
+def task(name: str, found: bool, device: str) -> Task:
+    """With every pretrained weight found, or with none but the offline package's."""
+    backbones: dict[str, WeightSource | None] = {}
+    for backbone, start in load_space(name).backbones.items():
+        if start != "scratch" and (found or backbone == "tf_efficientnet_lite0"):
+            backbones[backbone] = WeightSource("hub")
+        elif start in ("scratch", "or scratch"):
+            backbones[backbone] = None
+    return Task(backbones, 10, 40_000, 32, device, 20.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("found", [True, False])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_every_backbone_is_proposed_with_a_trainable_configuration(name: str, found: bool, device: str) -> None:
+    space, where = load_space(name), task(name, found, device)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    proposed = [_checked(space.suggest(study.ask(), where), where) for _ in range(60)]
+    assert {config.backbone for config in proposed} == set(where.backbones)
+    for config in proposed:
+        check_backbone(config.backbone)
+        assert config.pretrained == (where.backbones[config.backbone] is not None)
+        assert config.progressive == () or config.progressive[-1] == config.image_size
+        assert config.pretrained or config.freeze_epochs == 0
+    assert len({config.lr for config in proposed}) > 30, "the learning rate is searched"
+
+
+def test_tiny_trials_are_few_and_short() -> None:
+    full, tiny = load_space("cifar10_keras_cnn"), load_space("cifar10_keras_cnn", "tiny")
+    where = task("cifar10_keras_cnn", found=False, device="cpu")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    before, after = full.suggest(study.ask(), where), tiny.suggest(study.ask(), where)
+    assert (full.trials, tiny.trials) == (16, TINY_TRIALS)
+    assert before.epochs > 2 == after.epochs
+    assert before.width > 0.25 == after.width
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEEDS)
+def test_a_tiny_sweep_of_every_seed_ends_in_an_ensemble(name: str, pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / name
+    command = [
+        sys.executable, "-m", "search.run", "--data", "folder", "--data-dir", str(pictures), "--space", name,
+        "--scale", "tiny", "--run", str(run),
+    ]  # fmt: skip
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env={**os.environ})
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    ids = {path.parent.name for path in run.glob("candidates/*/candidate.json")}
+    chosen = json.loads(next(run.glob("ensembles/*.json")).read_text())
+    assert ids >= {member["id"] for member in chosen["members"]} != set()
+    assert "test accuracy" in ended.stdout

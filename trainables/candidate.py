@@ -111,17 +111,19 @@ def list_candidates(run: UPath) -> list[Candidate]:
 def write_candidate(
     run: UPath,
     info: dict[str, Any],
-    select_probs: np.ndarray,
+    select_probs: np.ndarray | None,
     tune_probs: np.ndarray | None = None,
     weights: bytes | None = None,
 ) -> Candidate:
     """Write candidates/<info["id"]>/: arrays (N, C) and weights (safetensors bytes) first, candidate.json last.
 
+    Without `select_probs` (a refit, which was trained on the select split, too) it can predict but not be selected.
     Writing the same id again replaces it, so a trial that died between two files is simply written once more.
     """
     path = run / "candidates" / info["id"]
     path.mkdir(parents=True, exist_ok=True)
-    write_array(path / "select_probs.npy", np.asarray(select_probs, np.float32))
+    if select_probs is not None:
+        write_array(path / "select_probs.npy", np.asarray(select_probs, np.float32))
     if tune_probs is not None:
         write_array(path / "tune_probs.npy", np.asarray(tune_probs, np.float32))
     if weights is not None:

@@ -29,6 +29,12 @@ class Splits:
     shared: bool
     fingerprint: str
 
+    def undivided(self) -> "Splits":
+        """All images to train on and none held out, for retraining what was chosen."""
+        everything = np.unique(np.concatenate([self.train, self.tune, self.select]))
+        none = np.empty(0, np.int64)
+        return Splits(everything, none, none, True, f"{self.fingerprint}-undivided")
+
 
 def make_splits(labels: np.ndarray, fingerprint: str, seed: int = 0, tune: float = 0.1, select: float = 0.1) -> Splits:
     """Stratified splits of a train part with `labels` int64 (N,): `tune` and `select` are fractions of it.

@@ -232,24 +232,26 @@ def train(
         if not math.isfinite(train_loss) or train_loss > EXPLODED * math.log(max(3, len(data.classes))):
             raise Diverged(f"mean training loss {train_loss:.3g} after epoch {epoch + 1}")
         seconds = time.perf_counter() - started
-        with average.applied(model):
-            if use_cache and frozen is not None and not average.active:
-                tune_probs = frozen.probs(splits.tune)
-            else:
-                tune_probs = predict_probs(
-                    model, data.images, splits.tune, pixels, size, precision=progress.precision, tick=tick
-                )
-        # BatchNorm statistics differ a little between ranks; what decides must not
-        tune = _agreed(scores(tune_probs, data.labels[splits.tune], "tune"), world)
-        if not math.isfinite(float(tune["tune_log_loss"])):
-            raise Diverged(f"predictions are not numbers after epoch {epoch + 1}")
+        tune: dict[str, Any] = {}
+        if len(splits.tune):  # a refit holds nothing out
+            with average.applied(model):
+                if use_cache and frozen is not None and not average.active:
+                    tune_probs = frozen.probs(splits.tune)
+                else:
+                    tune_probs = predict_probs(
+                        model, data.images, splits.tune, pixels, size, precision=progress.precision, tick=tick
+                    )
+            # BatchNorm statistics differ a little between ranks; what decides must not
+            tune = _agreed(scores(tune_probs, data.labels[splits.tune], "tune"), world)
+            if not math.isfinite(float(tune["tune_log_loss"])):
+                raise Diverged(f"predictions are not numbers after epoch {epoch + 1}")
         progress.epoch += 1
         progress.seconds += time.perf_counter() - started
         progress.curve.append(
             {"epoch": progress.epoch, "train_loss": train_loss, **tune, "seconds": round(progress.seconds, 3),
              "images_per_second": round(seen * world / seconds, 1)}
         )  # fmt: skip
-        if tune["tune_log_loss"] < progress.best_log_loss:
+        if tune and tune["tune_log_loss"] < progress.best_log_loss:
             progress.best_log_loss, progress.since_best = float(tune["tune_log_loss"]), 0
             if config.patience:
                 with average.applied(model):
@@ -284,6 +286,8 @@ def train(
     metrics: dict[str, Any] = {}
     if outcome != "pruned":
         for split, indices in (("tune", splits.tune), ("select", splits.select)):
+            if not len(indices):
+                continue
             if split == "select" and splits.shared:
                 probs["select"] = probs["tune"]
             elif use_cache and frozen is not None and config.tta == "none" and not average.active:

@@ -131,7 +131,7 @@ def _write(run: UPath, id: str, config: TrialConfig, data: Data, splits: Splits,
         "split_fingerprint": splits.fingerprint,
         "finished": time.time(),
     }
-    write_candidate(run, info, trained.probs["select"], trained.probs["tune"], save_safetensors(state))
+    write_candidate(run, info, trained.probs.get("select"), trained.probs.get("tune"), save_safetensors(state))
 
 
 @torch.no_grad()

@@ -1,0 +1,98 @@
+"""search.refit: the chosen members trained anew on everything, the selection untouched."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from upath import UPath
+
+from ensemble.ensemble import Ensemble, Member, read_ensemble, write_ensemble
+from search.config import SearchConfig
+from search.refit import Refit, refit, without_validation
+from search.run import sweep
+from trainables.candidate import list_candidates, read_json, read_run
+from trainables.config import TrialConfig
+from trainables.errors import UserError
+from trainables.splits import load_splits
+
+ROOT = Path(__file__).parent.parent
+SPACE = """
+from trainables.config import TrialConfig
+
+TRIALS = 2
+BACKBONES = {"speednet": "scratch"}
+
+def suggest(trial, task):
+    return TrialConfig(
+        backbone="speednet", width=0.25, image_size=16, epochs=4, batch_size=8, precision="fp32",
+        lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), weight_decay=0.0, seed=trial.number,
+    )
+"""
+
+
+def test_early_stopping_becomes_the_best_epoch() -> None:
+    curve = [{"epoch": e, "tune_log_loss": loss} for e, loss in ((1, 0.9), (2, 0.5), (3, 0.6), (4, 0.7))]
+    config = TrialConfig(epochs=10, freeze_epochs=3, patience=2, schedule="plateau")
+    again = without_validation(config, curve)
+    assert (again.epochs, again.freeze_epochs, again.patience, again.schedule) == (2, 2, 0, "cosine")
+    assert without_validation(TrialConfig(epochs=10, schedule="onecycle"), curve[:2]).epochs == 10, "a cut one is whole"
+
+
+def test_members_are_trained_on_everything_and_the_selection_stays(pictures: Path, tmp_path: Path) -> None:
+    space, run = tmp_path / "space.py", tmp_path / "run"
+    space.write_text(SPACE)
+    sweep(SearchConfig(data="folder", data_dir=pictures, space=str(space), run=str(run), pruner="none"))
+    source = UPath(run)
+    both = (Member("0001", 0.75), Member("0000", 0.25, temperature=1.5))
+    chosen = read_ensemble(source)
+    write_ensemble(source, Ensemble("both", both, "by hand", chosen.split_fingerprint, chosen.scores))
+
+    target, ensemble = refit(Refit(run=str(run), ensemble="both"))
+
+    assert [(m.id, m.weight, m.temperature) for m in ensemble.members] == [("0001", 0.75, 1.0), ("0000", 0.25, 1.5)]
+    assert all(score["before_refit"] for score in ensemble.scores.values())
+    old, new = load_splits(source), load_splits(target)
+    assert sorted(new.train) == sorted({*old.train, *old.tune, *old.select})
+    assert read_run(target)["splits"]["select"] == 0
+    for before, after in zip(list_candidates(source), list_candidates(target), strict=True):
+        assert after.has_weights
+        assert after.info["config"] == before.info["config"]
+        assert after.info["metrics"] == {}, "no split is left to score it on"
+        assert not (after.path / "select_probs.npy").exists()
+    written = {path: path.stat().st_mtime for path in Path(str(target)).glob("candidates/*/candidate.json")}
+
+    # the same command again, as a user types it, has nothing to train, reads the test part and says where it is
+    ended = subprocess.run(
+        [sys.executable, "-m", "search.refit", "--run", str(target)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "0 of 2 members" in ended.stdout
+    assert "ensemble     test accuracy" in ended.stdout
+    assert {path: path.stat().st_mtime for path in written} == written
+
+    # and images can be predicted with it, but nothing selected from it
+    predict = [sys.executable, "-m", "ensemble.predict", "--run", str(target), "--images", str(pictures / "test")]
+    ended = subprocess.run([*predict, "--out", str(tmp_path / "p.csv")], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 91
+    ended = subprocess.run(
+        [sys.executable, "-m", "ensemble.select", "--run", str(target)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_what_cannot_be_retrained_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    from trainables.candidate import write_candidate, write_json
+
+    run = UPath(tmp_path / "run")
+    write_json(run / "run.json", {"classes": ["a", "b"], "split_fingerprint": "x"})
+    write_candidate(run, {"id": "guest"}, np.full((2, 2), 0.5))
+    write_ensemble(run, Ensemble("e", (Member("guest", 1.0),), "by hand", "x", {}))
+    with pytest.raises(UserError, match="guest cannot be retrained: it only brought predictions"):
+        refit(Refit(run=str(run)))
+    assert not os.path.exists(f"{run}-refit")
+    assert read_json(run / "run.json")["classes"] == ["a", "b"]

@@ -32,7 +32,7 @@ from search.live import LiveBoard
 from search.spaces import Space, load_space
 from search.study import SECONDS_USED, Sweep, open_study
 from search.tuner import run_trials
-from trainables.backbones import WeightSource, check_backbone, find_weights
+from trainables.backbones import WeightSource, check_backbone, check_image_size, find_weights
 from trainables.candidate import RUNS, list_candidates, read_json, write_array, write_json
 from trainables.classic import NETWORKS
 from trainables.config import TrialConfig
@@ -243,6 +243,7 @@ def _checked(trial: TrialConfig, task: Task) -> TrialConfig:
         raise UserError(f"batch_size {trial.batch_size} is larger than the train split ({task.train_images} images)")
     if trial.pretrained and task.backbones.get(trial.backbone) is None:
         raise UserError(f"{trial.backbone} is to start from pretrained weights, but none were asked for or found")
+    check_image_size(trial)
     return trial
 
 

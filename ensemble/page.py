@@ -1,7 +1,6 @@
 """report.html: what a report found, laid out for a person. It computes nothing but positions."""
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import optuna
 
 from ensemble import diagnosis, figures
+from ensemble.findings import Evidence
 from ensemble.pool import Pool
 from ensemble.show import where
 from ensemble.trials import NO_TIME, Trial
@@ -34,36 +34,10 @@ OUTCOMES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """What a report shows predictions of: the frozen ensemble and the best single model on one split.
-
-    Attributes:
-        split: "test", or "select" where there is no test part to read.
-        shared: the select split was also tuned on.
-        labels: int64 (N,).
-        ensemble, single: their predictions, float (N, C).
-        images: uint8 (.., H, W, 3), of which `rows` (N,) are the split's; None when they are not on this machine.
-    """
-
-    split: str
-    shared: bool
-    labels: np.ndarray
-    ensemble: np.ndarray
-    single: np.ndarray
-    images: np.ndarray | None
-    rows: np.ndarray
-
-    @property
-    def where(self) -> dict[str, Any]:
-        """What every score says about the images that it was measured on."""
-        return {"split": self.split, "images": len(self.labels), "shared": self.shared}
-
-
 def report_page(
     found: dict[str, Any], evidence: Evidence, pool: Pool, trials: list[Trial], study: optuna.Study | None
 ) -> bytes:
-    """The page as UTF-8. found: as of `ensemble.report.findings`, with the reasons for what is `missing`."""
+    """The page as UTF-8. found: as of `ensemble.findings.findings`, with the reasons for what is `missing`."""
     members = [member["id"] for member in found["ensemble"]["members"]]
     growth = found["growth"]
     plots = {

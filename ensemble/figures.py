@@ -92,7 +92,7 @@ def _singles(
     )  # fmt: skip
     if edge is not None:
         mark = {"symbol": "triangle-down-open", "size": 11}
-        return figure.update(y=np.full(len(some), edge), marker=mark, cliponaxis=False)
+        return figure.update(y=np.full(len(some), edge), marker=mark, cliponaxis=False, showlegend=False)
     bars = {"array": ends[:, 1] - accuracies, "arrayminus": accuracies - ends[:, 0], "thickness": 1, "width": 0}
     return figure.update(error_y=bars | {"color": colour})
 
@@ -128,6 +128,7 @@ def confusion(matrix: np.ndarray, totals: np.ndarray, classes: Sequence[str]) ->
             customdata=share,
             xgap=1,
             ygap=1,
+            showscale=len(matrix) > NUMBERED_CLASSES,
             colorbar={"tickformat": ".0%", "thickness": 10, "outlinewidth": 0},
             hovertemplate="%{y} called %{x}: %{text} images, %{customdata:.1%}<extra></extra>",
         )

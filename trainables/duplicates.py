@@ -2,9 +2,9 @@
 
 Exact: the same stored pixels. Near: the same picture again after another JPEG, a resize, a change of brightness or
 contrast, some noise or a mirror. Two pictures are near when their 8x8 luminances correlate by COARSE and the changes
-between neighbouring cells of their 16x16 luminances by DETAIL. On CIFAR-10 the first alone also pairs scenes that share
-nothing but a sky above a ground. (A 64-bit difference hash at most 8 bits apart finds 93 % of images saved again as JPEG
-of quality 50, this 99 %: a hash's bits flip where a picture is flat.)
+between neighbouring cells of their 16x16 luminances by DETAIL: the first alone also pairs scenes that share nothing but
+a sky above a ground. (On CIFAR-10, a 64-bit difference hash at most 8 bits apart finds 93 % of images saved again as
+JPEG of quality 50, this 99 %: a hash's bits flip where a picture is flat.)
 """
 
 import hashlib

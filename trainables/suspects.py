@@ -87,7 +87,7 @@ def _predictions(run: UPath) -> tuple[np.ndarray, list[np.ndarray]]:
 def _average(predictions: Sequence[np.ndarray], labels: np.ndarray) -> tuple[np.ndarray, int]:
     """The average of the best models, weighted as suits the log-loss best; and how many they are.
 
-    A poor model is unsure of everything and would bury the errors that good ones see, so its weight falls with its loss.
+    A poor model is unsure of everything and buries the errors that good ones see, so its weight falls with its loss.
     """
     losses = np.array([_log_loss(probs, labels) for probs in predictions])
     best = np.argsort(losses, kind="stable")[:MODELS]

@@ -16,7 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 SIDE = 16  # cells of a signature a side; smaller images are compared exactly only
-COARSE, DETAIL = 0.97, 0.75
+COARSE, DETAIL = 0.97, 0.85
 FLATTEST = 2.0  # grey levels of spread below which a picture has nothing to be compared by
 BATCH = 1024
 MOST_PER_IMAGE = 20  # near twins looked at per image: enough to connect a group, however large

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("explore.html")
 SAMPLES = 100  # images of the sample grid, spread over the classes
-GROUPS, PER_GROUP = 48, 4  # duplicates shown, and images of each
+GROUPS, PER_GROUP = 40, 4  # duplicates shown, and images of each
 SHOWN_SUSPECTS = 60
 EXTREMES = 10  # darkest, brightest and flattest images
 SHADES = ("#0072b2", "#e69f00", "#009e73", "#d55e00")  # of the splits; Okabe and Ito's, which trainables/page.js knows

@@ -75,8 +75,8 @@ def uri(pixels: np.ndarray, side: int = SIDE) -> str:
 
 
 def percent(fraction: float, digits: int = 2) -> str:
-    """0.8904 as "89.04 %"."""
-    return f"{100 * fraction:.{digits}f} %"
+    """0.8904 as "89.04 %", which no line break parts."""
+    return f"{100 * fraction:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def label(name: object, longest: int = 24) -> str:

@@ -108,6 +108,10 @@ class Moments:
     def __sub__(self, other: "Moments") -> "Moments":
         return Moments(self.gram - other.gram, self.true - other.true, self.right - other.right, self.rows - other.rows)
 
+    def first(self, count: int) -> "Moments":
+        """Of the first so many models alone."""
+        return Moments(self.gram[:count, :count], self.true[:count], self.right[:count], self.rows)
+
     def scorer(self) -> Brier:
         """A fresh scorer for the greedy selector."""
         return Brier(self.gram.diagonal(), self.true, self.rows, lambda m: self.gram[m])

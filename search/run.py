@@ -24,7 +24,7 @@ from upath import UPath
 
 from cluster.connect import Offer, connect, disconnect
 from ensemble.ensemble import Ensemble, write_ensemble
-from ensemble.report import describe_test, write_report
+from ensemble.report import PAGE, summary, write_report
 from ensemble.select import Select, choose_from, open_pool, show
 from ensemble.show import make_console
 from search.config import SearchConfig, Task
@@ -280,13 +280,16 @@ def _conclude(console: Console, plan: _Plan, config: SearchConfig, going: Sweep,
     ensemble = choose_from(pool, args)
     write_ensemble(plan.run, ensemble)
     show(pool, ensemble)
-    scores = None if going.stopping else write_report(plan.run, ensemble)
     if going.stopping:
         console.print("the test part stays unread until the sweep is complete")
-    elif scores is None:
-        console.print("the data set has no test part, so nothing is said about unseen images beyond the select split")
     else:
-        console.print("\n".join(describe_test(scores)), style="bold")
+        found = write_report(plan.run, ensemble, going.study)
+        if "test" not in found:
+            console.print(
+                "the data set has no test part, so nothing is said about unseen images beyond the select split"
+            )
+        console.print("\n".join(summary(found)), style="bold")
+        console.print(f"report: {_shown(plan.run / PAGE)}", markup=False)
     console.print(f"\n{len(pool.candidates)} candidates in {_shown(plan.run)} after {time.time() - began:.0f} s")
     console.print("next:")
     console.print(f"  python -m ensemble.select --top-k {config.top_k} --run {_shown(plan.run)}", markup=False)

@@ -3,8 +3,8 @@
     <cache>/data/<name>-<fingerprint>/
       images.npy         uint8 (N, H, W, 3), the train part: everything a sweep may see
       labels.npy         int64 (N,)
-      test_images.npy    the test part, in files of its own, which `open_test` alone opens
-      test_labels.npy
+      test_images.npy    the test part, in files of its own
+      test_labels.npy    which `open_test` alone opens
       meta.json          a folder without it does not exist
     <cache>/data/listings/<key>.json   which folder a listing of source files (paths, sizes, times) was decoded to
 
@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -53,10 +54,13 @@ __all__ = [
     "DATASETS",
     "Data",
     "default_cache",
+    "image_names",
     "open_data",
     "open_test",
+    "open_test_images",
     "prepare",
     "read_images",
+    "unreadable",
 ]
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
@@ -100,7 +104,8 @@ def default_cache() -> Path:
 def open_data(path: str | Path) -> Data:
     """The data set in a cache folder, memory-mapped. Raises UserError when it is missing, damaged or outdated."""
     path = Path(path)
-    images, labels, meta = _open(path, "")
+    meta = _meta(path)
+    images, labels = _arrays(path, "images", "labels")
     return Data(
         name=meta["name"],
         classes=tuple(meta["classes"]),
@@ -119,25 +124,71 @@ def open_test(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises UserError when the cache folder is missing, damaged or outdated, or the data set has no test part.
     """
-    images, labels, _ = _open(Path(path), "test_")
+    _meta(Path(path))
+    images, labels = _arrays(Path(path), "test_images", "test_labels")
     if len(images) == 0:
         raise UserError("the data set has no test part; put labelled images that no sweep saw into ROOT/test/<class>")
     return images, labels
 
 
-def _open(path: Path, prefix: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Images and labels of one part, and meta.json."""
+def open_test_images(path: str | Path) -> np.ndarray:
+    """Images uint8 (N, H, W, 3) of the test part, without their labels; N is 0 when there is no test part.
+
+    Raises UserError when the cache folder is missing, damaged or outdated.
+    """
+    _meta(Path(path))
+    return _arrays(Path(path), "test_images")[0]
+
+
+def image_names(data: Data, data_dir: str | Path | None) -> tuple[list[str], list[str]]:
+    """Where the images of the train and the test part come from, in the order of their rows.
+
+    A file's path relative to `data_dir` (what `prepare` was given), or "train 17" where images do not lie in files of
+    their own. Raises UserError when the files are no longer those that were prepared.
+    """
+    root = None if data_dir is None else Path(data_dir).expanduser()
+    source = _find(data.name, root, data.path.parent / "downloads")
+    # a listing may have been prepared under another spelling of the same folder, so only the ends of paths count
+    skipped = [entry[: end.start()] for entry in unreadable(data) for end in re.finditer(r" \(", entry)]
+    left_out = {"/".join(path.split("/")[i:]) for path in skipped for i in range(path.count("/") + 1)}
+    names = []
+    parts = zip(_train_and_test(source.load()), ("train", "test"), (len(data.labels), data.test_images), strict=True)
+    for part, kind, count in parts:
+        if isinstance(part.items, np.ndarray):
+            names.append([f"{kind} {i}" for i in range(count)])
+            continue
+        assert root is not None
+        paths = [item.relative_to(root).as_posix() for item in part.items]
+        names.append([path for path in paths if path not in left_out])
+        if len(names[-1]) != count:
+            raise UserError(f"{data_dir} does not hold the images of {data.path} any more; prepare them again")
+    return names[0], names[1]
+
+
+def unreadable(data: Data) -> list[str]:
+    """The images that were left out because they could not be read, each as "path (reason)"."""
+    return list(_meta(data.path)["skipped"])
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    """meta.json of a cache folder."""
     if not (path / "meta.json").exists():
         raise UserError(f"{path} holds no prepared data set; prepare it again")
     meta = read_json(UPath(path / "meta.json"))
     if meta.get("format") != FORMAT:
         raise UserError(f"{path} was written by another version of Ninefold; prepare it again")
+    return meta
+
+
+def _arrays(path: Path, *names: str) -> list[np.ndarray]:
+    """Arrays of a cache folder; images are memory-mapped."""
     try:
-        images = np.load(path / f"{prefix}images.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(path / f"{prefix}labels.npy", allow_pickle=False)
+        return [
+            np.load(path / f"{name}.npy", mmap_mode="r" if name.endswith("images") else None, allow_pickle=False)
+            for name in names
+        ]
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and prepare it again") from None
-    return images, labels, meta
 
 
 def prepare(

@@ -11,7 +11,7 @@ from trainables.errors import UserError
 
 DataName = Literal["digits", "cifar10", "cifar100", "folder"]
 Sampler = Literal["tpe", "gp", "random", "qmc", "cmaes", "nsga2"]
-Pruner = Literal["asha", "hyperband", "median", "wilcoxon", "none"]
+Pruner = Literal["asha", "hyperband", "median", "promote", "wilcoxon", "none"]
 Objective = Literal["accuracy", "log_loss"]
 Scale = Literal["full", "tiny"]
 
@@ -51,7 +51,8 @@ class SearchConfig:
     sampler: Sampler = "tpe"
     """Optuna sampler: proposes configurations."""
     pruner: Pruner = "asha"
-    """Optuna pruner: stops trials that fall behind; asha is successive halving."""
+    """Stops trials that fall behind (an Optuna pruner; asha is successive halving); promote: they wait at rungs with
+    their checkpoints, and the best of a rung go on when a device is free."""
     workers_per_trial: int = 1
     """Ray Train workers (DDP ranks) of one trial."""
     gpus_per_trial: float | None = None

@@ -96,7 +96,8 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     }  # fmt: skip
     board = LiveBoard(plan.run, config.top_k, plan.trials, deadline, plan.splits.shared)
     weights = {name: source and asdict(source) for name, source in plan.backbones.items()}
-    going = Sweep(study, plan.run, job, plan.trials, deadline, weights, board)
+    promote = config.pruner == "promote"
+    going = Sweep(study, plan.run, job, plan.trials, deadline, weights, board, promote)
     if going.has_more():
         _print_start(console, plan, config, going)
         offer = connect()
@@ -113,6 +114,8 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         finally:
             disconnect()
             going.remove_stale_checkpoints()
+    if not going.stopping:
+        going.close()
     ensemble = _conclude(console, plan, config, going, began)
     if lock is not None:
         lock.release()

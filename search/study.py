@@ -1,9 +1,11 @@
 """The bridge's Optuna half: a study decides (ask, report, prune, tell); who runs the trials is not known here.
 
-The study and the candidates on disk are the only state of a sweep. A trial that was interrupted stays RUNNING in the
-study and is handed out again, under its own number, by the next process that opens it.
+The study and the candidates on disk are the only state of a sweep. A trial that was interrupted, or waits at a rung
+(--pruner promote, see promotion.py), stays RUNNING in the study and is handed out again under its own number, by this
+process or the next that opens the study.
 """
 
+import copy
 import math
 import statistics
 import time
@@ -18,6 +20,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from upath import UPath
 
 from search.config import Objective, Pruner, Sampler
+from search.promotion import Rungs
+from search.view import ViewSampler
 from trainables.candidate import list_candidates, read_json, remove_checkpoint
 from trainables.config import TrialConfig
 from trainables.errors import UserError
@@ -108,6 +112,7 @@ def _pruner(name: Pruner) -> optuna.pruners.BasePruner:
         return pruners.HyperbandPruner(min_resource=1, reduction_factor=3)
     if name == "median":
         return pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    # "promote" is the sweep's own matter, see promotion.py
     return pruners.WilcoxonPruner() if name == "wilcoxon" else pruners.NopPruner()
 
 
@@ -122,13 +127,14 @@ class Sweep:
         deadline: time.time() at which running trials finish with what they have, None for no limit.
         weights: backbone -> where its pretrained weights lie, as a dict, or None.
         board: who watches.
+        promote: trials wait at rungs, see promotion.py; else the study's pruner stops them.
 
-    `propose_with` must be called before the first `next`.
+    `propose_with` must be called before the first `next`, and `close` when nothing is left to run.
     """
 
     def __init__(
         self, study: optuna.Study, run: UPath, job: dict[str, Any], trials: int | None, deadline: float | None,
-        weights: dict[str, Any], board: Board,
+        weights: dict[str, Any], board: Board, promote: bool = False,
     ) -> None:  # fmt: skip
         self.study, self.run, self.job, self.weights = study, run, job, weights
         self.suggest: Callable[[Trial], TrialConfig] | None = None
@@ -137,8 +143,11 @@ class Sweep:
         self.metric = "tune_accuracy" if self.maximise else "tune_log_loss"
         self.running: dict[str, Trial] = {}
         self.epochs: dict[str, int] = {}  # of every trial handed out
+        self.rungs = Rungs() if promote else None
+        self.waiting: dict[str, Trial] = {}  # at a rung, with their checkpoints
         self.retried: dict[str, int] = {}
         self.seconds_per_epoch: dict[tuple[str, str], float] = {}  # by what decides it, see _speed_key
+        self._seconds_of_trials: list[float] = []  # that were trained to the end
         self.worst: float | None = None
         self.stopping = False
         self.out_of_time = False  # too little is left for even one epoch of the next trial
@@ -146,6 +155,7 @@ class Sweep:
         self.counted = 0  # trials of the study that count towards `trials`, running ones included
         self._started, self._saved = time.time(), time.time()
         self._used = float(study.user_attrs.get(SECONDS_USED, 0.0))
+        study.sampler = ViewSampler(study.sampler, study, self._retold)
         self._resume()
 
     def propose_with(self, suggest: Callable[[Trial], TrialConfig]) -> None:
@@ -153,9 +163,10 @@ class Sweep:
         self.suggest = suggest
 
     def has_more(self) -> bool:
-        """Whether there is something to run: trials cut in the middle or not yet asked for, and time for them."""
-        wanted = self.trials is None or self.counted < self.trials
-        return self._time_left() > 0 and (wanted or bool(self.interrupted)) and not self.out_of_time
+        """Whether there is something to run, now or after a running trial's end, and time for it."""
+        wanted = not self.out_of_time and (self.trials is None or self.counted < self.trials)
+        going_on = bool(self.interrupted) or bool(self.running) or self._promoted() is not None
+        return self._time_left() > 0 and (wanted or going_on)
 
     def failures(self) -> list[tuple[str, str]]:
         """Trials that left no candidate through an error, with what happened."""
@@ -180,21 +191,48 @@ class Sweep:
                     self._see(self.study.tell(trial, self._value(done[id].info["metrics"])))
                     self.counted += 1
                 elif "config" in frozen.user_attrs:
-                    self.interrupted.append(trial)
                     self.counted += 1
+                    if self._waits(id, frozen):
+                        self.waiting[id] = trial
+                    else:
+                        self.interrupted.append(trial)
                 else:  # it died before its configuration was known
                     self.study.tell(trial, state=TrialState.FAIL)
             elif frozen.user_attrs.get("outcome") not in (None, "invalid"):
                 self.counted += 1
                 self._see(frozen)
+                self._waits(id, frozen)
+
+    def _waits(self, id: str, frozen: FrozenTrial) -> bool:
+        """Note the rungs that an earlier process saw the trial reach; whether it is RUNNING and waits at the last."""
+        epochs, reports = _epochs(frozen), frozen.intermediate_values
+        if self.rungs is None or not reports:
+            return False
+        going_on = True
+        for epoch in sorted(reports):
+            rung = self.rungs.at(epoch, epochs)
+            if rung is not None:
+                going_on = self.rungs.reach(id, rung, self._score(reports[epoch]))
+                is_last = frozen.state == TrialState.RUNNING and epoch == max(reports)
+                if not going_on and not is_last:  # it was promoted, or has ended
+                    self.rungs.go_on(id)
+                    going_on = True
+        return not going_on
 
     def next(self) -> dict[str, Any] | None:
-        """The next job: an interrupted trial first, else a new one. None: there is nothing more to start."""
+        """The next job: an interrupted trial first, then one that is promoted, else a new one. None: nothing now."""
         if self.stopping or self._time_left() <= 0:
             return None
+        waiting = self._promoted()
         if self.interrupted:
             trial = self.interrupted.pop(0)
             config = TrialConfig.from_dict(trial.user_attrs["config"])
+        elif waiting is not None and self.rungs is not None:
+            self.rungs.go_on(waiting)
+            trial = self.waiting.pop(waiting)
+            config = TrialConfig.from_dict(trial.user_attrs["config"])
+        elif self.out_of_time:
+            return None
         elif self.trials is None or self.counted < self.trials:
             found = self._ask()
             if found is None:
@@ -208,6 +246,24 @@ class Sweep:
         self.board.started(id, config)
         weights = self.weights.get(config.backbone) if config.pretrained else None
         return {**self.job, "id": id, "config": config.to_dict(), "weights": weights, "deadline": self.deadline}
+
+    def _promoted(self) -> str | None:
+        """The waiting trial that goes on next, if any: by the rule, or because no new one can be finished in time."""
+        if self.rungs is None:
+            return None
+        by_rule = self.rungs.promotable()
+        if by_rule is not None or self.deadline is None:
+            return by_rule
+        left = self._time_left()
+        needs = {id: self._seconds_to_finish(id) for id in self.rungs.ranked()}
+        if self.out_of_time or (self._seconds_of_trials and left < statistics.median(self._seconds_of_trials)):
+            return next((id for id, seconds in needs.items() if seconds < left), None)
+        return None
+
+    def _seconds_to_finish(self, id: str) -> float:
+        frozen = self.study._storage.get_trial(self.waiting[id]._trial_id)
+        done = max(frozen.intermediate_values)
+        return self._seconds_per_epoch(frozen.user_attrs["config"]) * (_epochs(frozen) - done)
 
     def _ask(self) -> tuple[Trial, TrialConfig] | None:
         assert self.suggest is not None, "propose_with() was not called"
@@ -238,30 +294,44 @@ class Sweep:
 
     def _fit(self, config: TrialConfig) -> TrialConfig | None:
         """The config with as many epochs as the time left allows (its schedule then still ends at zero), or None."""
-        family, exact = _speed_key(config.to_dict())
-        known = [speed for key, speed in self.seconds_per_epoch.items() if key[0] == family]
-        if self.deadline is None or not known:
+        speed = self._seconds_per_epoch(config.to_dict())
+        if self.deadline is None or not speed:
             return config
-        speed = self.seconds_per_epoch.get((family, exact), max(known))
         epochs = min(config.epochs, int(self._time_left() / speed))
         if epochs < 1:
             return None
         values = config.to_dict()
         return TrialConfig.from_dict({**values, "epochs": epochs, "freeze_epochs": min(config.freeze_epochs, epochs)})
 
+    def _seconds_per_epoch(self, config: dict[str, Any]) -> float:
+        """As measured, else of the slowest trial of its family so far; 0 when none is known."""
+        family, exact = _speed_key(config)
+        known = [speed for key, speed in self.seconds_per_epoch.items() if key[0] == family]
+        return self.seconds_per_epoch.get((family, exact), max(known, default=0.0))
+
     def report(self, id: str, metrics: dict[str, Any]) -> bool:
-        """An epoch's tune scores; True when the pruner wants the trial stopped."""
-        trial = self.running[id]
+        """An epoch's tune scores; True when the trial is to stop: for good, or to wait at a rung."""
+        trial, epoch = self.running[id], int(metrics["epoch"])
         self.board.epoch(id, metrics)
         # a lane that was started again repeats epochs; the first report stands
-        trial.report(float(metrics[self.metric]), int(metrics["epoch"]))
-        is_last = int(metrics["epoch"]) >= self.epochs[id]  # then it is a candidate, and stopping it saves nothing
-        return not is_last and trial.should_prune()
+        trial.report(float(metrics[self.metric]), epoch)
+        if epoch >= self.epochs[id]:  # then it is a candidate, and stopping it saves nothing
+            return False
+        if self.rungs is None:
+            return trial.should_prune()
+        rung = self.rungs.at(epoch, self.epochs[id])
+        if rung is None or self.rungs.reach(id, rung, self._score(metrics[self.metric])):
+            return False
+        self.waiting[id] = trial
+        return True
 
     def finish(self, id: str, result: dict[str, Any]) -> None:
         """Every outcome of a trial, in one place. Called once for each job of `next`."""
         trial = self.running.pop(id)
         outcome = str(result["outcome"])
+        if id in self.waiting:  # also when it was cut or lost just there: the checkpoint is older than the report
+            self.board.ended(id, "waiting", result)
+            return
         if outcome == "interrupted" or (outcome in RETRIES and self.retried.get(id, 0) < RETRIES[outcome]):
             # it stays RUNNING in the study, and its checkpoint stays on disk
             self.retried[id] = self.retried.get(id, 0) + (outcome != "interrupted")
@@ -287,6 +357,14 @@ class Sweep:
             remove_checkpoint(self.run, id)
         self.board.ended(id, outcome, result)
 
+    def close(self) -> None:
+        """End a sweep that has nothing left to run: trials that still wait, or that time ran out for, are pruned."""
+        for trial in [*self.waiting.values(), *self.interrupted]:
+            trial.set_user_attr("outcome", "pruned")
+            self.study.tell(trial, state=TrialState.PRUNED)
+            remove_checkpoint(self.run, _id(trial.number))
+        self.waiting, self.interrupted = {}, []
+
     def tick(self) -> None:
         """Called a few times a second while trials run."""
         now = time.time()
@@ -302,6 +380,26 @@ class Sweep:
         for path in folder.iterdir() if folder.exists() else ():
             if path.name not in going_on:
                 remove_checkpoint(self.run, path.name)
+
+    def _retold(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """The study as samplers shall see it: see view.py."""
+        return [self._as_pruned(trial) if self.rungs is not None else trial for trial in trials]
+
+    def _as_pruned(self, trial: FrozenTrial) -> FrozenTrial:
+        """A trial that has reached a rung and no end: as pruned there, the upper rung counting for more."""
+        if trial.state == TrialState.COMPLETE or self.rungs is None:
+            return trial
+        reached = [rung for rung, scores in self.rungs.scores.items() if _id(trial.number) in scores]
+        if not reached:
+            return trial
+        score = self.rungs.scores[min(reached)][_id(trial.number)]
+        told = copy.copy(trial)
+        told.state, told.intermediate_values = TrialState.PRUNED, {-min(reached): self._score(score)}
+        return told
+
+    def _score(self, value: float) -> float:
+        """The study's value as one to be maximised; and back."""
+        return float(value) if self.maximise else -float(value)
 
     def _time_left(self) -> float:
         return math.inf if self.deadline is None else self.deadline - time.time()
@@ -326,6 +424,12 @@ class Sweep:
         if ends and "config" in info:
             epochs = [after - before for before, after in pairwise([0.0, *ends])]
             self.seconds_per_epoch[_speed_key(info["config"])] = statistics.median(epochs)
+            self._seconds_of_trials.append(ends[-1])
+
+
+def _epochs(trial: FrozenTrial) -> int:
+    """How many epochs its configuration asks for; 0 when it died before that was known."""
+    return int(trial.user_attrs.get("config", {}).get("epochs", 0))
 
 
 def _id(number: int) -> str:

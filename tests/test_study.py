@@ -30,7 +30,8 @@ def suggest(trial: optuna.Trial) -> TrialConfig:
 def sweep(run: Path, trials: int | None = 4, deadline: float | None = None, **study: Any) -> Sweep:
     options = {"objective": "accuracy", "sampler": "random", "pruner": "none", "seed": 0} | study
     opened = open_study(f"sqlite:///{run}/study.db", "test", **options)
-    made = Sweep(opened, UPath(run), {"run": str(run)}, trials, deadline, {}, NoBoard())
+    promote = options["pruner"] == "promote"
+    made = Sweep(opened, UPath(run), {"run": str(run)}, trials, deadline, {}, NoBoard(), promote)
     made.propose_with(suggest)
     return made
 
@@ -192,6 +193,7 @@ def test_the_last_trials_are_shortened_to_the_time_left(tmp_path: Path) -> None:
     job = s.next()
     assert job is not None
     assert job["config"]["epochs"] == 3
+    finish(s, job, seconds=3 * 300.0)
     s.deadline = time.time() + 100  # not even one
     assert s.next() is None
     assert not s.has_more()
@@ -261,3 +263,92 @@ def test_a_database_that_was_killed_in_its_making_is_made_again(
             sweep(tmp_path)
     for _ in range(3):
         assert states(sweep(tmp_path)) == []
+
+
+def take(s: Sweep) -> dict[str, Any]:
+    job = s.next()
+    assert job is not None
+    return job
+
+
+def climb(s: Sweep, job: dict[str, Any], accuracy: float, first: int = 1) -> int:
+    """Report epochs until the trial is to stop, or has finished; returns the last epoch."""
+    for epoch in range(first, job["config"]["epochs"] + 1):
+        if s.report(job["id"], scores(accuracy, epoch)):
+            s.finish(job["id"], {"outcome": "pruned"})
+            return epoch
+    finish(s, job, accuracy)
+    return job["config"]["epochs"]
+
+
+def test_trials_wait_at_a_rung_and_the_best_of_it_are_promoted(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=9, pruner="promote")  # six epochs: rungs after 1 and 2
+    for accuracy in (0.5, 0.9):
+        assert climb(s, take(s), accuracy) == 1
+    assert climb(s, take(s), 0.3) == 1
+    job = take(s)  # three have reached the rung, so the best of them goes on: with its own number
+    assert job["id"] == "0001"
+    assert climb(s, job, 0.9, first=2) == 2  # the only one at the second rung
+    for accuracy in (0.4, 0.2):
+        assert climb(s, take(s), accuracy) == 1
+    assert climb(s, take(s), 0.95) == 2  # in the best third at once, so it need not wait
+    assert s.has_more()
+    for accuracy in (0.1, 0.1, 0.1):
+        climb(s, take(s), accuracy)
+    assert take(s)["id"] == "0000"  # of nine the third best
+    assert climb(s, {"id": "0000", "config": {"epochs": 6}}, 0.5, first=2) == 2
+    assert climb(s, take(s), 0.95, first=3) == 6  # three at the second rung
+    assert s.next() is None
+    assert not s.has_more()
+    s.close()
+    assert sorted(states(s)) == ["COMPLETE"] + ["PRUNED"] * 8
+    assert not s.waiting
+
+
+def test_the_sampler_sees_a_waiting_trial_as_pruned_at_its_rung(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=9, pruner="promote", objective="log_loss")
+    for accuracy in (0.5, 0.9, 0.3):
+        climb(s, take(s), accuracy)
+    climb(s, take(s), 0.9, first=2)
+    cut = take(s)
+    seen = {t.number: t for t in s.study.sampler.view.get_trials()}  # type: ignore[attr-defined]
+    assert [seen[n].state.name for n in range(4)] == ["PRUNED"] * 3 + ["RUNNING"]
+    # lower rungs count for less: samplers rank pruned trials by step first
+    assert [seen[n].intermediate_values for n in range(3)] == [{-2: 0.5}, {-1: pytest.approx(0.1)}, {-2: 0.7}]
+    assert [t.state.name for t in s.study.trials] == ["RUNNING"] * 4
+    assert cut["id"] == "0003"
+
+
+def test_waiting_trials_survive_a_kill(tmp_path: Path) -> None:
+    first = sweep(tmp_path, trials=9, pruner="promote")
+    for accuracy in (0.5, 0.9, 0.3):
+        climb(first, take(first), accuracy)
+    job = take(first)
+    assert job["id"] == "0001"
+    climb(first, job, 0.9, first=2)
+    cut = take(first)  # never heard of again
+
+    second = sweep(tmp_path, trials=9, pruner="promote")
+    assert second.rungs is not None
+    assert first.rungs is not None
+    assert second.rungs.scores == first.rungs.scores
+    assert second.rungs.waiting == first.rungs.waiting == {"0000": 2, "0001": 1, "0002": 2}
+    assert take(second)["id"] == cut["id"]
+    assert second.counted == 4
+    # another pruner takes them for interrupted ones: nothing is lost
+    third = sweep(tmp_path, trials=4, pruner="none")
+    for _ in range(4):
+        finish(third, take(third))
+    assert states(third) == ["COMPLETE"] * 4
+
+
+def test_when_time_runs_short_the_best_waiting_trial_goes_on(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, deadline=time.time() + 10_000, pruner="promote")
+    for accuracy in (0.5, 0.9, 0.3):
+        climb(s, take(s), accuracy)
+    job = take(s)
+    finish(s, job, 0.9, seconds=6 * 100.0)
+    s.deadline = time.time() + 550  # not enough for a whole trial, but for the five epochs that 0000 lacks
+    assert take(s)["id"] == "0000"
+    s.deadline = time.time() + 250
+    assert take(s)["config"]["epochs"] == 2  # no waiting trial could end: a new one is shortened

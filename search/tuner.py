@@ -36,7 +36,7 @@ TUNE_ENVIRONMENT = {
 
 
 class Sweep(Protocol):
-    """What is searched, and how; see search/study.py. All of it is called from the thread of run_trials."""
+    """What is searched, and how; see search/sweep.py. All of it is called from the thread of run_trials."""
 
     stopping: bool  # True, also set by Ctrl-C: nothing new is started and running trials end
 

@@ -1,6 +1,7 @@
 """The sweep's logic without Ray: every outcome told to the study, interrupted trials taken up, budgets kept."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import pytest
 from optuna.trial import TrialState
 from upath import UPath
 
-from search.study import SECONDS_USED, Sweep, open_study
-from trainables.candidate import write_candidate
+from search.budget import Budget, WeightStore, parse_keep
+from search.live import EnsembleSoFar
+from search.objective import Contribution
+from search.study import open_study
+from search.sweep import SECONDS_USED, Sweep
+from trainables.candidate import list_candidates, write_array, write_candidate, write_json
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 
@@ -27,11 +32,23 @@ def suggest(trial: optuna.Trial) -> TrialConfig:
     return TrialConfig(lr=trial.suggest_float("lr", 1e-4, 1e-1, log=True), epochs=6, seed=trial.number)
 
 
-def sweep(run: Path, trials: int | None = 4, deadline: float | None = None, **study: Any) -> Sweep:
-    options = {"objective": "accuracy", "sampler": "random", "pruner": "none", "seed": 0} | study
-    opened = open_study(f"sqlite:///{run}/study.db", "test", **options)
-    promote = options["pruner"] == "promote"
-    made = Sweep(opened, UPath(run), {"run": str(run)}, trials, deadline, {}, NoBoard(), promote)
+LABELS = np.array([0, 1, 0, 1])  # of the tune and of the select split
+
+
+def sweep(run: Path, trials: int | None = 4, deadline: float | None = None, keep: str = "", **options: Any) -> Sweep:
+    """A sweep with its live ensemble; options are those of the study or of the budget."""
+    asked = {"objective": "accuracy", "sampler": "random", "pruner": "none", "seed": 0} | options
+    study = {name: asked.pop(name) for name in ("objective", "sampler", "pruner", "seed")}
+    opened = open_study(f"sqlite:///{run}/study.db", "test", **study)
+    if not (run / "run.json").exists():
+        write_array(UPath(run / "select_labels.npy"), LABELS)
+        write_json(UPath(run / "run.json"), {"classes": ["a", "b"], "split_fingerprint": "f"})
+    made = Sweep(
+        opened, UPath(run), {"run": str(run)}, Budget(trials, deadline, **asked), {}, NoBoard(),
+        promote=study["pruner"] == "promote", live=EnsembleSoFar(UPath(run), 2),
+        contribution=Contribution(LABELS, 2) if study["objective"] == "ensemble" else None,
+        store=WeightStore(UPath(run), parse_keep(keep)) if keep else None,
+    )  # fmt: skip
     made.propose_with(suggest)
     return made
 
@@ -40,13 +57,19 @@ def scores(accuracy: float, epoch: int = 1) -> dict[str, Any]:
     return {"epoch": epoch, "tune_accuracy": accuracy, "tune_log_loss": 1 - accuracy}
 
 
-def finish(s: Sweep, job: dict[str, Any], accuracy: float = 0.5, seconds: float = 6.0) -> None:
-    """As a lane would: the candidate on disk first, then the result."""
-    metrics = {"tune_accuracy": accuracy, "tune_log_loss": 1 - accuracy}
+def finish(
+    s: Sweep, job: dict[str, Any], accuracy: float = 0.5, seconds: float = 6.0, true: Sequence[float] = (0.5,) * 4
+) -> None:
+    """As a lane would: the candidate on disk first, then the result. `true`: probabilities of the true classes."""
+    metrics = {"tune_accuracy": accuracy, "tune_log_loss": 1 - accuracy, "select_log_loss": 1 - accuracy}
     epochs = job["config"]["epochs"]
     curve = [{"epoch": e + 1, "seconds": seconds * (e + 1) / epochs} for e in range(epochs)]
-    info = {"id": job["id"], "config": job["config"], "metrics": metrics, "curve": curve, "seconds": seconds}
-    write_candidate(s.run, info, np.full((2, 2), 0.5))
+    info = {
+        "id": job["id"], "config": job["config"], "metrics": metrics, "curve": curve, "seconds": seconds,
+        "split_fingerprint": "f",
+    }  # fmt: skip
+    probs = np.where(np.arange(2) == LABELS[:, None], np.array(true)[:, None], 1 - np.array(true)[:, None])
+    write_candidate(s.run, info, probs, probs, b"weights")
     s.finish(job["id"], {"outcome": "finished", **metrics, "seconds": seconds})
 
 
@@ -85,7 +108,7 @@ def test_every_outcome_has_its_state(tmp_path: Path) -> None:
     assert by_id[jobs["out of memory"]].value == 0.3
     assert by_id[jobs["out of memory"]].user_attrs["outcome"] == "out of memory"
     assert by_id[jobs["invalid"]].state == TrialState.FAIL
-    assert ("0002", "diverged: why") in s.failures()
+    assert ("0002", "diverged: why", "") in s.failures()
 
 
 def test_a_bug_is_run_again_once_and_a_lost_node_several_times(tmp_path: Path) -> None:
@@ -128,7 +151,8 @@ def test_a_candidate_that_the_study_was_never_told_of_counts(tmp_path: Path) -> 
     job = first.next()
     assert job is not None
     metrics = {"tune_accuracy": 0.7, "tune_log_loss": 0.3}
-    write_candidate(first.run, {"id": job["id"], "config": job["config"], "metrics": metrics}, np.full((2, 2), 0.5))
+    info = {"id": job["id"], "config": job["config"], "metrics": metrics, "split_fingerprint": "f"}
+    write_candidate(first.run, info, np.full((4, 2), 0.5))
     assert sweep(tmp_path, trials=2).study.trials[0].value == 0.7
     third = sweep(tmp_path, trials=2)  # and still counts for whoever comes after the one that told
     following = third.next()
@@ -194,7 +218,7 @@ def test_the_last_trials_are_shortened_to_the_time_left(tmp_path: Path) -> None:
     assert job is not None
     assert job["config"]["epochs"] == 3
     finish(s, job, seconds=3 * 300.0)
-    s.deadline = time.time() + 100  # not even one
+    s.budget = Budget(deadline=time.time() + 100)  # not even one
     assert s.next() is None
     assert not s.has_more()
 
@@ -348,7 +372,110 @@ def test_when_time_runs_short_the_best_waiting_trial_goes_on(tmp_path: Path) -> 
         climb(s, take(s), accuracy)
     job = take(s)
     finish(s, job, 0.9, seconds=6 * 100.0)
-    s.deadline = time.time() + 550  # not enough for a whole trial, but for the five epochs that 0000 lacks
+    s.budget = Budget(deadline=time.time() + 550)  # not enough for a whole trial, but for the epochs that 0000 lacks
     assert take(s)["id"] == "0000"
-    s.deadline = time.time() + 250
+    s.budget = Budget(deadline=time.time() + 250)
     assert take(s)["config"]["epochs"] == 2  # no waiting trial could end: a new one is shortened
+
+
+def test_the_sampler_is_told_what_candidates_add_to_the_ensemble_as_it_is_now(tmp_path: Path) -> None:
+    s = sweep(tmp_path, objective="ensemble")
+    good, twin, other = (0.9, 0.9, 0.4, 0.4), (0.89, 0.9, 0.4, 0.4), (0.35, 0.35, 0.9, 0.9)
+    for true in (good, twin, other):
+        finish(s, take(s), true=true)
+    take(s)
+    told = [t.value for t in s.study.trials[:3]]
+    seen = [t.value for t in s.study.sampler.view.get_trials()[:3]]  # type: ignore[attr-defined]
+    assert told[0] == pytest.approx(-np.log(good).mean() - np.log(2))  # alone when it ended: better than guessing
+    assert seen[2] == pytest.approx(-np.log(np.add(good, other) / 2).mean() + np.log(good).mean())
+    assert seen[2] < seen[1]  # weaker than the twin, but different
+    again = sweep(tmp_path, objective="ensemble")
+    take(again)
+    assert [t.value for t in again.study.sampler.view.get_trials()[:3]] == seen  # type: ignore[attr-defined]
+
+
+def test_it_ends_when_more_trials_do_not_raise_the_ensemble(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, plateau=2)
+    finish(s, take(s), true=(0.6,) * 4)
+    finish(s, take(s), true=(0.9,) * 4)
+    finish(s, take(s), true=(0.4,) * 4)
+    s = sweep(tmp_path, trials=None, plateau=2)  # the curve outlives a kill
+    assert [round(loss, 3) for *_, loss in s.live.curve] == [0.511, 0.105, 0.105]  # type: ignore[union-attr]
+    last, running = take(s), take(s)
+    s.finish(last["id"], {"outcome": "diverged", "error": "nan"})
+    assert s.enough() == "2 more trials have not raised the ensemble"
+    assert s.next() is None
+    assert s.report(running["id"], scores(0.9))  # what still runs is stopped
+    s.finish(running["id"], {"outcome": "pruned"})
+    assert not s.has_more()
+
+
+def test_it_ends_at_the_target(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, target_accuracy=0.75)
+    finish(s, take(s), true=(0.9, 0.9, 0.4, 0.4))
+    assert s.has_more()
+    finish(s, take(s), true=(0.8, 0.4, 0.7, 0.8))
+    assert not s.has_more()
+
+
+def test_device_seconds_are_counted_over_processes(tmp_path: Path) -> None:
+    now = [time.time()]
+    s = sweep(tmp_path, trials=None, device_seconds=1000)
+    s.clock = lambda: now[0]
+    s.place(lanes=2, devices=2)
+    first, _second = take(s), take(s)
+    now[0] += 100
+    assert s.device_seconds() == 400
+    assert s.time_left() == 150  # four devices are busy
+    s.finish(first["id"], {"outcome": "pruned"})
+    now[0] += 100
+    assert s.device_seconds() == 600
+    s.tick()
+    s = sweep(tmp_path, trials=None, device_seconds=1000)
+    assert s.device_seconds() == 600
+    assert s.time_left() == 400
+
+
+def test_the_last_part_goes_to_new_seeds_of_the_members(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=8, final_seeds=0.5, pruner="promote")
+    configs = {}
+    for true in ((0.9, 0.9, 0.4, 0.4), (0.3,) * 4, (0.3, 0.3, 0.9, 0.9), (0.2,) * 4):
+        job = take(s)
+        configs[job["id"]] = job["config"]
+        finish(s, job, true=true)
+    assert set(s.live.members) == {"0000", "0002"}  # type: ignore[union-attr]
+    seeded = [take(s), take(s)]
+    assert {s.seeds[job["id"]] for job in seeded} == {"0000", "0002"}
+    for job in seeded:
+        same = {**configs[s.seeds[job["id"]]], "seed": int(job["id"])}
+        assert job["config"] == same
+    assert not s.report(seeded[0]["id"], scores(0.1, 1))  # it does not wait at a rung
+    assert sweep(tmp_path, trials=8, final_seeds=0.5).seeds == s.seeds
+
+
+def test_weights_that_can_no_longer_matter_are_dropped(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, keep="3")
+    write_json(UPath(tmp_path / "ensembles" / "mine.json"), {"members": [{"id": "0001", "weight": 1.0}]})
+    for accuracy, true in ((0.6, 0.9), (0.1, 0.1), (0.5, 0.3), (0.7, 0.4), (0.4, 0.2), (0.8, 0.4)):
+        finish(s, take(s), accuracy, true=(true,) * 4)
+    assert set(s.live.members) == {"0000"}  # type: ignore[union-attr]
+    kept = [c.id for c in list_candidates(s.run) if c.has_weights]
+    assert kept == ["0000", "0001", "0005"]  # the live member, the saved one, and the best of the others
+    assert all((c.path / "select_probs.npy").exists() for c in list_candidates(s.run))
+
+
+def test_sizes_of_weights_to_keep() -> None:
+    assert parse_keep("30").candidates == 30
+    assert parse_keep("1.5GB").bytes == 1_500_000_000
+    for wrong in ("", "1.5", "-3", "20 cats"):
+        with pytest.raises(UserError, match="--keep-weights"):
+            parse_keep(wrong)
+
+
+def test_a_bug_is_not_retried_again_by_the_next_process(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=1)
+    s.finish(take(s)["id"], {"outcome": "bug", "error": "boom", "traceback": "lines"})
+    s = sweep(tmp_path, trials=1)
+    s.finish(take(s)["id"], {"outcome": "bug", "error": "boom", "traceback": "lines"})
+    assert not s.has_more()
+    assert s.failures() == [("0000", "bug: boom", "lines")]

@@ -60,7 +60,7 @@ def findings(
     matrix = diagnosis.confusion(evidence.ensemble, evidence.labels)
     found: dict[str, Any] = {"run": run.name, "created": time.time()}
     if evidence.split == "test":
-        found["test"] = _test_scores(ensemble, pool.candidates[single].id, evidence)
+        found["test"] = test_scores(ensemble, pool.candidates[single].id, evidence)
     return found | {
         "select": scores,
         "data": section(info, "data"),
@@ -92,7 +92,7 @@ def findings(
     }  # fmt: skip
 
 
-def _test_scores(ensemble: Ensemble, single: str, evidence: Evidence) -> dict[str, Any]:
+def test_scores(ensemble: Ensemble, single: str, evidence: Evidence) -> dict[str, Any]:
     """`ensemble` and `best_single` with accuracy, 95 % Wilson interval, log-loss, ...; `gain` is their difference."""
     right, single_right = (metrics.correct(p, evidence.labels) for p in (evidence.ensemble, evidence.single))
     mean, low, high = metrics.paired_bootstrap(right, single_right)

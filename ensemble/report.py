@@ -4,6 +4,7 @@ The frozen ensemble and the best single model are scored on the test part of the
 nothing else reads the test labels. Whatever else is told of the select split says so.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,19 +14,19 @@ import tyro
 from upath import UPath
 
 from ensemble.blend import Blend
-from ensemble.ensemble import Ensemble, read_ensemble
-from ensemble.findings import Evidence, findings, section
+from ensemble.ensemble import Ensemble, Member, read_ensemble
+from ensemble.findings import Evidence, findings, section, test_scores
 from ensemble.page import report_page
 from ensemble.pool import Pool, load_pool
 from ensemble.predict import candidate_predictor
 from ensemble.select import best_single
 from ensemble.trials import list_trials, load_study, read_study
-from trainables.candidate import open_run, read_run, write_bytes, write_json
+from trainables.candidate import Candidate, open_run, read_run, write_bytes, write_json
 from trainables.data import Data, open_data, open_test
 from trainables.errors import UserError, exit_on_user_error
 from trainables.splits import load_splits
 
-PAGE = "report.html"
+PAGE, NUMBERS = "report.html", "report.json"
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,14 @@ class Report:
 def write_report(run: UPath, ensemble: Ensemble, study: optuna.Study | None = None) -> dict[str, Any]:
     """Write report.html and report.json, and return what the latter holds: `test` only where there is a test part.
 
+    Of a refit only report.json: all its labelled images were trained on, so the test part is all there is to tell of.
+
     study: the run's; by default it is read from study.db. Raises UserError when the ensemble's members are not usable.
     """
-    pool = _pool(run, ensemble)
     info = read_run(run)
+    if "refit_of" in info:
+        return _report_refit(run, info, ensemble)
+    pool = _pool(run, ensemble)
     blend, single = _blend(run, ensemble, pool)
     missing: dict[str, str] = {}
     data = None
@@ -57,7 +62,7 @@ def write_report(run: UPath, ensemble: Ensemble, study: optuna.Study | None = No
     evidence = None
     if _has_test(info) and data is not None:
         try:
-            evidence = _on_test(run, ensemble, pool, single, data)
+            evidence = _on_test(run, ensemble, pool.candidates[single], data)
         except UserError as error:
             missing["test"] = str(error)
     elif _has_test(info):
@@ -72,7 +77,7 @@ def write_report(run: UPath, ensemble: Ensemble, study: optuna.Study | None = No
     trials = list_trials(study, [c for c in pool.candidates if c.path.parent.parent == run])
     found = findings(run, info, ensemble, pool, blend, single, evidence, trials) | {"missing": missing}
     write_bytes(run / PAGE, report_page(found, evidence, pool, trials, study))
-    write_json(run / "report.json", found)
+    write_json(run / NUMBERS, found)
     return found
 
 
@@ -123,11 +128,25 @@ def _data(info: dict[str, Any]) -> Data:
     return data
 
 
-def _on_test(run: UPath, ensemble: Ensemble, pool: Pool, single: int, data: Data) -> Evidence:
+def _report_refit(run: UPath, info: dict[str, Any], ensemble: Ensemble) -> dict[str, Any]:
+    if not _has_test(info):
+        raise UserError(
+            f"{run} is a refit and its data set has no test part, so no labelled image is left to report on"
+        )
+    single = Member(str(ensemble.scores["best_single"]["id"]), 1.0).candidate(run)
+    evidence = _on_test(run, ensemble, single, _data(info))
+    found = {
+        "run": run.name, "created": time.time(), "refit_of": info["refit_of"],
+        "test": test_scores(ensemble, single.id, evidence),
+    }  # fmt: skip
+    write_json(run / NUMBERS, found)
+    return found
+
+
+def _on_test(run: UPath, ensemble: Ensemble, alone: Candidate, data: Data) -> Evidence:
     """The frozen ensemble and the best single model on the test part. Raises UserError when one cannot predict."""
     images, labels = open_test(data.path)
     candidates = [member.candidate(run) for member in ensemble.members]
-    alone = pool.candidates[single]
     probs = {}
     for candidate in {str(c.path): c for c in [*candidates, alone]}.values():
         try:
@@ -179,7 +198,7 @@ def main() -> None:
         study = load_study(args.storage, run.name) if args.storage else None
         found = write_report(run, ensemble, study)
         print("\n".join(summary(found)))
-        print(f"written to {run / PAGE}")
+        print(f"written to {run / (NUMBERS if 'refit_of' in found else PAGE)}")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def explore(args: Explore) -> dict[str, Any]:
         signatures = parts[0] + parts[1]
         task = bar.add_task("looking for twins", total=len(images))
         groups = find_groups(signatures, lambda done: bar.advance(task, done))
-    found = {
+    found: dict[str, Any] = {
         "data": {"name": images.data.name, "fingerprint": images.data.fingerprint, "folder": str(images.root or "")},
         "run": run.name if run else None,
         "created": time.time(),

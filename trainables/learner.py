@@ -173,9 +173,9 @@ class Learner:
                 self.scaler.scale(loss * (self.world / len(batch))).backward()
             loss_sum += loss.detach()
         if self.cached and self.world > 1:  # the head was fed past DDP
-            for parameter in head_of(self.model).parameters():
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self.world
+            for gradient in [p.grad for p in head_of(self.model).parameters() if p.grad is not None]:
+                dist.all_reduce(gradient)
+                gradient /= self.world
         # Muon has no gradients while the body is frozen, and a scaler insists on some
         learning = [optimizer for optimizer in self.optimizers if _has_gradients(optimizer)]
         if self.config.clip_norm:

@@ -155,8 +155,8 @@ def train(
         progress.epoch += 1
         progress.seconds += time.perf_counter() - started
         progress.curve.append(
-            {"epoch": progress.epoch, "train_loss": train_loss, **tune, "lr": learner.lr, "seconds": round(progress.seconds, 3),
-             "images_per_second": round(seen / seconds, 1)}
+            {"epoch": progress.epoch, "train_loss": train_loss, **tune, "lr": learner.lr,
+             "seconds": round(progress.seconds, 3), "images_per_second": round(seen / seconds, 1)}
         )  # fmt: skip
         if tune and tune["tune_log_loss"] < progress.best_log_loss:
             progress.best_log_loss, progress.since_best = float(tune["tune_log_loss"]), 0

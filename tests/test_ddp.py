@@ -15,7 +15,7 @@ from upath import UPath
 from trainables import learner
 from trainables.backbones import WeightSource, build
 from trainables.config import TrialConfig
-from trainables.data import Data, open_data, prepare
+from trainables.data import Data, open_data
 from trainables.splits import Splits, make_splits
 from trainables.train import Trained, train
 
@@ -29,16 +29,6 @@ FROZEN = TrialConfig(
     precision="fp32",
 )  # fmt: skip
 CONFIGS = {"plain": PLAIN, "frozen": FROZEN}
-
-
-@pytest.fixture(scope="module")
-def data(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Data:
-    return prepare("folder", pictures, cache_dir=tmp_path_factory.mktemp("ddp-cache"))
-
-
-@pytest.fixture(scope="module")
-def splits(data: Data) -> Splits:
-    return make_splits(data.labels, data.fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +59,8 @@ def rank_main(rank: int, folder: Path, data_path: Path, weights: WeightSource) -
         predicted = 0
         checkpoint = UPath(folder / name / "state.pt")
         trained = train(config, data, splits, weights=weights if config.pretrained else None, checkpoint=checkpoint)
-        save_file(trained.model.state_dict(), folder / f"{name}-{rank}.safetensors")
+        state = {key: value.contiguous() for key, value in trained.model.state_dict().items()}
+        save_file(state, folder / f"{name}-{rank}.safetensors")
         np.savez(folder / f"{name}-{rank}.npz", select=trained.probs["select"], predicted=predicted)
     dist.destroy_process_group()
 

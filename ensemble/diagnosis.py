@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ensemble.auto import Moments, deal
+from ensemble.auto import deal
 from ensemble.blend import Probs, combine
 from ensemble.limits import Limits
 from ensemble.metrics import accuracy, correct, log_loss, log_losses, wilson
+from ensemble.scorers import LogLoss, true_probs
 from ensemble.selection import grow
 
 STEPS = 40  # points of the growth curve
@@ -102,7 +103,7 @@ def calibration(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[d
 
 
 def growth(probs: Probs, labels: np.ndarray, limits: Limits, steps: int = STEPS) -> list[dict[str, Any]]:
-    """The ensemble as it grew: for each number of candidates so far, what greedy selection (Brier) makes of them.
+    """The ensemble as it grew: for each number of candidates so far, what greedy selection (log-loss) makes of them.
 
     probs: M candidates in the order in which they came. Each half of the rows is scored by the members chosen on the
     other half, so the curve is not flattered by being fitted to what it is scored on. At most `steps` points, the first
@@ -110,15 +111,15 @@ def growth(probs: Probs, labels: np.ndarray, limits: Limits, steps: int = STEPS)
     """
     if len(labels) < 2:
         return []
-    halves = deal(labels, 2, seed=0)
-    moments = [Moments.of(probs, labels, np.sort(half)) for half in halves]
+    halves = deal(labels, 2, np.random.default_rng(0))
+    known = true_probs(probs, labels)
     points = []
     for count in np.unique(np.linspace(1, len(probs), min(steps, len(probs))).round().astype(int)).tolist():
         part = limits.subset(np.arange(count))
         together = np.empty(probs[0].shape, np.float32)
         members = 0
-        for known, scored in zip(moments, halves[::-1], strict=True):
-            weights = grow(known.first(count).scorer(), part)
+        for half, scored in zip(halves, halves[::-1], strict=True):
+            weights = grow(LogLoss(known[:count, half]), part)
             some = np.flatnonzero(weights)
             members += len(some)
             together[scored] = combine([np.asarray(probs[m])[scored] for m in some.tolist()], weights[some])

@@ -1,5 +1,6 @@
 """Accuracy against latency: the best ensemble that a budget of milliseconds buys, for several budgets at once."""
 
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -25,13 +26,13 @@ def frontier(
     if not len(known) or latency[known].min() <= 0:
         return []
     part, cost = [probs[m] for m in known.tolist()], latency[known]
-    limits, true = limits.subset(known), true_probs(part, labels)
-    most = grow(LogLoss(true), limits)
+    limits, scorer = limits.subset(known), LogLoss(true_probs(part, labels))
+    most = grow(copy(scorer), limits)
     low, high = float(cost.min()), float(cost[most > 0].sum())
     kept: list[dict[str, float | int]] = []
     for budget in np.geomspace(low, max(high, low), points):
         try:
-            weights = grow(LogLoss(true), _with_budget(limits, cost, float(budget)))
+            weights = grow(copy(scorer), _with_budget(limits, cost, float(budget)))
         except UserError:  # a quota or another budget cannot be met within this one
             continue
         together = combine(part, weights)

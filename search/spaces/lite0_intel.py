@@ -19,7 +19,7 @@ def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
     return TrialConfig(
         backbone="tf_efficientnet_lite0",
         pretrained=True,
-        image_size=128,  # larger than stored: ImageNet's objects were larger still
+        image_size=112,  # larger than stored: ImageNet's objects were larger still
         epochs=10,
         freeze_epochs=3,
         batch_size=64,

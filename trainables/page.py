@@ -41,7 +41,7 @@ def render(template: Path, **values: Any) -> bytes:
         "json": _json,
         "percent": percent,
         "points": lambda fraction: f"{100 * fraction:+.2f}",
-        "count": lambda number: f"{number:,}",
+        "count": lambda number: f"{number:,}" if isinstance(number, int) else str(number),
     }
     page = environment.get_template(template.name).render(
         **values,

@@ -1,27 +1,40 @@
-"""python -m ensemble.predict --images FOLDER --out predictions.csv : what an ensemble says about new images."""
+"""python -m ensemble.predict --images FOLDER --out predictions.csv : what an ensemble says about new images.
 
+The CSV has one row an image: `id,label`, with --probs also a column per class. A file's id is its path below FOLDER
+without the ending (`/` between the parts); where that would name two files, every id keeps its ending. An image that
+cannot be read has a row with an empty label. Rows are written in batches, and the same command goes on where an earlier
+one was killed. Beside the CSV, <out>.json says what made it, and `complete` once every image has its row.
+"""
+
+import contextlib
 import csv
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import Progress
 from upath import UPath
 
 from ensemble.ensemble import Ensemble, read_ensemble
 from trainables.augment import Pixels
 from trainables.backbones import load_model
 from trainables.candidate import Candidate, open_run, read_json, read_run, write_json
-from trainables.config import TrialConfig
+from trainables.config import TestTimeAugmentation, TrialConfig
 from trainables.data import read_images
+from trainables.decode import list_images
 from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import pick_device, predict_probs
 
 BATCH = 500  # images between two writes to the file
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+NAMED = 5  # unreadable images that are told by name
 
 
 @dataclass(frozen=True)
@@ -31,17 +44,30 @@ class Predict:
     images: Path
     """Folder of images; its subfolders are searched too."""
     out: Path = Path("predictions.csv")
-    """CSV to write: id (file name without ending, or path when names repeat), label."""
+    """CSV to write: id (path below the folder without the ending; with it where names repeat), label."""
     run: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
     """Run directory; default: the newest under runs/."""
     ensemble: str | None = None
     """Name of an ensemble of the run; default: the one written last."""
     probs: bool = False
     """Add a column per class with its probability."""
+    tta: TestTimeAugmentation | Literal["own"] = "own"
+    """Views that a prediction averages over; "own": those with which each member was chosen."""
+    device: str | None = None
+    """cuda, mps or cpu; default: the first that there is."""
 
 
-def candidate_predictor(candidate: Candidate, device: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from uint8 images (N, H, W, 3) to float32 probabilities (N, C), as the candidate predicted its splits.
+Predictor = Callable[[np.ndarray], np.ndarray]
+"""From uint8 images (N, H, W, 3) to float32 probabilities (N, C)."""
+
+
+def candidate_predictor(
+    candidate: Candidate,
+    device: str | None = None,
+    tta: TestTimeAugmentation | None = None,
+    precision: str | None = None,
+) -> Predictor:
+    """A candidate's network, loaded once. It predicts as the candidate did its splits, unless told otherwise.
 
     Raises UserError when the candidate has no weights or they do not fit.
     """
@@ -50,110 +76,211 @@ def candidate_predictor(candidate: Candidate, device: str | None = None) -> Call
     info = candidate.info
     config = TrialConfig.from_dict(info["config"])
     pixels = Pixels.of(info["mean"], info["std"], place)
-    precision = info.get("precision", "fp32") if place.type == "cuda" or info.get("precision") != "fp16" else "fp32"
+    if precision is None:
+        precision = info.get("precision", "fp32")
+        if precision == "fp16" and place.type != "cuda":
+            precision = "fp32"
     size = info.get("image_size", config.image_size)
-    return lambda images: predict_probs(model, images, None, pixels, size, config.tta, precision)
+    return lambda images: predict_probs(model, images, None, pixels, size, tta or config.tta, precision)
 
 
-def ensemble_predictor(run: UPath, ensemble: Ensemble, device: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """As `candidate_predictor`, for a whole ensemble, combined as it was when it was chosen."""
-    predictors = [candidate_predictor(member.candidate(run), device) for member in ensemble.members]
-    return lambda images: ensemble.predict([predict(images) for predict in predictors])
+@dataclass(frozen=True, eq=False)
+class Voters:
+    """An ensemble with every member's network loaded.
+
+    Attributes:
+        ensemble: how the votes combine.
+        classes: C names.
+        size: (height, width) of the images that it takes, as its data set stores them.
+        members: one predictor each, in the ensemble's order.
+    """
+
+    ensemble: Ensemble
+    classes: tuple[str, ...]
+    size: tuple[int, int]
+    members: tuple[Predictor, ...]
+
+    @classmethod
+    def load(
+        cls,
+        run: UPath,
+        ensemble: Ensemble,
+        device: str | None = None,
+        tta: TestTimeAugmentation | None = None,
+        precision: str | None = None,
+    ) -> "Voters":
+        """Raises UserError when a member is gone or has no weights, or the run does not say how it stores images."""
+        info = read_run(run)
+        members = [candidate_predictor(m.candidate(run), device, tta, precision) for m in ensemble.members]
+        return cls(ensemble, tuple(str(name) for name in info["classes"]), stored_size(run), tuple(members))
+
+    def votes(self, images: np.ndarray) -> list[np.ndarray]:
+        """Each member's probabilities, float32 (N, C), of uint8 images (N, *size, 3)."""
+        return [member(images) for member in self.members]
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """The ensemble's probabilities, float32 (N, C), of uint8 images (N, *size, 3)."""
+        return self.ensemble.predict(self.votes(images))
+
+
+def stored_size(run: UPath) -> tuple[int, int]:
+    """(height, width) to which a run's data set was decoded, and new images must be. Raises UserError if unknown."""
+    try:
+        height, width = read_run(run)["data"]["size"]
+        return int(height), int(width)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{run / 'run.json'} does not say to which size images are to be decoded; "
+            "expected data.size: [height, width]"
+        ) from None
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """The images below a folder by id, sorted; raises UserError when there is none."""
+    """The images below a folder by id, sorted by path; raises UserError when there is none."""
     if not folder.is_dir():
         raise UserError(f"image folder {folder} does not exist; name one with --images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    paths = [path for path, _, _ in list_images(folder)]
     if not paths:
-        raise UserError(f"no images below {folder}; expected files ending in {', '.join(ENDINGS)}")
-    by_stem = {path.stem: path for path in paths}
-    if len(by_stem) == len(paths):
-        return by_stem
-    return {str(path.relative_to(folder)): path for path in paths}
+        raise UserError(f"no images below {folder}; expected files ending in .jpg, .png, .webp or the like")
+    by_stem = {os.path.splitext(path)[0]: folder / path for path in paths}
+    return by_stem if len(by_stem) == len(paths) else {path: folder / path for path in paths}
 
 
-def predict_folder(args: Predict) -> tuple[int, int]:
-    """Write the CSV; returns how many images have a row, and how many of these could not be read (empty label)."""
+def predict_folder(args: Predict) -> tuple[int, dict[str, str]]:
+    """Write the CSV; returns how many rows it has, and the images without a label, by id with the reason.
+
+    Raises UserError, before anything is written, when images or ensemble are missing or the CSV is not this one's.
+    """
     images = find_images(args.images)
     run = open_run(args.run)
-    info = read_run(run)
-    classes = [str(name) for name in info["classes"]]
     ensemble = read_ensemble(run, args.ensemble)
-    header = ["id", "label", *(classes if args.probs else [])]
+    tta = None if args.tta == "own" else args.tta
+    voters = Voters.load(run, ensemble, args.device, tta)
+    header = ["id", "label", *(voters.classes if args.probs else [])]
     if not args.out.absolute().parent.is_dir():
         raise UserError(f"folder {args.out.absolute().parent} does not exist; make it, or name another --out")
-    done = _rows_done(args.out, header, _origin(args, run, ensemble))
-    predict = ensemble_predictor(run, ensemble)
-    height, width = info.get("data", {}).get("size", (224, 224))
-    todo = [id for id in images if id not in done]
-    unreadable = 0
-    with open(args.out, "a", newline="") as file:
-        writer = csv.writer(file)
-        if not done and file.tell() == 0:
-            writer.writerow(header)
-        for ids in _progress(todo):
-            pictures = {
-                i: p
-                for i, (_, p) in enumerate(read_images([images[id] for id in ids], (height, width)))
-                if p is not None
-            }
-            good = list(pictures)
-            rows = [[id, "", *([""] * (len(header) - 2))] for id in ids]
-            if good:
-                probs = predict(np.stack(list(pictures.values())))
-                for i, p in zip(good, probs, strict=True):
-                    rows[i] = [ids[i], classes[int(p.argmax())], *(f"{x:.6f}" for x in (p if args.probs else []))]
-            unreadable += len(ids) - len(good)
-            writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
+    beside = UPath(args.out.with_name(args.out.name + ".json"))
+    origin = _origin(args, run, ensemble)
+    with _alone(args.out):
+        done = _rows_done(args.out, beside, header, origin)
+        unreadable = {id: "found unreadable before" for id, label in done.items() if not label}
+        if gone := sorted(done.keys() - images.keys()):
+            raise UserError(
+                f"{args.out} has rows of images that are not below {args.images} (or under other ids), such as "
+                f"{gone[0]}; remove it or name another --out"
+            )
+        write_json(beside, {**origin, "complete": False})
+        with open(args.out, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            if file.tell() == 0:
+                rows.writerow(header)
+            for ids, pictures, reasons in _batches(images, done, voters.size):
+                readable = [picture for picture in pictures if picture is not None]
+                answers = iter(voters(np.stack(readable)) if readable else ())
+                for id, picture in zip(ids, pictures, strict=True):
+                    if picture is None:
+                        rows.writerow([id, *[""] * (len(header) - 1)])
+                    else:
+                        probs = next(answers)
+                        shown = [f"{p:.6f}" for p in probs] if args.probs else []
+                        rows.writerow([id, voters.classes[int(probs.argmax())], *shown])
+                unreadable |= reasons
+                file.flush()
+                os.fsync(file.fileno())
+        write_json(beside, {**origin, "complete": True})
     return len(images), unreadable
+
+
+def _batches(
+    images: dict[str, Path], done: Container[str], size: tuple[int, int]
+) -> Iterator[tuple[list[str], list[np.ndarray | None], dict[str, str]]]:
+    """Ids, pixels (None: unreadable) and the unreadable's reasons; the next batch is decoded while one is worked on."""
+    todo = [id for id in images if id not in done]
+    parts = [todo[start : start + BATCH] for start in range(0, len(todo), BATCH)]
+
+    def read(ids: list[str]) -> tuple[list[str], list[np.ndarray | None], dict[str, str]]:
+        reasons: dict[str, str] = {}
+        names = {images[id]: id for id in ids}
+        decoded = read_images(names, size, lambda path, reason: reasons.update({names[path]: reason}))
+        return ids, [picture for _, picture in decoded], reasons
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar, ThreadPoolExecutor(1) as reader:
+        task = bar.add_task("predicting", total=len(images), completed=len(images) - len(todo))
+        ahead = reader.submit(read, parts[0]) if parts else None
+        for part in range(len(parts)):
+            assert ahead is not None
+            batch = ahead.result()
+            ahead = reader.submit(read, parts[part + 1]) if part + 1 < len(parts) else None
+            yield batch
+            bar.advance(task, len(batch[0]))
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Two processes that append to one file would leave every row twice."""
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another ensemble.predict is writing {out}; wait for it, or name another --out") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _origin(args: Predict, run: UPath, ensemble: Ensemble) -> dict[str, Any]:
     """What a prediction depends on besides the image."""
     return {
-        "run": str(run.absolute()), "ensemble": ensemble.name, "created": ensemble.created,
+        "run": str(run.absolute()),
+        "ensemble": ensemble.name,
+        "created": ensemble.created,
+        "members": [[member.id, member.weight] for member in ensemble.members],
+        "tta": args.tta,
         "images": str(args.images.absolute()),
-    }  # fmt: skip
+    }
 
 
-def _rows_done(out: Path, header: list[str], origin: dict[str, Any]) -> set[str]:
-    """Ids that the file already answers; a last line that was cut in the middle is removed from it.
+def _rows_done(out: Path, beside: UPath, header: list[str], origin: dict[str, Any]) -> dict[str, str]:
+    """Labels that the file already holds, by id; a last line that was cut in the middle is removed from it.
 
-    What made the file stands beside it, as <out>.json: rows of another ensemble are never mixed in.
+    Raises UserError when something else made the file: rows of another ensemble are never mixed in.
     """
-    beside = UPath(out.with_name(out.name + ".json"))
     if not out.exists():
-        write_json(beside, origin)
-        return set()
-    if not beside.exists() or read_json(beside) != origin:
+        return {}
+    made_by = read_json(beside) if beside.exists() else {}
+    if {**made_by, "complete": None} != {**origin, "complete": None}:
         raise UserError(f"{out} holds predictions of another ensemble or folder; remove it or name another --out")
-    text = out.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    rows = list(csv.reader(whole.splitlines()))
-    if rows and rows[0] != header:
-        raise UserError(f"{out} has other columns ({', '.join(rows[0][:4])} ...); remove it or name another --out")
-    if whole != text:
-        out.write_text(whole)
-    return {row[0] for row in rows[1:]}
-
-
-def _progress(ids: list[str]) -> Iterator[list[str]]:
-    from rich.progress import track
-
-    parts = [ids[i : i + BATCH] for i in range(0, len(ids), BATCH)]
-    yield from track(parts, description="predicting", disable=not os.isatty(2))
+    with open(out, "rb") as raw:
+        whole, quoted, end = 0, False, 0
+        for line in raw:
+            end += len(line)
+            quoted ^= line.count(b'"') % 2 == 1  # a file name may hold a line break
+            if line.endswith(b"\n") and not quoted:
+                whole = end
+    os.truncate(out, whole)
+    with open(out, newline="", encoding="utf-8", errors="surrogateescape") as text:
+        rows = csv.reader(text)
+        if (found := next(rows, header)) != header:
+            raise UserError(f"{out} has other columns ({', '.join(found[:4])} ...); remove it or name another --out")
+        return {row[0]: row[1] for row in rows}
 
 
 def main() -> None:
     with exit_on_user_error():
         args = tyro.cli(Predict, description=Predict.__doc__, prog="python -m ensemble.predict")
-        total, unreadable = predict_folder(args)
-        note = f", {unreadable} of them unreadable and without a label" if unreadable else ""
-        print(f"{total} images in {args.out}{note}")
+        try:
+            rows, unreadable = predict_folder(args)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", file=sys.stderr)
+            sys.exit(130)
+        for id, reason in list(unreadable.items())[:NAMED]:
+            print(f"{id} is unreadable and has no label: {reason}", file=sys.stderr)
+        if len(unreadable) > NAMED:
+            print(f"{len(unreadable) - NAMED} more are unreadable and have no label", file=sys.stderr)
+        print(f"{rows} images in {args.out}{f', {len(unreadable)} without a label' if unreadable else ''}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a small data set of pictures that a network can learn in seconds."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 from PIL import Image
+from upath import UPath
 
 from trainables.data import Data, prepare
 from trainables.splits import Splits, make_splits
@@ -53,3 +55,51 @@ def splits(data: Data) -> Splits:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Prepared data of tests does not go into the user's cache."""
     os.environ["NINEFOLD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def small_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> UPath:
+    """A run on `pictures`, stored at 12x12, of three trained candidates that differ in network, views and image size,
+    with an ensemble of all three in equal shares: "equal". Tests that write to it copy it first."""
+    from ensemble.ensemble import Ensemble, Member, write_ensemble
+    from trainables.candidate import list_candidates, write_array, write_json
+    from trainables.config import TrialConfig
+    from trainables.data import prepare
+    from trainables.splits import make_splits, save_splits
+    from trainables.trial import run_trial
+
+    data = prepare("folder", pictures)
+    splits = make_splits(data.labels, data.fingerprint)
+    run = UPath(tmp_path_factory.mktemp("runs") / "small")
+    write_json(
+        run / "run.json",
+        {
+            "classes": list(data.classes),
+            "split_fingerprint": splits.fingerprint,
+            "splits": {"test": data.test_images, "shared": splits.shared},
+            "data": {"name": data.name, "path": str(data.path), "size": list(data.images.shape[1:3])},
+        },
+    )
+    save_splits(run, splits)
+    write_array(run / "select_labels.npy", data.labels[splits.select])
+    plain = TrialConfig(
+        backbone="speednet", width=0.125, image_size=16, epochs=8, batch_size=12, lr=5e-3, precision="fp32",
+        weight_decay=0.0,
+    )  # fmt: skip
+    configs = [
+        dataclasses.replace(plain, tta="mirror_shift"),
+        dataclasses.replace(plain, backbone="keras_cnn", image_size=9, lr=2e-3, tta="mirror"),
+        dataclasses.replace(plain, backbone="vit_scratch", image_size=12, lr=1e-3, precision="bf16"),
+    ]
+    for number, config in enumerate(configs):
+        job = {
+            "id": f"{number:04}", "config": config.to_dict(), "run": str(run),
+            "data": {"path": str(data.path), "name": "folder", "data_dir": str(pictures), "size": None},
+        }  # fmt: skip
+        assert run_trial(job, lambda metrics: False)["outcome"] == "finished"
+    members = tuple(Member(candidate.id, 1 / 3) for candidate in list_candidates(run))
+    assert len(members) == 3
+    right = sum(candidate.probs("select") for candidate in list_candidates(run)).argmax(1) == data.labels[splits.select]
+    scores = {"select": {"accuracy": float(right.mean()), "images": len(right)}}
+    write_ensemble(run, Ensemble("equal", members, "hand", splits.fingerprint, scores))
+    return run

@@ -114,7 +114,7 @@ class PlainNet(nn.Module):
         super().__init__()
         self.body = body
         # The seeds flatten the last feature map, which ties them to one image size; a fixed 2x2 map frees them of it.
-        self.pool = nn.AdaptiveMaxPool2d(2)
+        self.pool = _TwoByTwo()
         layers: list[nn.Module] = []
         before = 4 * channels
         for after in hidden:
@@ -137,6 +137,16 @@ class PlainNet(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         return self.head
+
+
+class _TwoByTwo(nn.Module):
+    """AdaptiveMaxPool2d(2), written as the plain pooling it comes down to: that can be exported for every map size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        if min(height, width) < 2:
+            return nn.functional.adaptive_max_pool2d(x, 2)
+        return nn.functional.max_pool2d(x, (height - height // 2, width - width // 2), (height // 2, width // 2))
 
 
 def _conv_blocks(

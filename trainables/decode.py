@@ -156,7 +156,7 @@ def _list_classes(root: Path) -> tuple[tuple[str, ...], Listed, list[int]]:
     labels: list[int] = []
     empty = []
     for label, name in enumerate(names):
-        found = _list_images(root / name, f"{name}/")
+        found = list_images(root / name, f"{name}/")
         files += found
         labels += [label] * len(found)
         if not found:
@@ -172,14 +172,17 @@ def _list_classes(root: Path) -> tuple[tuple[str, ...], Listed, list[int]]:
     return tuple(names), files, labels
 
 
-def _list_images(folder: Path, prefix: str) -> Listed:
-    """Every image file (by suffix) in `folder` and below, sorted; hidden files and folders are passed over."""
+def list_images(folder: Path, prefix: str = "") -> Listed:
+    """Every image file (by suffix) in `folder` and below, sorted; hidden files and folders are passed over.
+
+    Paths are relative to `folder`, with `/` between their parts, behind `prefix`.
+    """
     found: Listed = []
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += _list_images(Path(entry), f"{prefix}{entry.name}/")
+            found += list_images(Path(entry), f"{prefix}{entry.name}/")
         elif os.path.splitext(entry.name)[1].lower() in _suffixes():
             stat = entry.stat() if entry.is_file() else entry.stat(follow_symlinks=False)  # a broken link
             found.append((prefix + entry.name, stat.st_size, stat.st_mtime_ns))
@@ -316,13 +319,27 @@ def read_items(items: Sequence[Path] | np.ndarray, shape: tuple[int, int]) -> It
 
 def _read(item: Item, shape: tuple[int, int]) -> Read:
     try:
-        content = item.tobytes() if isinstance(item, np.ndarray) else item.read_bytes()
-        image = Image.fromarray(item) if isinstance(item, np.ndarray) else _open(io.BytesIO(content))
-        return decode(image, shape), hashlib.sha256(content).hexdigest()
+        if isinstance(item, np.ndarray):
+            content, pixels = item.tobytes(), decode(Image.fromarray(item), shape)
+        else:
+            pixels = decode_bytes(content := item.read_bytes(), shape)
+    except (OSError, ValueError, MemoryError) as error:
+        return None, str(error) or type(error).__name__
+    return pixels, hashlib.sha256(content).hexdigest()
+
+
+def decode_bytes(content: bytes, shape: tuple[int, int], most_pixels: int | None = None) -> np.ndarray:
+    """The picture in the bytes of a file of one of FORMATS, as `decode` makes it: uint8 (*shape, 3).
+
+    Raises ValueError, saying what is wrong, for bytes that are no image or a damaged one, and for a picture whose
+    header announces more than `most_pixels` (default: Pillow's own limit), before anything is decoded.
+    """
+    try:
+        return decode(_open(io.BytesIO(content), most_pixels), shape)
     except UnidentifiedImageError:
-        return None, "not an image"
+        raise ValueError("not an image") from None
     except Exception as error:  # Pillow's decoders raise a dozen kinds
-        return None, str(error).split("\n")[0] or type(error).__name__
+        raise ValueError(str(error).split("\n")[0] or type(error).__name__) from None
 
 
 def decode(image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
@@ -352,11 +369,11 @@ def measure(item: Item) -> tuple[int, int] | None:
         return None
 
 
-def _open(file: Any) -> Image.Image:
+def _open(file: Any, most_pixels: int | None = None) -> Image.Image:
     image = Image.open(file, formats=_formats())
-    pixels = image.width * image.height
-    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:  # Pillow only warns until twice that
-        raise ValueError(f"{pixels:,} pixels, expected at most {Image.MAX_IMAGE_PIXELS:,}")
+    most = most_pixels or Image.MAX_IMAGE_PIXELS  # up to twice its own limit, Pillow only warns
+    if most is not None and image.width * image.height > most:
+        raise ValueError(f"{image.width * image.height:,} pixels, expected at most {most:,}")
     return image
 
 

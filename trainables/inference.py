@@ -61,7 +61,7 @@ def predict_probs(
         try:
             batch = torch.from_numpy(np.ascontiguousarray(images[chunk])).to(device)
             with autocast(device, precision):
-                logits = _logits(model, batch, pixels, image_size, tta)
+                logits = view_logits(model, batch, pixels, image_size, tta)
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
@@ -75,7 +75,9 @@ def predict_probs(
     return np.concatenate(probs)
 
 
-def _logits(model: nn.Module, batch: Tensor, pixels: Pixels, size: int, tta: TestTimeAugmentation) -> Tensor:
+def view_logits(model: nn.Module, batch: Tensor, pixels: Pixels, size: int, tta: TestTimeAugmentation) -> Tensor:
+    """Logits (N, C) of uint8 images (N, H, W, 3), averaged over the views of `tta`."""
+
     def both(images: Tensor) -> Tensor:
         x = pixels(images, size)
         return 0.5 * model(x).float() + 0.5 * model(x.flip(3)).float()

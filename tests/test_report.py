@@ -218,7 +218,7 @@ def test_a_run_written_by_hand_with_nothing_but_predictions(tmp_path):
 
 
 def test_members_of_two_runs(tmp_path):
-    first, probs, labels = make_run(tmp_path / "first", models=3)
+    first, _, labels = make_run(tmp_path / "first", models=3)
     second, *_ = make_run(tmp_path / "second", models=3, seed=5)
     write_array(second / "select_labels.npy", labels)
     better = (0.8 * np.eye(4)[labels] + 0.05).astype(np.float32)
@@ -239,7 +239,7 @@ def test_a_stack_is_scored_as_it_was_chosen(tmp_path):
 
 
 def test_a_hundred_classes_show_the_most_confused(tmp_path):
-    run, probs, labels = make_run(tmp_path / "run", models=3, rows=400, classes=4)
+    run, *_ = make_run(tmp_path / "run", models=3, rows=400, classes=4)
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 100, 2000)
     write_array(run / "select_labels.npy", labels)

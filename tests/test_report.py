@@ -165,9 +165,7 @@ def test_how_to_reproduce_hides_passwords(trained, tmp_path):
     command = "/x/search/run.py --data folder --storage postgresql://me:secret@host/db"
     write_json(run / "run.json", info | {"command": command})
     found = write_report(run, trained[1])
-    assert found["reproduce"]["command"] == (
-        "python -m search.run --data folder --storage postgresql://me:***@host/db"
-    )
+    assert found["reproduce"]["command"] == ("python -m search.run --data folder --storage postgresql://me:***@host/db")
     assert "secret" not in (run / "report.html").read_text()
 
 
@@ -218,7 +216,7 @@ def test_a_run_written_by_hand_with_nothing_but_predictions(tmp_path):
 
 
 def test_members_of_two_runs(tmp_path):
-    first, probs, labels = make_run(tmp_path / "first", models=3)
+    first, _, labels = make_run(tmp_path / "first", models=3)
     second, *_ = make_run(tmp_path / "second", models=3, seed=5)
     write_array(second / "select_labels.npy", labels)
     better = (0.8 * np.eye(4)[labels] + 0.05).astype(np.float32)
@@ -239,7 +237,7 @@ def test_a_stack_is_scored_as_it_was_chosen(tmp_path):
 
 
 def test_a_hundred_classes_show_the_most_confused(tmp_path):
-    run, probs, labels = make_run(tmp_path / "run", models=3, rows=400, classes=4)
+    run, *_ = make_run(tmp_path / "run", models=3, rows=400, classes=4)
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 100, 2000)
     write_array(run / "select_labels.npy", labels)
@@ -266,7 +264,8 @@ def test_hostile_names_stay_text(tmp_path):
     write_json(run / "run.json", info)
     for m, p in enumerate(probs):
         config = {"backbone": HOSTILE, HOSTILE: HOSTILE}
-        write_candidate(run, {"id": f"c{m}", "config": config, "outcome": HOSTILE, "curve": [{"tune_accuracy": 0.5}]}, p)
+        info = {"id": f"c{m}", "config": config, "outcome": HOSTILE, "curve": [{"tune_accuracy": 0.5}]}
+        write_candidate(run, info, p)
     write_candidate(run, {"id": "bad"}, probs[0] * 2)
     ensemble = replace(choose(Select(run=(str(run),))), name=HOSTILE, selector=HOSTILE, options={HOSTILE: HOSTILE})
     write_report(run, replace(ensemble, left_out={HOSTILE: HOSTILE}))

@@ -163,7 +163,8 @@ def test_dark_mode_changes_the_page_and_its_figures(browser, report):
         show(browser, report, scheme=scheme)
         seen[scheme] = browser.execute_script(
             "const p = document.querySelector('#picture .js-plotly-plot');"
-            "return [getComputedStyle(document.body).backgroundColor, p._fullLayout.font.color, p.data.at(-1).marker.color]"
+            "return [getComputedStyle(document.body).backgroundColor, p._fullLayout.font.color,"
+            " p.data.at(-1).marker.color]"
         )
     assert all(light != dark for light, dark in zip(seen["light"], seen["dark"], strict=True))
     # a page that is open follows its system

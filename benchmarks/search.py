@@ -69,12 +69,12 @@ def run_once(method: Method, curves: Curves, devices: int, cap: float, budget: f
     """`seconds` until a configuration of the best TOP (None: not within `cap`), and the `log_loss` of the ensemble of
     what was trained within `budget` device-seconds, of how many `candidates`."""
     final = np.nan_to_num(curves.log_loss[:, -1], nan=np.inf)
-    best = set(np.argsort(final)[: max(1, round(TOP * len(final)))].tolist())
+    good_enough = np.sort(final)[max(1, round(TOP * len(final))) - 1]
     seconds, pool = None, []
     for now, index in replay(method, curves, devices):
         if now <= budget:
             pool.append(index)
-        if seconds is None and index in best and now <= cap:
+        if seconds is None and final[index] <= good_enough and now <= cap:
             seconds = now
         if now > cap or (now > budget and seconds is not None):
             break

@@ -53,6 +53,8 @@ class SearchConfig:
     """End when so many more trials have not raised the ensemble so far (its select log-loss)."""
     final_seeds: float = 0.0
     """Share of the budget, 0 to 1, at its end that goes to new seeds of the ensemble's members."""
+    warm_start: tuple[str, ...] = ()
+    """Run directories of earlier sweeps, on these data or others: the sampler learns from their trials."""
     keep_weights: str | None = None
     """How many candidates keep their weights (30), or their size (20GB): the worst by select log-loss lose them first.
     Predictions are kept for all, and weights for the members of every saved ensemble."""

@@ -29,6 +29,7 @@ from ensemble.select import Select, choose_from, open_pool, show
 from ensemble.show import make_console
 from search.budget import Budget, WeightStore, parse_keep
 from search.config import SearchConfig, Task
+from search.knowledge import add_earlier, enqueue_first, read_earlier
 from search.live import EnsembleSoFar, LiveBoard
 from search.objective import Contribution
 from search.spaces import Space, load_space
@@ -85,6 +86,8 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     lock = _lock(plan.run)
     storage = config.storage or f"sqlite:///{plan.run / 'study.db'}"
     study = open_study(storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
+    add_earlier(study, plan.earlier)
+    enqueue_first(study, plan.space.first, list(plan.backbones))
     used = float(study.user_attrs.get(SECONDS_USED, 0.0))
     deadline = None
     if config.minutes is not None:
@@ -164,7 +167,10 @@ def _plan(config: SearchConfig) -> _Plan:
     run = UPath(config.run or f"{RUNS}/{config.data}-{space.name}").absolute()
     other_budget = config.minutes or config.device_hours or config.target_accuracy or config.stop_on_plateau
     trials = config.trials or (None if other_budget else space.trials)
-    return _Plan(run, data, splits, space, backbones, trials, missing)
+    metric = "tune_accuracy" if config.objective == "accuracy" else "tune_log_loss"
+    task = _task(backbones, data, splits, config, device="cpu")
+    earlier = [t for old in config.warm_start for t in read_earlier(old, metric, lambda t: space.suggest(t, task))]
+    return _Plan(run, data, splits, space, backbones, trials, missing, earlier)
 
 
 def _check_space(

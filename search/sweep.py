@@ -6,6 +6,7 @@ process or the next that opens the study.
 """
 
 import copy
+import json
 import math
 import statistics
 import time
@@ -18,6 +19,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from upath import UPath
 
 from search.budget import RISE, Budget, WeightStore
+from search.knowledge import rescaled
 from search.live import EnsembleSoFar
 from search.objective import Contribution
 from search.promotion import Rungs
@@ -95,7 +97,9 @@ class Sweep:
         self._started = self._saved = now
         self._used = float(study.user_attrs.get(SECONDS_USED, 0.0))
         self._device_seconds = float(study.user_attrs.get(DEVICE_SECONDS, 0.0))
-        study.sampler = ViewSampler(study.sampler, study, self._retold)
+        self.proposed: set[str] = set()  # parameters of all trials of this sweep
+        self.sampler = ViewSampler(study.sampler, study, self._retold, seed=len(study.get_trials(deepcopy=False)))
+        study.sampler = self.sampler
         self._resume()
 
     def propose_with(self, suggest: Callable[[Trial], TrialConfig]) -> None:
@@ -160,6 +164,8 @@ class Sweep:
             id, attrs = _id(frozen.number), frozen.user_attrs
             if "seed_of" in attrs:
                 self.seeds[id] = attrs["seed_of"]
+            if "config" in attrs:
+                self.proposed.add(_key(frozen.params))
             if frozen.state == TrialState.RUNNING:
                 trial = Trial(self.study, frozen._trial_id)
                 self.retried[id] = int(attrs.get("retried", 0))
@@ -254,11 +260,16 @@ class Sweep:
         """A new trial with a configuration that can be trained in the time left, or None."""
         assert self.suggest is not None, "propose_with() was not called"
         self._enqueue_seed()
-        reason, too_slow = "", 0
+        reason, too_slow, repeated = "", 0, False
         for _ in range(MOST_INVALID):
+            self.sampler.exploring = repeated
             trial = self.study.ask()
             try:
                 config = self.suggest(trial)
+                # a sampler that sees its favourite again would pay for it again: the next proposal is a random one
+                if not repeated and "seed_of" not in trial.user_attrs and _key(trial.params) in self.proposed:
+                    repeated = True
+                    raise UserError("these parameters have been tried")
             except UserError as error:
                 trial.set_user_attr("outcome", "invalid")
                 trial.set_user_attr("error", str(error))
@@ -276,6 +287,7 @@ class Sweep:
             if "seed_of" in trial.user_attrs:
                 self.seeds[_id(trial.number)] = trial.user_attrs["seed_of"]
             trial.set_user_attr("config", shortened.to_dict())
+            self.proposed.add(_key(trial.params))
             return trial
         raise UserError(
             f"{MOST_INVALID} proposals in a row cannot be trained, the last because {reason}; mend the space"
@@ -436,7 +448,11 @@ class Sweep:
     def _retold(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
         """The study as samplers shall see it: see view.py."""
         values = self.contribution.values() if self.contribution is not None else {}
-        return [self._retell(trial, values) for trial in trials]
+        told = [self._retell(trial, values) for trial in trials]
+        for number, value in rescaled(told).items():
+            told[number] = copy.copy(told[number])
+            told[number].values = [value]
+        return told
 
     def _retell(self, trial: FrozenTrial, values: dict[str, float]) -> FrozenTrial:
         """A candidate with what it is worth to the ensemble now; a trial that has reached a rung and no end as pruned
@@ -494,6 +510,10 @@ class Sweep:
 def _epochs(trial: FrozenTrial) -> int:
     """How many epochs its configuration asks for; 0 when it died before that was known."""
     return int(trial.user_attrs.get("config", {}).get("epochs", 0))
+
+
+def _key(params: dict[str, Any]) -> str:
+    return json.dumps(params, sort_keys=True, default=str)
 
 
 def _id(number: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 Retell = Callable[[list[FrozenTrial]], list[FrozenTrial]]
@@ -31,10 +31,10 @@ class View(optuna.Study):
 
 
 class ViewSampler(BaseSampler):
-    """Any sampler, looking at a View of its study."""
+    """Any sampler, looking at a View of its study. While `exploring`, proposals are random instead."""
 
-    def __init__(self, sampler: BaseSampler, study: optuna.Study, retell: Retell) -> None:
-        self.sampler = sampler
+    def __init__(self, sampler: BaseSampler, study: optuna.Study, retell: Retell, seed: int) -> None:
+        self.sampler, self.random, self.exploring = sampler, RandomSampler(seed), False
         self.view = View(study.study_name, study._storage, sampler)
         self.view.retell = retell
 
@@ -43,7 +43,7 @@ class ViewSampler(BaseSampler):
         self.sampler.before_trial(self.view, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self.sampler.infer_relative_search_space(self.view, trial)
+        return {} if self.exploring else self.sampler.infer_relative_search_space(self.view, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -53,7 +53,8 @@ class ViewSampler(BaseSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return self.sampler.sample_independent(self.view, trial, param_name, param_distribution)
+        sampler = self.random if self.exploring else self.sampler
+        return sampler.sample_independent(self.view, trial, param_name, param_distribution)
 
     def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
         self.sampler.after_trial(self.view, trial, state, values)

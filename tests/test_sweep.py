@@ -12,10 +12,14 @@ from optuna.trial import TrialState
 from upath import UPath
 
 from search.budget import Budget, WeightStore, parse_keep
+from search.config import Task
+from search.knowledge import add_earlier, enqueue_first, read_earlier
 from search.live import EnsembleSoFar
 from search.objective import Contribution
+from search.spaces import load_space
 from search.study import open_study
 from search.sweep import SECONDS_USED, Sweep
+from trainables.backbones import WeightSource
 from trainables.candidate import list_candidates, write_array, write_candidate, write_json
 from trainables.config import TrialConfig
 from trainables.errors import UserError
@@ -479,3 +483,78 @@ def test_a_bug_is_not_retried_again_by_the_next_process(tmp_path: Path) -> None:
     s.finish(take(s)["id"], {"outcome": "bug", "error": "boom", "traceback": "lines"})
     assert not s.has_more()
     assert s.failures() == [("0000", "bug: boom", "lines")]
+
+
+def test_a_sampler_that_repeats_itself_is_made_to_explore(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=3, sampler="tpe")
+    grid = [TrialConfig(batch_size=size, epochs=2) for size in (8, 16, 32)]
+    s.propose_with(lambda trial: grid[trial.suggest_int("size", 0, 2)])
+    s.study.enqueue_trial({"size": 1})
+    s.study.enqueue_trial({"size": 1})
+    first, second = take(s), take(s)
+    assert first["config"]["batch_size"] == 16
+    refused = s.study.trials[1]
+    assert refused.state == TrialState.FAIL
+    assert refused.user_attrs["error"] == "these parameters have been tried"
+    assert second["id"] == "0002"
+    s.propose_with(lambda trial: grid[trial.suggest_int("size", 1, 1)])
+    assert take(s)["config"]["batch_size"] == 16  # nothing else is left: better again than not at all
+
+
+def test_the_sampler_learns_from_an_earlier_sweep(tmp_path: Path) -> None:
+    old, new = tmp_path / "test", tmp_path / "new"  # a study has the name of its run directory
+    old.mkdir()
+    new.mkdir()
+    first = sweep(old, trials=8)
+    for number in range(8):
+        finish(first, take(first), 0.1 * number)
+    s = sweep(new, trials=9)
+
+    def narrower(trial: optuna.Trial) -> TrialConfig:
+        trial.suggest_categorical("other", ["a", "b"])
+        return TrialConfig(lr=trial.suggest_float("lr", 5e-3, 1e-1, log=True), epochs=6)
+
+    rates = [trial.params["lr"] for trial in first.study.trials]
+    inside = [rate for rate in rates if rate >= 5e-3]
+    assert 0 < len(inside) < 8
+    earlier = read_earlier(str(old), "tune_accuracy", narrower)
+    for _ in range(2):  # adding them twice adds them once
+        add_earlier(s.study, earlier)
+    warm = s.study.trials
+    assert [trial.params for trial in warm] == [{"lr": rate} for rate in inside]
+    assert warm[0].user_attrs["warm"] == f"test/{rates.index(inside[0]):04d}"
+
+    s = sweep(new, trials=9)
+    assert s.counted == 0  # they cost nothing
+    for number in range(5):
+        job = take(s)
+        assert int(job["id"]) == len(warm) + number
+        finish(s, job, 0.9 + 0.01 * number)
+    take(s)
+    seen = s.study.sampler.view.get_trials()  # type: ignore[attr-defined]
+    values = [trial.value for trial in seen[: len(warm)]]
+    assert sorted(values) == values  # their order stays
+    assert 0.9 <= min(values) <= max(values) <= 0.94  # on the scale of this sweep
+    with pytest.raises(UserError, match="none of its candidates"):
+        read_earlier(str(old), "tune_accuracy", lambda trial: TrialConfig(dropout=trial.suggest_float("d", 0, 0.1)))
+
+
+@pytest.mark.parametrize("name", ["laptop", "default"])
+def test_the_first_configurations_of_a_space_are_whole_and_come_first(tmp_path: Path, name: str) -> None:
+    space = load_space(name)
+    where: dict[str, WeightSource | None] = {b: None for b in space.backbones if b == "speednet"}
+    where |= {b: WeightSource("hub", "") for b in space.backbones if b != "speednet"}
+    task = Task(where, 10, 40_000, 32, "cpu", None)
+    study = optuna.create_study()
+    enqueue_first(study, space.first, list(where))
+    enqueue_first(study, space.first, list(where))
+    for params in space.first:
+        trial = study.ask()
+        space.suggest(trial, task)
+        assert trial.params == params
+        for key, value in params.items():
+            assert trial.distributions[key]._contains(trial.distributions[key].to_internal_repr(value))
+    assert len(study.trials) == len(space.first)
+    without = optuna.create_study()
+    enqueue_first(without, space.first, ["speednet"])
+    assert len(without.trials) == 1

@@ -18,6 +18,7 @@ import optuna
 import torch
 import tyro
 from filelock import FileLock, Timeout
+from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.table import Table
 from upath import UPath
@@ -67,6 +68,7 @@ class _Plan:
     backbones: dict[str, WeightSource | None]
     trials: int | None
     missing: list[str]  # backbones whose pretrained weights were not found
+    earlier: list[FrozenTrial]  # of --warm-start
 
 
 def sweep(config: SearchConfig) -> Ensemble | None:

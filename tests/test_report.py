@@ -165,9 +165,7 @@ def test_how_to_reproduce_hides_passwords(trained, tmp_path):
     command = "/x/search/run.py --data folder --storage postgresql://me:secret@host/db"
     write_json(run / "run.json", info | {"command": command})
     found = write_report(run, trained[1])
-    assert found["reproduce"]["command"] == (
-        "python -m search.run --data folder --storage postgresql://me:***@host/db"
-    )
+    assert found["reproduce"]["command"] == ("python -m search.run --data folder --storage postgresql://me:***@host/db")
     assert "secret" not in (run / "report.html").read_text()
 
 
@@ -266,7 +264,9 @@ def test_hostile_names_stay_text(tmp_path):
     write_json(run / "run.json", info)
     for m, p in enumerate(probs):
         config = {"backbone": HOSTILE, HOSTILE: HOSTILE}
-        write_candidate(run, {"id": f"c{m}", "config": config, "outcome": HOSTILE, "curve": [{"tune_accuracy": 0.5}]}, p)
+        write_candidate(
+            run, {"id": f"c{m}", "config": config, "outcome": HOSTILE, "curve": [{"tune_accuracy": 0.5}]}, p
+        )
     write_candidate(run, {"id": "bad"}, probs[0] * 2)
     ensemble = replace(choose(Select(run=(str(run),))), name=HOSTILE, selector=HOSTILE, options={HOSTILE: HOSTILE})
     write_report(run, replace(ensemble, left_out={HOSTILE: HOSTILE}))

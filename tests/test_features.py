@@ -130,3 +130,15 @@ def test_a_convolutional_head_is_trained_through_the_whole_network(own: Data, sp
     assert stored(own) == []
     start = head_of(build(config, 3)).state_dict()
     assert head(trained).keys() == start.keys()
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "efficientnet_b0"])
+def test_a_new_head_on_pretrained_features_starts_without_opinions(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    scratch = build(TrialConfig(backbone=name, image_size=32), 1000)
+    path = tmp_path / "weights.safetensors"
+    save_file(scratch.state_dict(), path)
+    model = build(TrialConfig(backbone=name, pretrained=True, image_size=32), 6, WeightSource("file", str(path))).eval()
+    with torch.no_grad():
+        features = 2 * torch.rand(16, model.num_features)  # type: ignore[arg-type]
+        assert head_of(model)(features).abs().max() < 2

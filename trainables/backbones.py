@@ -138,7 +138,10 @@ def build(config: TrialConfig, num_classes: int, weights: WeightSource | None = 
 
 
 def load_pretrained(model: nn.Module, name: str, source: WeightSource) -> None:
-    """Copy pretrained weights into everything but the head; raises UserError when they are another network's."""
+    """Copy pretrained weights into everything but the head, which starts close to zero.
+
+    Raises UserError when they are another network's.
+    """
     if source.kind == "hub":
         state = _load_hub(name)
     elif source.path.endswith(".safetensors"):
@@ -165,6 +168,12 @@ def load_pretrained(model: nn.Module, name: str, source: WeightSource) -> None:
         prefix = getattr(model, "num_prefix_tokens", 1)
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], list(size), num_prefix_tokens=prefix)  # type: ignore[arg-type]
     model.load_state_dict({**target, **{k: v for k, v in state.items() if k in target and k not in head}})
+    for module in head_of(model).modules():
+        # a head's usual start may give logits of ten and more on pretrained features, which takes epochs to unlearn
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def normalisation(name: str, pretrained: bool, mean: Any, std: Any) -> tuple[list[float], list[float]]:

@@ -61,6 +61,9 @@ class Jobs:
     def next(self) -> dict[str, Any] | None:
         return self.waiting.pop(0) if self.waiting else None
 
+    def has_more(self) -> bool:
+        return bool(self.waiting)
+
     def report(self, id: str, metrics: dict[str, Any]) -> bool:
         self.progress.update(self.bars[id], completed=metrics["epoch"])
         return False

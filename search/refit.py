@@ -55,9 +55,6 @@ class Jobs:
         self.stopping = False
         self.errors: list[str] = []
 
-    def has_more(self) -> bool:
-        return bool(self.waiting)
-
     def next(self) -> dict[str, Any] | None:
         return self.waiting.pop(0) if self.waiting else None
 

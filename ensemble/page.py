@@ -11,7 +11,7 @@ from ensemble import diagnosis, figures
 from ensemble.findings import Evidence
 from ensemble.pool import Pool
 from ensemble.show import where
-from ensemble.trials import NO_TIME, Trial
+from ensemble.trials import NO_TIME, Trial, list_trials
 from trainables.page import percent, render
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -192,7 +192,5 @@ COSTS = (
 
 def _foreign(pool: Pool) -> dict[str, Any]:
     """Candidates of other runs than the ensemble's own, under run/id."""
-    from ensemble.trials import list_trials
-
     foreign = [(m, c) for m, c in enumerate(pool.candidates) if pool.run_of(m)]
     return {f"{pool.run_of(m)}/{c.id}": _trial(list_trials(None, [c])[0]) for m, c in foreign}

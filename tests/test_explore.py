@@ -16,9 +16,10 @@ from tests.small_run import train_run
 from tests.test_duplicates import pictures as draw
 from tests.test_report import HOSTILE, Page
 from trainables.candidate import write_array, write_candidate, write_json
-from trainables.data import image_names, open_test, open_test_images, prepare, unreadable
+from trainables.data import open_test, open_test_images, prepare
 from trainables.errors import UserError
 from trainables.explore import Explore, explore
+from trainables.origin import find_origin
 from trainables.splits import load_splits, make_splits, save_splits
 from trainables.suspects import find_suspects
 
@@ -92,20 +93,18 @@ def test_original_sizes_are_those_of_the_files(folder, tmp_path):
 
 
 def test_names_are_in_the_order_of_the_rows(folder):
-    (folder / "train/b/00.png").write_bytes(b"broken (really)")
+    prepare("folder", folder)
+    (folder / "train/b/90.png").write_bytes(b"broken (really)")  # what can be read is the same as before
     data = prepare("folder", folder)
-    train, test = image_names(data, folder)
-    assert len(train) == len(data.labels) == 119
-    assert "train/b/00.png" not in train
+    origin = find_origin("folder", folder)
+    assert len(origin.train) == len(data.labels) == 120
+    assert "train/b/90.png" not in origin.train
+    assert [entry.endswith("train/b/90.png (not an image)") for entry in origin.unreadable] == [True]
     for row in (0, 40, 118):
-        assert np.array_equal(np.asarray(Image.open(folder / train[row])), data.images[row])
+        assert np.array_equal(np.asarray(Image.open(folder / origin.train[row])), data.images[row])
     images, _ = open_test(data.path)
     assert np.array_equal(open_test_images(data.path), images)
-    assert np.array_equal(np.asarray(Image.open(folder / test[7])), images[7])
-    assert len(unreadable(data)) == 1
-    (folder / "train/c/new.png").write_bytes((folder / "train/c/00.png").read_bytes())
-    with pytest.raises(UserError, match="prepare them again"):
-        image_names(data, folder)
+    assert np.array_equal(np.asarray(Image.open(folder / origin.test[7])), images[7])
 
 
 def test_digits_need_no_folder(tmp_path):

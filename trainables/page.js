@@ -28,7 +28,7 @@
   }
 
   function draw(box) {
-    let text = box.querySelector("script").textContent;
+    let text = box.dataset.figure ?? box.querySelector("script").textContent;
     if (dark.matches) for (const [day, night] of Object.entries(NIGHT)) text = text.replaceAll(day, night);
     const figure = JSON.parse(text);
     figure.layout.template = template();
@@ -90,10 +90,10 @@
       element("h3", body, "Tune accuracy by epoch");
       box = element("div", body, "", "plot");
       box.style.height = "180px";
-      element("script", box, JSON.stringify({
+      box.dataset.figure = JSON.stringify({
         data: [{ type: "scatter", mode: "lines+markers", y: trial.curve, x: trial.curve.map((_, i) => i + 1), line: { color: "#0072b2" }, hovertemplate: "epoch %{x}: %{y:.2%}<extra></extra>" }],
         layout: { yaxis: { tickformat: ".0%" }, xaxis: { title: { text: "epoch" }, dtick: trial.curve.length > 12 ? undefined : 1 } },
-      })).type = "application/json";
+      });
     }
     if (trial.error) { element("h3", body, "What happened"); element("pre", body, trial.error); }
     list(body, "Cost", trial.cost);

@@ -155,7 +155,7 @@ def test_a_click_on_a_point_shows_its_trial(browser, report, section, count):
         click(browser, figure, right, down)
         text = shown_trial(browser)
         assert text.startswith(f"{id} speednet")
-        assert "Tune accuracy by epoch" in text
+        assert "Tune accuracy by epoch" in text or "pruned" in text, "one epoch is no curve"
         assert "batch_size" in text
     assert no_complaints(browser)
 

@@ -76,8 +76,8 @@ def _scores(found: dict[str, Any]) -> list[dict[str, Any]]:
         if split not in found:
             continue
         together = found[split]["ensemble" if split == "test" else "select"]
-        rows.append({"name": "best single model", "mine": False, **found[split]["best_single"]})
-        rows.append({"name": "ensemble", "mine": True, **together})
+        rows.append({**found[split]["best_single"], "name": "best single model", "mine": False})
+        rows.append({**together, "name": "ensemble", "mine": True})
     return rows
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from upath import UPath
 
-from tests.small_run import train_run
+from tests.small_run import doubt_first, train_run
 from tests.test_duplicates import pictures as draw
 from tests.test_report import HOSTILE, Page
 from trainables.candidate import write_array, write_candidate, write_json
@@ -189,7 +189,9 @@ def test_a_run_without_predictions_says_so(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, pictures):
-    return train_run(tmp_path_factory.mktemp("runs") / "stripes", pictures, trials=2)[0], pictures
+    run, _ = train_run(tmp_path_factory.mktemp("runs") / "stripes", pictures, trials=2)
+    doubt_first(run)
+    return run, pictures
 
 
 def test_after_a_sweep_with_an_export_for_fiftyone(trained, tmp_path):
@@ -197,7 +199,10 @@ def test_after_a_sweep_with_an_export_for_fiftyone(trained, tmp_path):
     found = explore(Explore(run=str(run), out=tmp_path / "page.html", fiftyone=tmp_path / "export"))
     assert found["data"]["folder"] == str(pictures)
     assert found["suspects"]["models"] == 2
-    assert len(found["suspects"]["images"]) == found["suspects"]["checked"] == 18
+    assert found["suspects"]["checked"] == 18
+    suspects = found["suspects"]["images"]
+    assert suspects[0]["row"] == load_splits(run).select[0]
+    assert all(suspect["label"] != suspect["suggested"] for suspect in suspects)
     assert "Cleanlab estimates" in Page((tmp_path / "page.html").read_bytes()).words
     labels = json.loads((tmp_path / "export/labels.json").read_text())
     assert labels["classes"] == ["across", "down", "grid"]
@@ -212,7 +217,7 @@ def test_after_a_sweep_with_an_export_for_fiftyone(trained, tmp_path):
     test = labels["labels"]["test-0000000"]
     assert test["label"] is None, "test labels are the report's"
     first = next(e for e in labels["labels"].values() if e["attributes"].get("suspect_rank") == 1)
-    assert first["attributes"]["suggested"] == found["suspects"]["images"][0]["suggested"]
+    assert first["attributes"]["suggested"] == suspects[0]["suggested"]
     explore(Explore(run=str(run), out=tmp_path / "page.html", fiftyone=tmp_path / "export"))  # again, over itself
 
 

@@ -170,6 +170,8 @@ def _trial(trial: Trial) -> dict[str, Any]:
     for key, name, shape in COSTS:
         if isinstance(info.get(key), int | float):
             cost.append([name, shape(info[key])])
+    if isinstance(info.get("precision"), str):
+        cost.append(["precision", info["precision"]])
     return {
         "title": f"{trial.id} {trial.architecture}",
         "summary": f"{trial.outcome}: {OUTCOMES[trial.outcome]}" if trial.outcome in OUTCOMES else trial.outcome,
@@ -186,7 +188,6 @@ COSTS = (
     ("params", "parameters", lambda value: f"{value:,}"),
     ("flops", "operations per image", lambda value: f"{value / 1e6:,.1f} million"),
     ("latency_ms", "latency", lambda value: f"{value:.2f} ms per image"),
-    ("precision", "precision", str),
 )
 
 

@@ -41,7 +41,7 @@ def growth(singles: list[dict[str, Any]], points: list[dict[str, Any]], chosen: 
         )  # fmt: skip
     figure.add_scatter(
         x=place, y=np.maximum.accumulate(accuracies), mode="lines", line={"color": GREY, "shape": "hv", "dash": "dot"},
-        name="best single model so far", hovertemplate="best of %{x}: %{y:.2%}<extra></extra>",
+        name="best single model so far", hoverinfo="skip",
     )  # fmt: skip
     for name, is_member, colour in (("single model", False, GREY), ("single model, a member", True, ORANGE)):
         for below in (False, True):
@@ -54,8 +54,9 @@ def growth(singles: list[dict[str, Any]], points: list[dict[str, Any]], chosen: 
                 )
     if points:
         figure.add_scatter(
-            x=x, y=[point["accuracy"] for point in points], mode="lines", line={"color": BLUE, "width": 3},
-            name="ensemble so far (cross-fitted)",
+            x=x, y=[point["accuracy"] for point in points], mode="lines+markers", line={"color": BLUE, "width": 3},
+            # unseen, but larger than a model's dot: of two points in one place plotly answers a click with the smaller
+            marker={"size": 16, "color": "rgba(0,0,0,0)"}, name="ensemble so far (cross-fitted)",
             customdata=[[point["members"], *point["interval"]] for point in points],
             hovertemplate="ensemble of %{x} candidates: %{y:.2%}<br>95 %: %{customdata[1]:.2%} to %{customdata[2]:.2%}"
             "<br>%{customdata[0]:.1f} members<extra></extra>",
@@ -258,7 +259,7 @@ def _parallel_coordinates(study: optuna.Study, params: list[str]) -> go.Figure:
         lines[i].update(line={"color": BLUE, "width": 1.5}, opacity=0.1 + 0.8 * (rank / len(lines)) ** 2)
     figure.data = [lines[i] for i in best_last.tolist()]  # without the scale of the colours that it had
     axes = len(lines[0].x)
-    return figure.update_layout(plot_bgcolor=None, width=110 * axes, height=340, xaxis={"range": [-0.45, axes - 0.8]})
+    return figure.update_layout(plot_bgcolor=None, width=110 * axes, height=340, xaxis={"range": [-0.5, axes - 0.5]})
 
 
 def _slices(study: optuna.Study, params: list[str]) -> go.Figure:

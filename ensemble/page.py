@@ -11,7 +11,7 @@ from ensemble import diagnosis, figures
 from ensemble.findings import Evidence
 from ensemble.pool import Pool
 from ensemble.show import where
-from ensemble.trials import NO_TIME, Trial
+from ensemble.trials import NO_TIME, Trial, list_trials
 from trainables.page import percent, render
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -76,8 +76,8 @@ def _scores(found: dict[str, Any]) -> list[dict[str, Any]]:
         if split not in found:
             continue
         together = found[split]["ensemble" if split == "test" else "select"]
-        rows.append({"name": "best single model", "mine": False, **found[split]["best_single"]})
-        rows.append({"name": "ensemble", "mine": True, **together})
+        rows.append({**found[split]["best_single"], "name": "best single model", "mine": False})
+        rows.append({**together, "name": "ensemble", "mine": True})
     return rows
 
 
@@ -170,6 +170,8 @@ def _trial(trial: Trial) -> dict[str, Any]:
     for key, name, shape in COSTS:
         if isinstance(info.get(key), int | float):
             cost.append([name, shape(info[key])])
+    if isinstance(info.get("precision"), str):
+        cost.append(["precision", info["precision"]])
     return {
         "title": f"{trial.id} {trial.architecture}",
         "summary": f"{trial.outcome}: {OUTCOMES[trial.outcome]}" if trial.outcome in OUTCOMES else trial.outcome,
@@ -186,13 +188,10 @@ COSTS = (
     ("params", "parameters", lambda value: f"{value:,}"),
     ("flops", "operations per image", lambda value: f"{value / 1e6:,.1f} million"),
     ("latency_ms", "latency", lambda value: f"{value:.2f} ms per image"),
-    ("precision", "precision", str),
 )
 
 
 def _foreign(pool: Pool) -> dict[str, Any]:
     """Candidates of other runs than the ensemble's own, under run/id."""
-    from ensemble.trials import list_trials
-
     foreign = [(m, c) for m, c in enumerate(pool.candidates) if pool.run_of(m)]
     return {f"{pool.run_of(m)}/{c.id}": _trial(list_trials(None, [c])[0]) for m, c in foreign}

@@ -317,9 +317,8 @@ def _conclude(console: Console, plan: _Plan, config: SearchConfig, going: Sweep,
     else:
         found = write_report(plan.run, ensemble, going.study)
         if "test" not in found:
-            console.print(
-                "the data set has no test part, so nothing is said about unseen images beyond the select split"
-            )
+            why = found["missing"].get("test", "the data set has no test part")
+            console.print(f"{why}, so nothing is said about unseen images beyond the select split", markup=False)
         console.print("\n".join(summary(found)), style="bold")
         console.print(f"report: {_shown(plan.run / PAGE)}", markup=False)
     console.print(f"\n{len(pool.candidates)} candidates in {_shown(plan.run)} after {time.time() - began:.0f} s")

@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 from upath import UPath
 
-from tests.small_run import train_run
+from tests.small_run import doubt_first, train_run
 from tests.test_duplicates import pictures as draw
 from tests.test_report import HOSTILE, Page
 from trainables.candidate import write_array, write_candidate, write_json
-from trainables.data import image_names, open_test, open_test_images, prepare, unreadable
+from trainables.data import open_test, open_test_images, prepare
 from trainables.errors import UserError
 from trainables.explore import Explore, explore
+from trainables.origin import find_origin
 from trainables.splits import load_splits, make_splits, save_splits
 from trainables.suspects import find_suspects
 
@@ -92,20 +93,18 @@ def test_original_sizes_are_those_of_the_files(folder, tmp_path):
 
 
 def test_names_are_in_the_order_of_the_rows(folder):
-    (folder / "train/b/00.png").write_bytes(b"broken (really)")
+    prepare("folder", folder)
+    (folder / "train/b/90.png").write_bytes(b"broken (really)")  # what can be read is the same as before
     data = prepare("folder", folder)
-    train, test = image_names(data, folder)
-    assert len(train) == len(data.labels) == 119
-    assert "train/b/00.png" not in train
+    origin = find_origin("folder", folder)
+    assert len(origin.train) == len(data.labels) == 120
+    assert "train/b/90.png" not in origin.train
+    assert [entry.endswith("train/b/90.png (not an image)") for entry in origin.unreadable] == [True]
     for row in (0, 40, 118):
-        assert np.array_equal(np.asarray(Image.open(folder / train[row])), data.images[row])
+        assert np.array_equal(np.asarray(Image.open(folder / origin.train[row])), data.images[row])
     images, _ = open_test(data.path)
     assert np.array_equal(open_test_images(data.path), images)
-    assert np.array_equal(np.asarray(Image.open(folder / test[7])), images[7])
-    assert len(unreadable(data)) == 1
-    (folder / "train/c/new.png").write_bytes((folder / "train/c/00.png").read_bytes())
-    with pytest.raises(UserError, match="prepare them again"):
-        image_names(data, folder)
+    assert np.array_equal(np.asarray(Image.open(folder / origin.test[7])), images[7])
 
 
 def test_digits_need_no_folder(tmp_path):
@@ -190,7 +189,9 @@ def test_a_run_without_predictions_says_so(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, pictures):
-    return train_run(tmp_path_factory.mktemp("runs") / "stripes", pictures, trials=2)[0], pictures
+    run, _ = train_run(tmp_path_factory.mktemp("runs") / "stripes", pictures, trials=2)
+    doubt_first(run)
+    return run, pictures
 
 
 def test_after_a_sweep_with_an_export_for_fiftyone(trained, tmp_path):
@@ -198,7 +199,10 @@ def test_after_a_sweep_with_an_export_for_fiftyone(trained, tmp_path):
     found = explore(Explore(run=str(run), out=tmp_path / "page.html", fiftyone=tmp_path / "export"))
     assert found["data"]["folder"] == str(pictures)
     assert found["suspects"]["models"] == 2
-    assert len(found["suspects"]["images"]) == found["suspects"]["checked"] == 18
+    assert found["suspects"]["checked"] == 18
+    suspects = found["suspects"]["images"]
+    assert suspects[0]["row"] == load_splits(run).select[0]
+    assert all(suspect["label"] != suspect["suggested"] for suspect in suspects)
     assert "Cleanlab estimates" in Page((tmp_path / "page.html").read_bytes()).words
     labels = json.loads((tmp_path / "export/labels.json").read_text())
     assert labels["classes"] == ["across", "down", "grid"]
@@ -213,7 +217,7 @@ def test_after_a_sweep_with_an_export_for_fiftyone(trained, tmp_path):
     test = labels["labels"]["test-0000000"]
     assert test["label"] is None, "test labels are the report's"
     first = next(e for e in labels["labels"].values() if e["attributes"].get("suspect_rank") == 1)
-    assert first["attributes"]["suggested"] == found["suspects"]["images"][0]["suggested"]
+    assert first["attributes"]["suggested"] == suspects[0]["suggested"]
     explore(Explore(run=str(run), out=tmp_path / "page.html", fiftyone=tmp_path / "export"))  # again, over itself
 
 

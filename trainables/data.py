@@ -6,7 +6,8 @@
       test_images.npy    the test part, in files of its own
       test_labels.npy    which `open_test` alone opens
       meta.json          a folder without it does not exist
-    <cache>/data/listings/<key>.json   which folder a listing of source files (paths, sizes, times) was decoded to
+    <cache>/data/listings/<key>.json   which folder a listing of source files (paths, sizes, times) was decoded to, and
+                                       which of them could not be read
 
 Only the listing is looked at a second time, so an unchanged data set opens at once.
 """
@@ -17,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -54,13 +54,11 @@ __all__ = [
     "DATASETS",
     "Data",
     "default_cache",
-    "image_names",
     "open_data",
     "open_test",
     "open_test_images",
     "prepare",
     "read_images",
-    "unreadable",
 ]
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
@@ -104,7 +102,7 @@ def default_cache() -> Path:
 def open_data(path: str | Path) -> Data:
     """The data set in a cache folder, memory-mapped. Raises UserError when it is missing, damaged or outdated."""
     path = Path(path)
-    meta = _meta(path)
+    meta = read_meta(path)
     images, labels = _arrays(path, "images", "labels")
     return Data(
         name=meta["name"],
@@ -124,7 +122,7 @@ def open_test(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises UserError when the cache folder is missing, damaged or outdated, or the data set has no test part.
     """
-    _meta(Path(path))
+    read_meta(Path(path))
     images, labels = _arrays(Path(path), "test_images", "test_labels")
     if len(images) == 0:
         raise UserError("the data set has no test part; put labelled images that no sweep saw into ROOT/test/<class>")
@@ -136,41 +134,11 @@ def open_test_images(path: str | Path) -> np.ndarray:
 
     Raises UserError when the cache folder is missing, damaged or outdated.
     """
-    _meta(Path(path))
+    read_meta(Path(path))
     return _arrays(Path(path), "test_images")[0]
 
 
-def image_names(data: Data, data_dir: str | Path | None) -> tuple[list[str], list[str]]:
-    """Where the images of the train and the test part come from, in the order of their rows.
-
-    A file's path relative to `data_dir` (what `prepare` was given), or "train 17" where images do not lie in files of
-    their own. Raises UserError when the files are no longer those that were prepared.
-    """
-    root = None if data_dir is None else Path(data_dir).expanduser()
-    source = _find(data.name, root, data.path.parent / "downloads")
-    # a listing may have been prepared under another spelling of the same folder, so only the ends of paths count
-    skipped = [entry[: end.start()] for entry in unreadable(data) for end in re.finditer(r" \(", entry)]
-    left_out = {"/".join(path.split("/")[i:]) for path in skipped for i in range(path.count("/") + 1)}
-    names = []
-    parts = zip(_train_and_test(source.load()), ("train", "test"), (len(data.labels), data.test_images), strict=True)
-    for part, kind, count in parts:
-        if isinstance(part.items, np.ndarray):
-            names.append([f"{kind} {i}" for i in range(count)])
-            continue
-        assert root is not None
-        paths = [item.relative_to(root).as_posix() for item in part.items]
-        names.append([path for path in paths if path not in left_out])
-        if len(names[-1]) != count:
-            raise UserError(f"{data_dir} does not hold the images of {data.path} any more; prepare them again")
-    return names[0], names[1]
-
-
-def unreadable(data: Data) -> list[str]:
-    """The images that were left out because they could not be read, each as "path (reason)"."""
-    return list(_meta(data.path)["skipped"])
-
-
-def _meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> dict[str, Any]:
     """meta.json of a cache folder."""
     if not (path / "meta.json").exists():
         raise UserError(f"{path} holds no prepared data set; prepare it again")
@@ -214,9 +182,8 @@ def prepare(
     root = Path(cache_dir or default_cache()).expanduser().resolve() / "data"
     if size is not None and not 1 <= size <= 4096:
         raise UserError(f"size is {size}, expected 1 to 4096 pixels")
-    source = _find(name, None if data_dir is None else Path(data_dir).expanduser(), root / "downloads")
-    key = hashlib.sha256(f"{FORMAT} {name} {size} {source.key}".encode()).hexdigest()[:24]
-    listing = root / "listings" / f"{key}.json"
+    source = find_source(name, None if data_dir is None else Path(data_dir).expanduser(), root / "downloads")
+    listing = listing_of(root, name, size, source)
     path = _decoded(listing)
     if path is None:
         try:
@@ -226,9 +193,17 @@ def prepare(
                 f"cannot write to the cache {root} ({error}); set NINEFOLD_CACHE to another folder"
             ) from None
         with FileLock(listing.with_suffix(".lock")):  # else the workers of a machine would decode side by side
-            path = _decoded(listing) or _decode(name, source, root, size, progress)
-            write_json(UPath(listing), {"folder": path.name})
+            path = _decoded(listing)
+            if path is None:
+                path, skipped = _decode(name, source, root, size, progress)
+                write_json(UPath(listing), {"folder": path.name, "skipped": skipped})
     return open_data(path)
+
+
+def listing_of(root: Path, name: str, size: int | None, source: Source) -> Path:
+    """The file that says what a source was decoded to."""
+    key = hashlib.sha256(f"{FORMAT} {name} {size} {source.key}".encode()).hexdigest()[:24]
+    return root / "listings" / f"{key}.json"
 
 
 def _decoded(listing: Path) -> Path | None:
@@ -238,7 +213,7 @@ def _decoded(listing: Path) -> Path | None:
     return path if (path / "meta.json").exists() else None
 
 
-def _find(name: str, data_dir: Path | None, downloads: Path) -> Source:
+def find_source(name: str, data_dir: Path | None, downloads: Path) -> Source:
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(DATASETS)}"
@@ -256,11 +231,14 @@ def _find(name: str, data_dir: Path | None, downloads: Path) -> Source:
     return folder(data_dir)
 
 
-def _decode(name: str, source: Source, root: Path, size: int | None, progress: bool) -> Path:
-    """Decode a source into a folder below `root` and return it. The folder appears whole or not at all."""
+def _decode(name: str, source: Source, root: Path, size: int | None, progress: bool) -> tuple[Path, list[str]]:
+    """Decode a source into a folder below `root`; returns that and the images that were left out, with the reasons.
+
+    The folder appears whole or not at all.
+    """
     contents = source.load()
     classes = contents.classes
-    train, test = _train_and_test(contents)
+    train, test = train_and_test(contents)
     _check_counts(classes, train.labels)
     items = [*train.items, *test.items]
     shape = (size, size) if size else _stored_shape(items)
@@ -304,10 +282,10 @@ def _decode(name: str, source: Source, root: Path, size: int | None, progress: b
         shutil.rmtree(temporary, ignore_errors=True)
     if skipped:
         print(f"left out {len(skipped)} of {len(items):,} images: {_few(skipped)}", file=sys.stderr)
-    return path
+    return path, skipped
 
 
-def _train_and_test(contents: Contents) -> tuple[Part, Part]:
+def train_and_test(contents: Contents) -> tuple[Part, Part]:
     if contents.test is not None:
         return contents.train, contents.test
     train = contents.train

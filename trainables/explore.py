@@ -1,7 +1,7 @@
-"""python -m trainables.explore : one page on a data set, before a sweep (classes, sizes, leaks, unreadable files) and
+"""python -m trainables.explore : one page on a data set: classes, sizes, duplicates across splits, unreadable files.
 
-after one (--run RUN: also the likely label errors). Test images are looked at for twins of others; test labels are not
-read: that is the report's, once.
+After a sweep, with --run RUN, also the labels that are likely wrong. Test images are looked at for twins of others;
+their labels are not read: that is the report's, once.
 """
 
 import time
@@ -17,11 +17,12 @@ from upath import UPath
 
 from trainables import fiftyone
 from trainables.candidate import open_run, read_run, write_bytes, write_json
-from trainables.data import Data, image_names, open_test_images, prepare, unreadable
+from trainables.data import Data, open_test_images, prepare
 from trainables.decode import measure
 from trainables.duplicates import Group, Signatures, find_groups, sign, twins_across
 from trainables.errors import UserError, exit_on_user_error
 from trainables.explore_page import explore_page
+from trainables.origin import find_origin
 from trainables.splits import Splits, load_splits, make_splits
 from trainables.suspects import find_suspects
 
@@ -63,6 +64,7 @@ class Images:
         root: None where images are no files.
         splits: names of the splits, in the order in which they are used.
         split: int64 (N + T,), of each image, as an index into `splits`.
+        unreadable: files that were left out, each as "path (reason)".
     """
 
     data: Data
@@ -71,6 +73,7 @@ class Images:
     root: Path | None
     splits: list[str]
     split: np.ndarray
+    unreadable: list[str]
 
     def __len__(self) -> int:
         return len(self.split)
@@ -112,7 +115,7 @@ def explore(args: Explore) -> dict[str, Any]:
         "counts": _counts(images),
         "size": [int(side) for side in images.data.images.shape[1:3]],
         "original_sizes": _sizes(images),
-        "unreadable": unreadable(images.data),
+        "unreadable": images.unreadable,
         "leaks": [
             {"split": later, "twin_in": earlier, "images": n}
             for (later, earlier), n in twins_across(groups, images.split, images.splits).items()
@@ -160,10 +163,10 @@ def _open(args: Explore, run: UPath | None) -> Images:
         raise UserError(f"{run} is a run on other images than these; name those with --data and --data-dir")
     splits = load_splits(run) if run else make_splits(data.labels, data.fingerprint, args.split_seed)
     test = open_test_images(data.path)
-    train_names, test_names = image_names(data, folder)
+    origin = find_origin(name or "digits", folder, size=size)
     names, split = _split_of_each(splits, len(data.labels), len(test))
-    is_files = any("/" in name for name in train_names[:1])
-    return Images(data, test, train_names + test_names, folder if is_files else None, names, split)
+    is_files = "/" in origin.train[0]
+    return Images(data, test, origin.train + origin.test, folder if is_files else None, names, split, origin.unreadable)
 
 
 def _split_of_each(splits: Splits, images: int, test: int) -> tuple[list[str], np.ndarray]:

@@ -40,7 +40,7 @@ def render(template: Path, **values: Any) -> bytes:
         "uri": uri,
         "json": _json,
         "percent": percent,
-        "points": lambda fraction: f"{100 * fraction:+.2f}",
+        "points": lambda fraction: f"{round(100 * fraction, 2) + 0:+.2f}",  # never -0.00
         "count": lambda number: f"{number:,}" if isinstance(number, int) else str(number),
     }
     page = environment.get_template(template.name).render(

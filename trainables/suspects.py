@@ -45,7 +45,9 @@ class Suspects:
 
 
 def find_suspects(run: UPath, data: Data, most: int = 200) -> Suspects:
-    """The `most` images of the tune and select splits of `run` whose labels are least likely.
+    """The images of the tune and select splits of `run` whose labels are least likely, at most so many.
+
+    Those are among the images that the models would have called something else.
 
     Raises UserError when cleanlab is not installed, or no candidate has predictions of these images.
     Source: Northcutt et al. 2021, "Confident Learning"; the ranking is cleanlab's self-confidence.
@@ -61,8 +63,9 @@ def find_suspects(run: UPath, data: Data, most: int = 200) -> Suspects:
     quality = get_label_quality_scores(labels, probs, method="self_confidence")
     with redirect_stdout(io.StringIO()):  # it prints where it is unsure
         estimate = int(num_label_issues(labels, probs))
-    worst = np.argsort(quality, kind="stable")[:most]
     answers = probs.argmax(axis=1)
+    worst = np.argsort(quality, kind="stable")
+    worst = worst[answers[worst] != labels[worst]][:most]
     return Suspects(rows[worst], quality[worst], answers[worst], probs.max(axis=1)[worst], len(rows), models, estimate)
 
 

@@ -37,7 +37,7 @@ from trainables.config import TrialConfig
 from trainables.data import Data, prepare
 from trainables.errors import UserError, exit_on_user_error
 from trainables.features import FrozenFeatures
-from trainables.inference import EVAL_BATCH, autocast
+from trainables.inference import autocast, eval_batch
 from trainables.splits import Splits, draw
 from trainables.train import train
 
@@ -63,9 +63,10 @@ class Freeze:
 def one_pass(data: Data, weights: WeightSource, precision: str) -> None:
     pixels = Pixels.of(*normalisation(CONFIG.backbone, True, data.mean, data.std), device=torch.device("cpu"))
     model = build(CONFIG, len(data.classes), weights).to(memory_format=torch.channels_last).eval()
+    batch = eval_batch(torch.device("cpu"), CONFIG.image_size)
     with torch.no_grad(), autocast(torch.device("cpu"), precision):
-        for start in range(0, len(data.images), EVAL_BATCH):
-            x = pixels(torch.from_numpy(data.images[start : start + EVAL_BATCH]), CONFIG.image_size)
+        for start in range(0, len(data.images), batch):
+            x = pixels(torch.from_numpy(data.images[start : start + batch]), CONFIG.image_size)
             model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
 
 

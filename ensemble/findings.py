@@ -66,7 +66,10 @@ def findings(
         "data": section(info, "data"),
         "splits": section(info, "splits"),
         "classes": pool.classes,
-        "ensemble": {"name": ensemble.name, "selector": ensemble.selector, "members": _members(pool, blend, single)},
+        "ensemble": {
+            "name": ensemble.name, "selector": ensemble.selector, "temperature": ensemble.temperature,
+            "members": _members(pool, blend, single),
+        },
         "candidates": len(pool.candidates),
         "growth": select_split(pool) | _growth(ensemble, pool, blend),
         "mistakes": evidence.where | {

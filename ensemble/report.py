@@ -111,7 +111,8 @@ def _blend(run: UPath, ensemble: Ensemble, pool: Pool) -> tuple[Blend, int]:
     named = ensemble.scores.get("best_single", {})
     home = str(run / named["run"] if named.get("run") else run)
     single = places.get((home, str(named.get("id"))))
-    return Blend(weights, temperatures, stack), best_single(pool) if single is None else single
+    blend = Blend(weights, temperatures, stack, ensemble.temperature)
+    return blend, best_single(pool) if single is None else single
 
 
 def _has_test(info: dict[str, Any]) -> bool:

@@ -228,12 +228,15 @@ def test_members_of_two_runs(tmp_path):
     assert "../second/c0" in read_page(first).words
 
 
-def test_a_stack_is_scored_as_it_was_chosen(tmp_path):
+@pytest.mark.parametrize("selector", ["auto", "stacking"])
+def test_temperatures_and_a_stack_are_scored_as_they_were_chosen(selector, tmp_path):
     run, *_ = make_run(tmp_path / "run", models=5)
-    ensemble = choose(Select(run=(str(run),), selector="stacking", top_k=3))
+    ensemble = choose(Select(run=(str(run),), selector=selector, top_k=3))
+    assert (ensemble.temperature != 1) == (selector == "auto")
     write_ensemble(run, ensemble)
     found = write_report(run, read_ensemble(run))
     assert found["select"]["select"]["log_loss"] == pytest.approx(ensemble.scores["select"]["log_loss"], abs=1e-6)
+    assert (f"the average itself has {ensemble.temperature:.2f}" in read_page(run).words) == (selector == "auto")
 
 
 def test_a_hundred_classes_show_the_most_confused(tmp_path):

@@ -131,7 +131,7 @@ def choose_from(pool: Pool, args: Select) -> Ensemble:
         temperature=ordered.temperature,
         options=asked,
         left_out=pool.left_out,
-        frontier=tuple(frontier(pool.probs, pool.labels, limits, pool.numbers("latency_ms"))),
+        frontier=tuple(frontier(pool.probs, pool.labels, limits, pool.numbers("latency_ms"), blend.temperatures)),
         insight=insight,
     )
 

@@ -171,6 +171,16 @@ def test_leaving_out_the_only_member_or_a_stacked_one():
     assert len(values) == 2
 
 
+def test_frontier_ends_in_the_tempered_ensemble_where_candidates_are_tempered():
+    probs, labels = make_pool(8, 500, 4)
+    unsure = scale_all(probs, np.full(8, 3.0))
+    plain = frontier.frontier(unsure, labels, Limits(6), np.ones(8))
+    points = frontier.frontier(unsure, labels, Limits(6), np.ones(8), fit_temperatures(unsure, labels))
+    blend = tempered(lambda p, y: greedy(p, y, Limits(6)), unsure, labels)
+    assert points[-1]["log_loss"] == pytest.approx(log_loss(blend(unsure), labels))
+    assert points[-1]["log_loss"] < plain[-1]["log_loss"] - 0.1
+
+
 def test_frontier_rises_with_the_budget_and_keeps_to_it():
     probs, labels = make_pool(12, 500, 4)
     latency = np.r_[np.nan, np.linspace(1, 12, 11)]

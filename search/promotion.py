@@ -54,6 +54,19 @@ class Rungs:
         self.waiting[id] = rung
         return False
 
+    def replay(self, id: str, epochs: int, scores: dict[int, float], running: bool) -> bool:
+        """Note what a trial of an earlier process has reached, its scores by epoch in order; whether it still waits."""
+        going_on = True
+        for epoch, score in scores.items():
+            rung = self.at(epoch, epochs)
+            if rung is not None:
+                going_on = self.reach(id, rung, score)
+                is_last = running and epoch == max(scores)
+                if not going_on and not is_last:  # it was promoted, or has ended
+                    self.go_on(id)
+                    going_on = True
+        return not going_on
+
     def promotable(self) -> str | None:
         """The waiting trial that goes on next by the rule, highest rung first; None when nobody may."""
         for rung in sorted(self.scores):

@@ -35,7 +35,8 @@ from search.live import EnsembleSoFar, LiveBoard
 from search.objective import Contribution
 from search.spaces import Space, load_space
 from search.study import open_study
-from search.sweep import SECONDS_USED, Sweep
+from search.sweep import Sweep
+from search.timing import SECONDS_USED
 from search.tuner import run_trials
 from trainables.backbones import WeightSource, check_backbone, check_image_size, find_weights
 from trainables.candidate import RUNS, list_candidates, read_json, write_array, write_json
@@ -124,7 +125,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         try:
             spec, lanes = lanes_for(offer, config)
             job["gpus"] = spec.gpus
-            going.place(lanes, devices=spec.workers * (spec.gpus or 1))
+            going.time.place(lanes, devices=spec.workers * (spec.gpus or 1))
             task = _task(plan.backbones, plan.data, plan.splits, config, "cuda" if spec.gpus else "cpu")
             going.propose_with(lambda trial: _checked(plan.space.suggest(trial, task), task))
             board.links = [f"Ray dashboard {offer.dashboard_url}"] if offer.dashboard_url else []

@@ -19,7 +19,8 @@ from search.live import EnsembleSoFar
 from search.objective import Contribution
 from search.spaces import load_space
 from search.study import open_study
-from search.sweep import SECONDS_USED, Sweep
+from search.sweep import Sweep
+from search.timing import SECONDS_USED
 from trainables.backbones import WeightSource
 from trainables.candidate import list_candidates, write_array, write_candidate, write_json
 from trainables.config import TrialConfig
@@ -223,15 +224,15 @@ def test_the_last_trials_are_shortened_to_the_time_left(tmp_path: Path) -> None:
     assert job is not None
     assert job["config"]["epochs"] == 3
     finish(s, job, seconds=3 * 300.0)
-    s.budget = Budget(deadline=time.time() + 100)  # not even one
+    s.time.budget = Budget(deadline=time.time() + 100)  # not even one
     assert s.next() is None
     assert not s.has_more()
 
 
 def test_time_is_counted_over_processes(tmp_path: Path) -> None:
     first = sweep(tmp_path)
-    first._started -= 100
-    first._saved -= 100
+    first.time._started -= 100
+    first.time._saved -= 100
     first.tick()
     assert sweep(tmp_path).study.user_attrs[SECONDS_USED] >= 100
 
@@ -399,9 +400,9 @@ def test_when_time_runs_short_the_best_waiting_trial_goes_on(tmp_path: Path) -> 
         climb(s, take(s), accuracy)
     job = take(s)
     finish(s, job, 0.9, seconds=6 * 100.0)
-    s.budget = Budget(deadline=time.time() + 550)  # not enough for a whole trial, but for the epochs that 0000 lacks
+    s.time.budget = Budget(deadline=time.time() + 550)  # enough for what 0000 lacks, not for a new one
     assert take(s)["id"] == "0000"
-    s.budget = Budget(deadline=time.time() + 250)
+    s.time.budget = Budget(deadline=time.time() + 250)
     assert take(s)["config"]["epochs"] == 2  # no waiting trial could end: a new one is shortened
 
 
@@ -448,19 +449,19 @@ def test_it_ends_at_the_target(tmp_path: Path) -> None:
 def test_device_seconds_are_counted_over_processes(tmp_path: Path) -> None:
     now = [time.time()]
     s = sweep(tmp_path, trials=None, device_seconds=1000)
-    s.clock = lambda: now[0]
-    s.place(lanes=2, devices=2)
+    s.time.clock = lambda: now[0]
+    s.time.place(lanes=2, devices=2)
     first, _second = take(s), take(s)
     now[0] += 100
-    assert s.device_seconds() == 400
-    assert s.time_left() == 150  # four devices are busy
+    assert s.time.device_seconds() == 400
+    assert s.time.left() == 150  # four devices are busy
     s.finish(first["id"], {"outcome": "pruned"})
     now[0] += 100
-    assert s.device_seconds() == 600
+    assert s.time.device_seconds() == 600
     s.tick()
     s = sweep(tmp_path, trials=None, device_seconds=1000)
-    assert s.device_seconds() == 600
-    assert s.time_left() == 400
+    assert s.time.device_seconds() == 600
+    assert s.time.left() == 400
 
 
 def test_the_last_part_goes_to_new_seeds_of_the_members(tmp_path: Path) -> None:

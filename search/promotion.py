@@ -2,8 +2,11 @@
 
 Stop-only halving hardly stops anything on few devices, for the first trials to reach a rung have nobody to lose
 against. Here a trial goes on from a rung only while it is among the best 1 / FACTOR of all that have reached it; the
-others wait with their checkpoint, and the best of them go on when later arrivals have made the rung larger. A device
-that is free takes such a trial if there is one, else a new configuration, so it never waits.
+others wait with their checkpoint, and the best of them go on when later arrivals have made the rung larger. A device that
+is free takes such a trial if there is one, else a new configuration, so it never waits.
+
+The best of each kind goes on, too, once FACTOR of them are there. A kind is a backbone: backbones differ in how fast they
+start, and an ensemble lives on several.
 
 Source: Li et al., 2020, "A System for Massively Parallel Hyperparameter Tuning" (ASHA), algorithm 2.
 """
@@ -33,6 +36,7 @@ class Rungs:
 
     def __init__(self) -> None:
         self.scores: dict[int, dict[str, float]] = {}  # rung -> id -> score
+        self.kinds: dict[str, str] = {}  # id -> kind
         self.waiting: dict[str, int] = {}  # id -> the rung it waits at
 
     def at(self, epoch: int, epochs: int) -> int | None:
@@ -40,7 +44,7 @@ class Rungs:
         rungs = rung_epochs(epochs)
         return len(rungs) - rungs.index(epoch) if epoch in rungs else None
 
-    def reach(self, id: str, rung: int, score: float) -> bool:
+    def reach(self, id: str, kind: str, rung: int, score: float) -> bool:
         """Note the score; whether the trial may go on at once. If not, it waits.
 
         One that has been there before goes on: it was promoted, but its checkpoint was lost.
@@ -48,19 +52,19 @@ class Rungs:
         scores = self.scores.setdefault(rung, {})
         if id in scores:
             return True
-        scores[id] = score
+        scores[id], self.kinds[id] = score, kind
         if id in self._best(rung):
             return True
         self.waiting[id] = rung
         return False
 
-    def replay(self, id: str, epochs: int, scores: dict[int, float], running: bool) -> bool:
+    def replay(self, id: str, kind: str, epochs: int, scores: dict[int, float], running: bool) -> bool:
         """Note what a trial of an earlier process has reached, its scores by epoch in order; whether it still waits."""
         going_on = True
         for epoch, score in scores.items():
             rung = self.at(epoch, epochs)
             if rung is not None:
-                going_on = self.reach(id, rung, score)
+                going_on = self.reach(id, kind, rung, score)
                 is_last = running and epoch == max(scores)
                 if not going_on and not is_last:  # it was promoted, or has ended
                     self.go_on(id)
@@ -83,6 +87,11 @@ class Rungs:
         del self.waiting[id]
 
     def _best(self, rung: int) -> list[str]:
-        """The best 1 / FACTOR of all that have reached the rung, best first."""
+        """Best first: the best 1 / FACTOR of all that have reached the rung, and the best of each kind among FACTOR."""
         scores = self.scores[rung]
-        return sorted(scores, key=lambda id: -scores[id])[: len(scores) // FACTOR]
+        order = sorted(scores, key=lambda id: -scores[id])
+        by_kind: dict[str, list[str]] = {}
+        for id in order:
+            by_kind.setdefault(self.kinds[id], []).append(id)
+        leaders = {ids[0] for ids in by_kind.values() if len(ids) >= FACTOR}
+        return [id for place, id in enumerate(order) if place < max(1, len(order) // FACTOR) or id in leaders]

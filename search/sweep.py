@@ -157,7 +157,8 @@ class Sweep:
         if self.rungs is None or id in self.seeds:
             return False
         scores = {epoch: self.values.score(value) for epoch, value in sorted(frozen.intermediate_values.items())}
-        return self.rungs.replay(id, _epochs(frozen), scores, frozen.state == TrialState.RUNNING)
+        kind = frozen.user_attrs["config"]["backbone"] if scores else ""
+        return self.rungs.replay(id, kind, _epochs(frozen), scores, frozen.state == TrialState.RUNNING)
 
     # the next job
 
@@ -281,7 +282,10 @@ class Sweep:
         if self.rungs is None:
             return trial.should_prune()
         rung = self.rungs.at(epoch, self.epochs[id])
-        if rung is None or self.rungs.reach(id, rung, self.values.score(metrics[self.values.metric])):
+        if rung is None:
+            return False
+        score = self.values.score(metrics[self.values.metric])
+        if self.rungs.reach(id, trial.user_attrs["config"]["backbone"], rung, score):
             return False
         self.waiting[id] = trial
         return True

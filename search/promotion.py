@@ -8,12 +8,14 @@ that is free takes such a trial if there is one, else a new configuration, so it
 Source: Li et al., 2020, "A System for Massively Parallel Hyperparameter Tuning" (ASHA), algorithm 2.
 """
 
+import bisect
 import math
 
 FACTOR = 3  # of those that reach a rung, one in so many goes on
 # Rungs lie at shares of a trial's own epochs: a schedule that ends at zero makes an early score pessimistic, and
 # comparable only between trials that are equally far along theirs.
 SHARES = (1 / 9, 1 / 3)
+Place = tuple[float, int, str]  # of a trial at a rung: minus its score, how many came before it, its id
 
 
 def rung_epochs(epochs: int) -> list[int]:
@@ -31,6 +33,9 @@ class Rungs:
     def __init__(self) -> None:
         self.scores: dict[int, dict[str, float]] = {}  # rung -> id -> score
         self.waiting: dict[str, int] = {}  # id -> the rung it waits at
+        # The same, the best first, and of equals whoever came first: nothing is sorted anew as a sweep grows.
+        self._reached: dict[int, list[Place]] = {}
+        self._queues: dict[int, list[Place]] = {}
 
     def at(self, epoch: int, epochs: int) -> int | None:
         """The rung that a trial of so many epochs is at after `epoch`, or None."""
@@ -45,10 +50,13 @@ class Rungs:
         scores = self.scores.setdefault(rung, {})
         if id in scores:
             return True
+        place = (-score, len(scores), id)
         scores[id] = score
-        if id in self._best(rung):
+        bisect.insort(self._reached.setdefault(rung, []), place)
+        if self._is_among_best(rung, place):
             return True
         self.waiting[id] = rung
+        bisect.insort(self._queues.setdefault(rung, []), place)
         return False
 
     def replay(self, id: str, epochs: int, scores: dict[int, float], running: bool) -> bool:
@@ -66,20 +74,20 @@ class Rungs:
 
     def promotable(self) -> str | None:
         """The waiting trial that goes on next by the rule, highest rung first; None when nobody may."""
-        for rung in sorted(self.scores):
-            best = [id for id in self._best(rung) if self.waiting.get(id) == rung]
-            if best:
-                return best[0]
+        for rung, queue in sorted(self._queues.items()):
+            if queue and self._is_among_best(rung, queue[0]):
+                return queue[0][-1]
         return None
 
     def ranked(self) -> list[str]:
         """All waiting trials, the most promising first: by rung, then by score."""
-        return sorted(self.waiting, key=lambda id: (self.waiting[id], -self.scores[self.waiting[id]][id]))
+        return [id for _, queue in sorted(self._queues.items()) for *_, id in queue]
 
     def go_on(self, id: str) -> None:
-        del self.waiting[id]
+        queue = self._queues[self.waiting.pop(id)]
+        del queue[next(index for index, (*_, other) in enumerate(queue) if other == id)]
 
-    def _best(self, rung: int) -> list[str]:
-        """The best 1 / FACTOR of all that have reached the rung, best first."""
-        scores = self.scores[rung]
-        return sorted(scores, key=lambda id: -scores[id])[: len(scores) // FACTOR]
+    def _is_among_best(self, rung: int, place: Place) -> bool:
+        """Whether it is among the best 1 / FACTOR of all that have reached the rung."""
+        reached = self._reached[rung]
+        return bisect.bisect_left(reached, place) < len(reached) // FACTOR

@@ -39,7 +39,7 @@ from search.sweep import Sweep
 from search.timing import SECONDS_USED
 from search.tuner import run_trials
 from trainables.backbones import WeightSource, check_backbone, check_image_size, find_weights
-from trainables.candidate import RUNS, list_candidates, read_json, write_array, write_json
+from trainables.candidate import RUNS, list_candidates, read_json, remove_temporaries, write_array, write_json
 from trainables.classic import NETWORKS
 from trainables.config import TrialConfig
 from trainables.data import Data, prepare
@@ -87,6 +87,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         open_study(config.storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
     _open_run(plan, config)
     lock = _lock(plan.run)
+    remove_temporaries(plan.run)
     storage = config.storage or f"sqlite:///{plan.run / 'study.db'}"
     study = open_study(storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
     add_earlier(study, plan.earlier)
@@ -386,6 +387,9 @@ def main() -> None:
         except KeyboardInterrupt:  # the second Ctrl-C, or one before anything ran
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
+        except optuna.exceptions.StorageInternalError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(f"the study's storage failed: {reason}; the same command goes on") from error
 
 
 if __name__ == "__main__":

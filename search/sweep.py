@@ -110,7 +110,9 @@ class Sweep:
         found = []
         for trial in self.study.get_trials(deepcopy=False):
             outcome, error = (trial.user_attrs.get(key) for key in ("outcome", "error"))
-            if trial.state != TrialState.RUNNING and error is not None and outcome not in (None, "invalid"):
+            # one that was killed while it was told, and then came to a better end, still has the error
+            ended_well = outcome in (None, "invalid", "pruned", *CANDIDATE_OUTCOMES)
+            if trial.state != TrialState.RUNNING and error is not None and not ended_well:
                 found.append((trial_id(trial.number), f"{outcome}: {error}", trial.user_attrs.get("traceback", "")))
         return found
 
@@ -142,7 +144,9 @@ class Sweep:
                         self.tried.add(id)
                     else:
                         self.interrupted.append(trial)
-                else:  # it died before its configuration was known
+                else:  # it died before its configuration was known; one that had been enqueued is so again
+                    if "fixed_params" in frozen.system_attrs:
+                        self.study.enqueue_trial(frozen.system_attrs["fixed_params"], user_attrs=attrs)
                     self.study.tell(trial, state=TrialState.FAIL)
             elif attrs.get("outcome") not in (None, "invalid"):
                 self.counted += 1
@@ -268,14 +272,14 @@ class Sweep:
     # what trials tell
 
     def report(self, id: str, metrics: dict[str, Any]) -> bool:
-        """An epoch's tune scores; True when the trial is to stop: for good, or to wait at a rung."""
+        """An epoch's tune scores; True when the trial is to stop: for good, to wait at a rung, or with the sweep."""
         trial, epoch = self.running[id], int(metrics["epoch"])
         self.board.epoch(id, metrics)
         # a lane that was started again repeats epochs; the first report stands
         trial.report(float(metrics[self.values.metric]), epoch)
         if epoch >= self.epochs[id]:  # then it is a candidate, and stopping it saves nothing
             return False
-        if self.enough():
+        if self.stopping or self.enough():
             return True
         if id in self.seeds:  # of a configuration that has proved its worth
             return False

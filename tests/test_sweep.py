@@ -23,7 +23,7 @@ from search.study import open_study
 from search.sweep import Sweep
 from search.timing import SECONDS_USED
 from trainables.backbones import WeightSource
-from trainables.candidate import list_candidates, write_array, write_candidate, write_json
+from trainables.candidate import list_candidates, remove_temporaries, write_array, write_candidate, write_json
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 
@@ -590,3 +590,46 @@ def test_the_first_configurations_of_a_space_are_whole_and_come_first(tmp_path: 
     without = optuna.create_study()
     enqueue_first(without, space.first, ["speednet"])
     assert len(without.trials) == 1
+
+
+def test_an_enqueued_configuration_outlives_a_kill_before_it_is_known(tmp_path: Path) -> None:
+    first = sweep(tmp_path, trials=1)
+    first.study.enqueue_trial({"lr": 0.02}, user_attrs={"why": "a guess"})
+    first.study.ask()  # and never heard of again
+    second = sweep(tmp_path, trials=1)
+    job = take(second)
+    assert (job["id"], job["config"]["lr"]) == ("0001", 0.02)
+    assert second.study.trials[1].user_attrs["why"] == "a guess"
+    assert [trial.state.name for trial in second.study.trials] == ["FAIL", "RUNNING"]
+    assert second.next() is None
+
+
+def test_a_trial_that_came_to_a_better_end_after_a_kill_is_no_failure(tmp_path: Path) -> None:
+    first = sweep(tmp_path, trials=1)
+    job = take(first)
+    first.running[job["id"]].set_user_attr("outcome", "diverged")
+    first.running[job["id"]].set_user_attr("error", "nan")  # killed before the study was told
+    second = sweep(tmp_path, trials=1)
+    finish(second, take(second))
+    assert second.failures() == []
+
+
+def test_a_sweep_that_is_stopping_ends_trials_after_their_epoch_but_for_the_last(tmp_path: Path) -> None:
+    s = sweep(tmp_path)
+    job = take(s)
+    assert not s.report(job["id"], scores(0.5, 4))
+    s.stopping = True
+    assert s.report(job["id"], scores(0.5, 5))
+    assert not s.report(job["id"], scores(0.5, 6))  # only its predictions are still to be made
+    finish(s, job)
+    assert states(s) == ["COMPLETE"]
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    s = sweep(tmp_path)
+    finish(s, take(s))
+    kept = {path for path in tmp_path.rglob("*") if path.is_file()}
+    for folder in (tmp_path, tmp_path / "candidates" / "0000"):
+        (folder / ".weights.safetensors.0123abcd.tmp").write_bytes(b"half")
+    remove_temporaries(UPath(tmp_path))
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == kept

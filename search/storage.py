@@ -7,6 +7,7 @@ may look at the database at any time (optuna-dashboard does); what they write to
 """
 
 import copy
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,11 +49,11 @@ class OneWriter(_CachedStorage):
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
         super().set_trial_user_attr(trial_id, key, value)
-        self._note(trial_id, "user_attrs", key, value)
+        self._note(trial_id, "user_attrs", key, _as_read(value))
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         super().set_trial_system_attr(trial_id, key, value)
-        self._note(trial_id, "system_attrs", key, value)
+        self._note(trial_id, "system_attrs", key, _as_read(value))
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         done = super().set_trial_state_values(trial_id, state, values)
@@ -72,3 +73,8 @@ class OneWriter(_CachedStorage):
                 setattr(new, field, {**getattr(old, field), key: value})
                 study_id, _ = self._trial_id_to_study_id_and_number[trial_id]
                 self._add_trials_to_cache(study_id, [new])
+
+
+def _as_read(value: Any) -> Any:
+    """An attribute as the database gives it back, with lists for tuples."""
+    return json.loads(json.dumps(value))

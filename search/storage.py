@@ -35,6 +35,12 @@ class OneWriter(_CachedStorage):
         study_id, number = self._trial_id_to_study_id_and_number[trial_id]
         return self._studies[study_id].trials[number]
 
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        trial_id = super().create_new_trial(study_id, template_trial)
+        if template_trial is not None:  # the copy would share its contents
+            self._read_again(trial_id)
+        return trial_id
+
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
@@ -57,12 +63,15 @@ class OneWriter(_CachedStorage):
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         done = super().set_trial_state_values(trial_id, state, values)
-        trial = self._backend.get_trial(trial_id)  # it has the time, too
+        self._read_again(trial_id)  # the database has noted the time, too
+        return done
+
+    def _read_again(self, trial_id: int) -> None:
+        trial = self._backend.get_trial(trial_id)
         with self._lock:
             if trial_id in self._trial_id_to_study_id_and_number:
                 study_id, _ = self._trial_id_to_study_id_and_number[trial_id]
                 self._add_trials_to_cache(study_id, [trial])
-        return done
 
     def _note(self, trial_id: int, field: str, key: Any, value: Any) -> None:
         """Put a new FrozenTrial in place of the old one, which somebody may hold."""

@@ -140,10 +140,9 @@ def test_what_a_sweep_remembers_is_what_the_database_holds(url: str, tmp_path: P
 
     sweep.study.enqueue_trial({"lr": 0.01}, user_attrs={"why": "a guess", "pair": (1, 2)})
     assert same(sweep)
-    for accuracy in (0.5, 0.9, 0.3):
+    for accuracy in (0.5, 0.3, 0.2):  # the last two wait at their rung
         climb(sweep, take(sweep), accuracy)
         assert same(sweep)
-    climb(sweep, take(sweep), 0.9, first=2)
     for outcome in ("diverged", "bug", "pruned"):
         sweep.finish(take(sweep)["id"], {"outcome": outcome, "error": "why", "traceback": "where"})
         assert same(sweep)
@@ -155,7 +154,7 @@ def test_what_a_sweep_remembers_is_what_the_database_holds(url: str, tmp_path: P
     again = open_sweep(url, tmp_path, name)  # what a process after a kill sees
     assert same(again)
     assert again.rungs is not None
-    assert again.rungs.waiting == sweep.rungs.waiting  # type: ignore[union-attr]
+    assert again.rungs.waiting == sweep.rungs.waiting == {"0001": 1, "0002": 1}  # type: ignore[union-attr]
     assert again.counted == sweep.counted
     assert take(again)["id"] == cut["id"]
 
@@ -191,7 +190,7 @@ def test_a_server_may_be_started_again_and_one_that_is_gone_ends_the_sweep(serve
         server.start()
     again = open_sweep(server.url, tmp_path, tmp_path.name)
     assert take(again)["id"] == second["id"]
-    assert list(again.waiting) == [first["id"]]
+    assert [trial.state.name for trial in again.study.trials] == ["COMPLETE", "RUNNING"]
 
 
 @pytest.fixture

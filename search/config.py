@@ -62,7 +62,8 @@ class SearchConfig:
     """Most members of the ensemble."""
     objective: Objective = "accuracy"
     """What the sampler maximises (accuracy) or minimises (log_loss) on the tune split; ensemble: minimises the log-loss
-    of the ensemble so far with the candidate added (no better than accuracy on recorded curves: benchmarks.search)."""
+    of the ensemble so far with the candidate added (benchmarks.search: on recorded curves no worse, not surely
+    better)."""
     sampler: Sampler = "tpe"
     """Optuna sampler: proposes configurations."""
     pruner: Pruner = "promote"

@@ -3,7 +3,7 @@ VENV   := .venv
 PYTHON ?= python3
 STAMP  := $(VENV)/.installed
 
-.PHONY: dry-run test test-slow lint setup clean
+.PHONY: dry-run test test-slow test-browser lint setup clean
 
 dry-run: setup          ## the main job: sweep the embedded digits, end in an ensemble
 	$(VENV)/bin/python -m search.run
@@ -14,6 +14,10 @@ test: lint              ## everything that takes seconds, with real Ray
 test-slow: setup        ## fault tests that take minutes
 	$(VENV)/bin/python -m pytest -m slow
 
+test-browser: setup     ## the pages in a real, headless Chromium; installs Debian's if there is none
+	command -v chromedriver >/dev/null || (apt-get update && apt-get install -y chromium chromium-driver)
+	$(VENV)/bin/python -m pytest -m browser
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
@@ -22,7 +26,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[offline,dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[offline,export,serve,dev]'
 	touch $(STAMP)
 
 clean:

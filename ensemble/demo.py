@@ -73,18 +73,10 @@ def build_page(run: UPath, ensemble: Ensemble, examples: Examples | None, answer
     except ImportError:
         raise UserError("the demo page needs the package gradio; pip install 'ninefold[serve]'") from None
 
-    class Upload(gradio.Image):
-        """Hands over the uploaded file unopened: what it is, and how large, is for `answer` to find out."""
-
-        is_template = True  # drawn as the Image that it is
-
-        def preprocess(self, payload: Any) -> str | None:
-            return payload.path if payload else None
-
-        async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-            if str(url_or_file_path).startswith(("http://", "https://")):
-                raise gradio.Error("upload a file; addresses are not fetched")  # nobody would limit their size
-            return await super().async_move_resource_to_block_cache(url_or_file_path)
+    async def uploaded_only(path: str | Path | None) -> str | None:
+        if str(path).startswith(("http://", "https://")):
+            raise gradio.Error("upload a file; addresses are not fetched")  # nobody would limit their size
+        return await gradio.Image.async_move_resource_to_block_cache(upload, path)
 
     async def answer_upload(path: str | None) -> str:
         if path is None:
@@ -98,16 +90,19 @@ def build_page(run: UPath, ensemble: Ensemble, examples: Examples | None, answer
         return picture_html(png, f"image {number} of the select split: {label}"), answer_html(await answer(png), label)
 
     with gradio.Blocks(title=f"Ninefold: {run.name}", delete_cache=(60, 60 * MINUTES_KEPT)) as page:
-        gradio.HTML(_head_html(run, ensemble))
+        gradio.HTML(_head_html(run, ensemble), apply_default_css=False)
         with gradio.Tabs():
             with gradio.Tab(OWN), gradio.Row():
                 with gradio.Column(min_width=300):
-                    upload = Upload(
+                    upload = gradio.Image(
                         sources=["upload", "clipboard"], type="filepath", image_mode=None, height=340,
                         show_label=False, buttons=[], elem_id="upload",
                     )  # fmt: skip
                 with gradio.Column(min_width=300):
-                    own_answer = gradio.HTML(_HINT, elem_id="own-answer")
+                    own_answer = gradio.HTML(_HINT, elem_id="own-answer", apply_default_css=False)
+            # the file is handed over unopened: what it is, and how large, is for `answer` to find out
+            upload.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
+            upload.async_move_resource_to_block_cache = uploaded_only  # type: ignore[method-assign]
             upload.change(
                 answer_upload, upload, own_answer, concurrency_limit=None, api_visibility="private",
                 show_progress="minimal",
@@ -115,12 +110,12 @@ def build_page(run: UPath, ensemble: Ensemble, examples: Examples | None, answer
             if examples is not None:
                 with gradio.Tab(SELECT), gradio.Row():
                     with gradio.Column(min_width=300):
-                        picture = gradio.HTML(elem_id="example")
+                        picture = gradio.HTML(elem_id="example", apply_default_css=False)
                         index = gradio.Slider(
                             0, len(examples) - 1, value=0, step=1, label="image", buttons=[], elem_id="index"
                         )
                     with gradio.Column(min_width=300):
-                        example_answer = gradio.HTML(elem_id="example-answer")
+                        example_answer = gradio.HTML(elem_id="example-answer", apply_default_css=False)
                 shown: dict[str, Any] = {
                     "fn": answer_example, "inputs": index, "outputs": [picture, example_answer],
                     "concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden",
@@ -138,6 +133,7 @@ def mount_options() -> dict[str, Any]:
     theme = gradio.themes.Base(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
+    theme = theme.set(slider_color="#0072b2", slider_color_dark="#56b4e9")
     return {"theme": theme, "css": _CSS, "footer_links": [], "run_history": False, "ssr_mode": False, "pwa": False}
 
 
@@ -149,10 +145,7 @@ def answer_html(answer: dict[str, Any], truth: str | None = None) -> str:
     verdict = ""
     if truth is not None:
         right = truth == label
-        verdict = (
-            f'<p class="nf-truth {"nf-right" if right else "nf-wrong"}">{"✓" if right else "✗"} '
-            f"true label: {html.escape(truth)}</p>"
-        )
+        verdict = f'<p class="nf-truth">{"✓" if right else "✗"} true label: {html.escape(truth)}</p>'
     ranked = sorted(answer["probs"].items(), key=lambda item: -item[1])
     bars = "".join(_bar_row(name, p, name == truth) for name, p in ranked[:MOST_BARS])
     if len(ranked) > MOST_BARS:
@@ -164,7 +157,7 @@ def answer_html(answer: dict[str, Any], truth: str | None = None) -> str:
         f"<span>{answer['probability']:.1%}</span></p>{verdict}"
         f'<table class="nf-bars" aria-label="probabilities">{bars}</table>'
         f"<h3>Votes: {agreeing} of {len(answer['members'])} for {html.escape(label)}</h3>"
-        '<table class="nf-votes"><thead><tr><th>member</th><th>says</th><th></th><th>weight</th></tr></thead>'
+        '<table class="nf-votes"><thead><tr><th>member</th><th>says</th><th>weight</th></tr></thead>'
         f"<tbody>{votes}</tbody></table></div>"
     )
 
@@ -185,8 +178,8 @@ def _vote_row(member: dict[str, Any], label: str) -> str:
     agrees = member["label"] == label
     return (
         f"<tr><td>{html.escape(member['architecture'])} <small>{html.escape(member['id'])}</small></td>"
-        f"<td>{'✓' if agrees else '✗'} {html.escape(member['label'])}</td>"
-        f"<td>{member['probability']:.0%}</td><td>{member['weight']:.0%}</td></tr>"
+        f"<td>{'✓' if agrees else '✗'} {html.escape(member['label'])} <small>{member['probability']:.0%}</small></td>"
+        f"<td>{member['weight']:.0%}</td></tr>"
     )
 
 
@@ -199,36 +192,36 @@ def _head_html(run: UPath, ensemble: Ensemble) -> str:
             low, high = score["interval"]
             told += f" (95 %: {low:.2%} to {high:.2%}"
             told += f", {score['images']} images)" if "images" in score else ")"
-    return f'<div class="nf nf-head"><h1>{html.escape(run.name)}</h1><p>{html.escape(told)}</p></div>'
+    name = f"<small>Ninefold</small> {html.escape(run.name)}"
+    return f'<div class="nf nf-head"><h1>{name}</h1><p>{html.escape(told)}</p></div>'
 
 
 _HINT = '<div class="nf nf-hint">Drop a picture on the left, paste one, or choose a file.</div>'
 
 _CSS = """
-.nf { color: var(--body-text-color); font-size: 15px; line-height: 1.4; }
-.nf-head h1 { font-size: 1.5rem; font-weight: 650; margin: 0.25rem 0; color: inherit; }
-.nf-head p { color: var(--body-text-color-subdued); margin: 0; }
+.nf { color: var(--body-text-color); font-size: 15px; line-height: 1.45; }
+.nf small, .nf-label span, .nf-head p, .nf-hint, .nf thead { opacity: 0.72; font-weight: 400; }
+.nf h1 { font-size: 1.5rem; font-weight: 650; margin: 0 0 0.15rem; }
+.nf h1 small { font-size: 1.5rem; margin-right: 0.25rem; }
+.nf h3 { font-size: 1rem; font-weight: 650; margin: 1.2rem 0 0; }
+.nf p { margin: 0; }
 .nf-hint, .nf-refusal { padding: 1rem; border-radius: 8px; border: 1px dashed var(--border-color-primary); }
-.nf-hint { color: var(--body-text-color-subdued); }
 .nf-refusal { border: 2px solid #d55e00; }
-.nf-label { font-size: 1.9rem; margin: 0; }
-.nf-label b { font-weight: 650; color: inherit; }
-.nf-label span { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; margin-left: 0.25rem; }
-.nf-truth { margin: 0.1rem 0 0; font-weight: 600; }
-.nf table { width: 100%; border-collapse: collapse; margin: 0.75rem 0 0; display: table; }
-.nf th, .nf td { border: 0; padding: 2px 6px 2px 0; text-align: left; font-weight: 400; color: inherit; }
-.nf-bars th { width: 7.5em; max-width: 9em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.nf-bars td:last-child { width: 4em; text-align: right; font-variant-numeric: tabular-nums; padding-right: 0; }
-.nf-bars td div { background: #0072b2; height: 12px; min-width: 1px; border-radius: 2px; }
+.nf-label { font-size: 2rem; line-height: 1.2; overflow-wrap: anywhere; }
+.nf-label b { font-weight: 650; margin-right: 0.25rem; }
+.nf-truth { font-weight: 600; margin-top: 0.2rem; }
+.nf table { width: 100%; border-collapse: collapse; margin-top: 0.6rem; font-variant-numeric: tabular-nums; }
+.nf th, .nf td { padding: 3px 10px 3px 0; text-align: left; font-weight: 400; }
+.nf th:last-child, .nf td:last-child { text-align: right; padding-right: 0; }
+.nf-bars th { width: 1%; max-width: 11em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.nf-bars td:last-child { width: 3.5em; }
+.nf-bars td div { background: #0072b2; height: 12px; min-width: 2px; border-radius: 2px; }
+.dark .nf-bars td div { background: #56b4e9; }
 .nf-bars .nf-true th { font-weight: 650; }
-.nf-bars .nf-true th::after { content: " ◂ true"; font-weight: 400; }
-.nf h3 { font-size: 1rem; font-weight: 650; margin: 1.1rem 0 0; color: inherit; }
-.nf-votes thead th { color: var(--body-text-color-subdued); font-size: 13px; }
+.nf-bars .nf-true th::after { content: " (true)"; font-weight: 400; }
+.nf-votes thead { font-size: 13px; }
 .nf-votes tbody tr { border-top: 1px solid var(--border-color-primary); }
-.nf-votes td:nth-child(n + 3), .nf-votes th:nth-child(n + 3) {
-  text-align: right; font-variant-numeric: tabular-nums; padding-right: 0;
-}
-.nf small { color: var(--body-text-color-subdued); }
+.nf-votes td { overflow-wrap: anywhere; }
 .nf-picture { width: 100%; max-height: 340px; object-fit: contain; image-rendering: pixelated; border-radius: 8px; }
 #upload img { width: 100%; height: 100%; object-fit: contain; }
 """

@@ -58,13 +58,17 @@ class Serve:
 def make_app(answer: Answer, most_bytes: int) -> "FastAPI":
     """POST /predict; the page is mounted on it."""
     from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import JSONResponse, Response
+    from starlette.requests import ClientDisconnect
 
     app = FastAPI(title="Ninefold", docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
 
     @app.post("/predict")
-    async def predict(request: Request) -> JSONResponse:
-        content = await _body(request, most_bytes)
+    async def predict(request: Request) -> Response:
+        try:
+            content = await _body(request, most_bytes)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody is there to read it
         if content is None:
             limit = f"{most_bytes / 2**20:g} MiB"
             return JSONResponse({"error": f"the upload is too large, expected at most {limit}"}, 413)

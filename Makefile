@@ -26,7 +26,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[offline,export,serve,dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[offline,explore,export,serve,dev]'
 	touch $(STAMP)
 
 clean:

@@ -19,7 +19,7 @@ import tyro
 from rich.table import Table
 
 from ensemble.auto import auto
-from ensemble.blend import combine
+from ensemble.blend import Blend
 from ensemble.limits import Limits
 from ensemble.metrics import accuracy, log_loss
 from ensemble.pool import load_pool
@@ -96,8 +96,9 @@ def compare(run: Any, seeds: Any, top_k: int, draws: int) -> list[dict[str, Any]
         order = np.random.default_rng(draw).permutation(len(labels))
         fit, held = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
         for way, (probs, choose) in ways.items():
-            weights = choose([np.asarray(p[fit]) for p in probs], labels[fit])
-            average = combine([np.asarray(p[held]) for p in probs], weights)
+            found = choose([np.asarray(p[fit]) for p in probs], labels[fit])
+            blend = found if isinstance(found, Blend) else Blend(found)
+            average = blend([np.asarray(p[held]) for p in probs])
             scores[way].append((accuracy(average, labels[held]), log_loss(average, labels[held])))
     first = np.array(scores[next(iter(ways))])
     rows = []

@@ -187,6 +187,9 @@ class NoopSweep:
         self.left -= 1
         return {"id": str(self.left)} if self.left >= 0 else None
 
+    def has_more(self) -> bool:
+        return False
+
     def report(self, id: str, metrics: dict[str, Any]) -> bool:
         self.reports += 1
         return False

@@ -35,7 +35,7 @@ from scipy.stats import rankdata
 from benchmarks.peers import Job, run_peers
 from benchmarks.pools import Predictions, of_run, of_scikit_learn
 from ensemble.auto import auto
-from ensemble.blend import Blend, fit_temperatures, scale_all
+from ensemble.blend import Blend, tempered
 from ensemble.limits import Limits
 from ensemble.metrics import accuracy, log_loss
 from ensemble.selection import accuracy_weighted, best_single, greedy, uniform
@@ -46,11 +46,6 @@ from trainables.errors import UserError, exit_on_user_error
 Selector = Callable[[list[np.ndarray], np.ndarray, Limits], np.ndarray | Blend]
 
 
-def tempered(probs: list[np.ndarray], labels: np.ndarray, limits: Limits) -> Blend:
-    temperatures = fit_temperatures(probs, labels)
-    return Blend(greedy(scale_all(probs, temperatures), labels, limits), temperatures)
-
-
 SINGLE = "best single"
 SELECTORS: dict[str, Selector] = {
     SINGLE: lambda p, y, limits: best_single(p, y, limits, "accuracy"),
@@ -58,7 +53,7 @@ SELECTORS: dict[str, Selector] = {
     "greedy brier": lambda p, y, limits: greedy(p, y, limits, "brier"),
     "greedy log_loss": greedy,
     "greedy accuracy": lambda p, y, limits: greedy(p, y, limits, "accuracy"),
-    "greedy, temperatures": tempered,
+    "greedy, temperatures": lambda p, y, limits: tempered(lambda p, y: greedy(p, y, limits), p, y),
     "convex": convex,
     "cmaes": cmaes,
     "stacking": stacking,

@@ -1,38 +1,39 @@
-"""The selector that chooses the selector, by cross-validation inside the select split.
+"""The selector that chooses how to select, by cross-validation inside the select split.
 
-Measured on held-out halves, greedy selection on the Brier score is the best of the selectors that answer with weights,
-so that is where `auto` starts. Cross-validation decides whether fewer members or another selector are better by more
-than noise, and whether an ensemble is worth it at all.
+It averages in the one way that was found to be best on held-out halves. Every candidate gets its own temperature, so
+that none has more say than it has earned, only because it is surer than the others. Greedy selection on the log-loss
+finds members and weights. The average gets a temperature of its own, for an average of calibrated members is always too
+unsure (pool first, then calibrate: Rahaman and Thiery 2021, "Uncertainty Quantification and Deep Ensembles").
 
-The Brier score is a quadratic form in the weights, and what it needs (see Moments) adds up over rows. Once known for
-twenty blocks of rows, it is known for every training part of every fold, and selecting and scoring there needs no
-predictions: cross-validating a greedy selection costs less than reading the files.
+Cross-validation decides whether fewer members or equal weights are better by more than noise, and whether an ensemble
+is worth it at all.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ensemble.blend import Probs, combine
+from ensemble.blend import Blend, Probs, fit_temperature, scale
 from ensemble.limits import Limits
-from ensemble.metrics import accuracy, brier, log_loss
-from ensemble.scorers import Brier, LogLoss, true_probs
+from ensemble.metrics import accuracy, brier, brier_scores, correct, log_loss, log_losses, true_class
+from ensemble.scorers import LogLoss
 from ensemble.selection import NINE, best_single, greedy, grow, uniform_from
 
-BLOCKS = 20  # parts of the rows that are kept apart; their spread gives the standard errors
 FOLDS = 5
-REPEATS = 2  # times that the blocks are dealt anew into folds
-SIZES = (3, 5)  # member counts tried below limits.k
-FEWEST_ROWS = 2 * BLOCKS  # below that nothing can be told from cross-validation
-CELLS = 2**24  # predictions that are worked on at once: 64 MiB
+REPEATS = 3  # times that the rows are dealt anew into folds
+MANY_ROWS = 5000  # from here on once is enough: how the folds fall no longer matters, and each costs more
+SIZES = (5, 3)  # member counts tried below limits.k
+FEWEST_ROWS = 40  # below that nothing can be told from cross-validation
+POOL = 100  # most accurate candidates that are looked at
 SINGLE = ("best_single", 1)
-POOL = 400  # best candidates that cross-validation looks at; more only cost memory (M^2 per block)
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to select. Losses are mean held-out Brier scores, `error` the standard error of loss minus the best's."""
+    """One way to select. loss: mean held-out log-loss; error: standard error of its distance to the chosen one's."""
 
     selector: str
     k: int
@@ -45,7 +46,7 @@ class Choice:
     """What auto chose, and why.
 
     Attributes:
-        weights: float64 (M,), as any selector's.
+        blend: of all M candidates: weights, temperatures, and the average's temperature.
         selector, k: the option that won, "best_single" when no ensemble was worth it.
         cross_validated: accuracy, log_loss and brier of that option on rows that it was not fitted on; {} when there
             were too few rows to cross-validate.
@@ -53,7 +54,7 @@ class Choice:
         options: all that was compared.
     """
 
-    weights: np.ndarray
+    blend: Blend
     selector: str
     k: int
     cross_validated: dict[str, float]
@@ -61,7 +62,7 @@ class Choice:
     options: tuple[Option, ...]
 
     def report(self) -> dict[str, Any]:
-        """Everything but the weights as plain JSON."""
+        """Everything but the blend as plain JSON."""
         return {
             "selector": self.selector,
             "k": self.k,
@@ -71,188 +72,153 @@ class Choice:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """All that the Brier score of any average of M models depends on; of two sets of rows they add up.
-
-    Attributes:
-        gram: float64 (M, M), inner products of the models' predictions.
-        true: float64 (M,), sums of the probabilities of the labels.
-        right: float64 (M,), rows that each model gets right.
-        rows: their number.
-    """
-
-    gram: np.ndarray
-    true: np.ndarray
-    right: np.ndarray
-    rows: float
-
-    @classmethod
-    def of(cls, probs: Probs, labels: np.ndarray, rows: np.ndarray) -> "Moments":
-        """Of some rows (indices) of the predictions."""
-        models, classes = len(probs), probs[0].shape[1]
-        gram, true, right = np.zeros((models, models)), np.zeros(models), np.zeros(models)
-        step = max(1, CELLS // (models * classes))
-        for start in range(0, len(rows), step):
-            some = rows[start : start + step]
-            part = np.stack([np.asarray(p[some], np.float32) for p in probs])
-            flat = part.reshape(models, -1)
-            gram += flat @ flat.T
-            true += part[:, np.arange(len(some)), labels[some]].sum(axis=1, dtype=np.float64)
-            right += (part.argmax(axis=2) == labels[some]).sum(axis=1)
-        return cls(gram, true, right, len(rows))
-
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(self.gram + other.gram, self.true + other.true, self.right + other.right, self.rows + other.rows)
-
-    def __sub__(self, other: "Moments") -> "Moments":
-        return Moments(self.gram - other.gram, self.true - other.true, self.right - other.right, self.rows - other.rows)
-
-    def scorer(self) -> Brier:
-        """A fresh scorer for the greedy selector."""
-        return Brier(self.gram.diagonal(), self.true, self.rows, lambda m: self.gram[m])
-
-    def loss(self, weights: np.ndarray) -> float:
-        """Brier score of the average with these weights (M,)."""
-        members = np.flatnonzero(weights)
-        w = weights[members]
-        return float((w @ self.gram[np.ix_(members, members)] @ w - 2 * w @ self.true[members]) / self.rows + 1)
-
-
-def auto(probs: Probs, labels: np.ndarray, limits: Limits = NINE, seed: int = 0) -> np.ndarray:
-    """The weights of `choose_selector`, for whoever wants a selector like the others."""
-    return choose_selector(probs, labels, limits, seed).weights
+def auto(probs: Probs, labels: np.ndarray, limits: Limits = NINE, seed: int = 0) -> Blend:
+    """The blend of `choose_selector`, for whoever wants a selector like the others."""
+    return choose_selector(probs, labels, limits, seed).blend
 
 
 def choose_selector(probs: Probs, labels: np.ndarray, limits: Limits = NINE, seed: int = 0) -> Choice:
     """Choose selector and size by repeated cross-validation on these rows, then fit it on all of them.
 
-    Greedy on the Brier score with up to limits.k members is the default. Fewer members (SIZES) or another selector
-    replace it only where their held-out Brier score is lower by more than one standard error; and where the winner is
-    not better by that much than the most accurate single candidate, the single one is the answer (unless
-    limits.min_per_group forbids it). To prefer fewer members already when they are *not worse* by a standard error cost
-    0.1 to 0.3 points of accuracy on the pools of benchmarks/selection_quality.py.
+    Greedy with up to limits.k members is the default. Fewer members (SIZES) or equal weights replace it only where
+    their held-out log-loss is lower by more than one standard error; and where the winner is not better by that much
+    than the most accurate single candidate, the single one is the answer (unless limits.min_per_group forbids it).
+    To prefer fewer members already when they are *not worse* by a standard error cost 0.1 to 0.3 points of accuracy on
+    the pools of benchmarks/selection_quality.py.
 
-    Deterministic for a seed, which deals the rows into folds. Rows below FEWEST_ROWS: the best single candidate.
+    Neither weights nor temperatures are ever scored on rows that they were fitted on. Deterministic for a seed, which
+    deals the rows into folds. Rows below FEWEST_ROWS: the best single candidate.
     """
     if len(labels) < FEWEST_ROWS or len(probs) == 1:
         if limits.min_per_group:
-            return _chosen(greedy(probs, labels, limits, "brier"), "greedy_brier", limits.k, {}, probs, labels, ())
-        return _chosen(best_single(probs, labels, limits, "accuracy"), *SINGLE, {}, probs, labels, ())
+            return _chosen(Blend(greedy(probs, labels, limits)), ("greedy", limits.k), {}, probs, labels, ())
+        return _chosen(Blend(best_single(probs, labels, limits, "accuracy")), SINGLE, {}, probs, labels, ())
 
-    some = _pool(probs, labels, limits)
+    right = np.stack([correct(np.asarray(p), labels) for p in probs])
+    some = _pool(right.mean(axis=1), limits)
     part, inner = [probs[m] for m in some.tolist()], limits.subset(some)
-    blocks = deal(labels, BLOCKS, seed)
-    validation = _Validation([Moments.of(part, labels, rows) for rows in blocks], blocks, inner, part, labels)
-    least = inner.min_per_group * len(np.unique(inner.groups)) if inner.groups is not None else 1
-    default = ("greedy_brier", inner.k)
-    others = [("greedy_brier", k) for k in SIZES if least <= k < inner.k] + [("uniform", inner.k), ("greedy", inner.k)]
-    losses = {option: validation.losses(*option, seed) for option in (default, *others, SINGLE)}
-    best = min(
-        (option for option in others if _better(losses[option], losses[default])),
-        key=lambda option: losses[option].mean(),
-        default=default,
-    )
-    if not inner.min_per_group and not _better(losses[best], losses[SINGLE]):
+    whole = _Tempered(part, labels, right[some], inner, np.arange(len(labels)))
+    default, *others = _options(inner)
+    held_out = _cross_validate(whole, [default, *others, SINGLE], seed)
+    losses = {option: scores[1] for option, scores in held_out.items()}
+
+    better = [option for option in others if _better(losses[option], losses[default])]
+    best = min(better, key=lambda option: losses[option].mean(), default=default)
+    blend = whole.fit(*best)
+    alone = np.count_nonzero(blend.weights) == 1  # then it had better be the most accurate one
+    if not inner.min_per_group and (alone or not _better(losses[best], losses[SINGLE])):
         best = SINGLE
+        blend = whole.fit(*best)
 
-    options = []
-    for (name, k), loss in losses.items():
-        difference = loss - losses[best]
-        options.append(Option(name, k, float(loss.mean()), _standard_error(difference)))
-    weights = np.zeros(len(probs))
-    weights[some] = validation.fit(*best, held=())
-    held_out = validation.scores(*best, seed)
-    return _chosen(weights, *best, held_out, probs, labels, tuple(options))
+    options = [Option(*option, float(x.mean()), _standard_error(x - losses[best])) for option, x in losses.items()]
+    cross_validated = dict(zip(("accuracy", "log_loss", "brier"), held_out[best].mean(axis=1).tolist(), strict=True))
+    weights, temperatures = np.zeros(len(probs)), np.ones(len(probs))
+    weights[some], temperatures[some] = blend.weights, blend.temperatures
+    blend = replace(blend, weights=weights, temperatures=temperatures)
+    return _chosen(blend, best, cross_validated, probs, labels, tuple(options))
 
 
-class _Validation:
-    """Fits options on some blocks of rows and scores them on the others."""
+class _Tempered:
+    """Candidates at the temperatures that are best for them on some rows, to be selected from on these rows."""
 
     def __init__(
-        self, moments: list[Moments], blocks: list[np.ndarray], limits: Limits, probs: Probs, labels: np.ndarray
+        self,
+        probs: Probs,
+        labels: np.ndarray,
+        right: np.ndarray,
+        limits: Limits,
+        rows: np.ndarray,
+        start: np.ndarray | None = None,
     ) -> None:
-        self.moments, self.blocks, self.limits, self.probs, self.labels = moments, blocks, limits, probs, labels
-        self.total = moments[0]
-        for other in moments[1:]:
-            self.total = self.total + other
-        self.true = true_probs(probs, labels)
-        self.fitted: dict[tuple[str, int, tuple[int, ...]], np.ndarray] = {}
+        """probs, labels, and where each candidate is right (M, N): of all rows. rows: indices to fit on.
 
-    def fit(self, selector: str, k: int, held: tuple[int, ...]) -> np.ndarray:
-        """Weights (M,) from all blocks but the held ones."""
-        key = (selector, k, held)
-        if key not in self.fitted:
-            self.fitted[key] = self._fit(selector, k, held)
-        return self.fitted[key]
+        start: (M,) temperatures close to the best.
+        """
+        self.probs, self.labels, self.right, self.limits, self.rows = probs, labels, right, limits, rows
+        self.temperatures = np.ones(len(probs)) if start is None else start.copy()
+        true, losses = np.empty((len(probs), len(rows))), np.empty(len(probs))
+        for m, p in enumerate(probs):
+            part, answers = np.take(p, rows, axis=0), labels[rows]
+            losses[m] = log_loss(part, answers)
+            self.temperatures[m] = fit_temperature(part, answers, self.temperatures[m])
+            true[m] = true_class(scale(part, float(self.temperatures[m])), answers)
+        self.scorer = LogLoss(true)
+        self.most_accurate = np.lexsort((losses, -right[:, rows].mean(axis=1)))
 
-    def _fit(self, selector: str, k: int, held: tuple[int, ...]) -> np.ndarray:
+    def on(self, rows: np.ndarray) -> "_Tempered":
+        """The same candidates, fitted on these rows."""
+        return _Tempered(self.probs, self.labels, self.right, self.limits, rows, self.temperatures)
+
+    def fit(self, selector: str, k: int) -> Blend:
+        """What an option finds on these rows."""
         limits = self.limits.at_most(k)
         if selector == "greedy":
-            rows = np.concatenate([block for b, block in enumerate(self.blocks) if b not in held])
-            return grow(LogLoss(self.true[:, np.sort(rows)]), limits)
-        seen = self.total
-        for b in held:
-            seen = seen - self.moments[b]
-        if selector == "greedy_brier":
-            return grow(seen.scorer(), limits)
-        if selector == "uniform":
-            return uniform_from(seen.scorer(), limits)
-        order = np.lexsort((seen.scorer().singles, -seen.right))
-        fits = limits.allowed(np.zeros(len(order), bool))
-        weights = np.zeros(len(order))
-        weights[next(m for m in order if fits[m])] = 1.0
-        return weights
+            weights = grow(copy(self.scorer), limits)
+        elif selector == "uniform":
+            weights = uniform_from(copy(self.scorer), limits)
+        else:
+            fits = limits.allowed(np.zeros(len(self.temperatures), bool))
+            weights = np.zeros(len(self.temperatures))
+            weights[next(m for m in self.most_accurate if fits[m])] = 1.0
+        blend = Blend(weights, self.temperatures)
+        if np.count_nonzero(weights) == 1:
+            return blend
+        together = self.predict(blend, self.rows)
+        return replace(blend, temperature=fit_temperature(together, self.labels[self.rows]))
 
-    def losses(self, selector: str, k: int, seed: int) -> np.ndarray:
-        """Held-out Brier score of every block, averaged over the repeats, (BLOCKS,)."""
-        total = np.zeros(len(self.blocks))
-        for held in _folds(len(self.blocks), seed):
-            weights = self.fit(selector, k, held)
-            for b in held:
-                total[b] += self.moments[b].loss(weights) / REPEATS
-        return total
-
-    def scores(self, selector: str, k: int, seed: int) -> dict[str, float]:
-        """Held-out accuracy, log-loss and Brier score, averaged over rows and repeats."""
-        total = np.zeros(3)
-        for held in _folds(len(self.blocks), seed):
-            rows = np.concatenate([self.blocks[b] for b in held])
-            weights = self.fit(selector, k, held)
-            members = np.flatnonzero(weights)
-            average = combine([np.asarray(self.probs[m][rows]) for m in members.tolist()], weights[members])
-            labels = self.labels[rows]
-            scores = accuracy(average, labels), log_loss(average, labels), brier(average, labels)
-            total += len(rows) * np.array(scores)
-        mean = total / (REPEATS * len(self.labels))
-        return {"accuracy": float(mean[0]), "log_loss": float(mean[1]), "brier": float(mean[2])}
+    def predict(self, blend: Blend, rows: np.ndarray) -> np.ndarray:
+        """A blend's predictions on any rows (indices), of which only the members' are read."""
+        members = np.flatnonzero(blend.weights)
+        return blend.only(members)([np.take(self.probs[m], rows, axis=0) for m in members.tolist()])
 
 
-def deal(labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
+def _options(limits: Limits) -> list[tuple[str, int]]:
+    """The ways to make an ensemble, the default first."""
+    least = limits.min_per_group * len(np.unique(limits.groups)) if limits.groups is not None else 1
+    smaller = [("greedy", k) for k in SIZES if least <= k < limits.k]
+    return [("greedy", limits.k), *smaller, ("uniform", limits.k)]
+
+
+def _cross_validate(whole: _Tempered, options: list[tuple[str, int]], seed: int) -> dict[tuple[str, int], np.ndarray]:
+    """For each option and row whether it is right, its log-loss and its Brier score, as means over repeats: (3, N)."""
+    labels = whole.labels
+    scores = {option: np.zeros((3, len(labels))) for option in options}
+    repeats = REPEATS if len(labels) < MANY_ROWS else 1
+    for held in _folds(labels, repeats, seed):
+        fold = whole.on(np.setdiff1d(whole.rows, held))
+        for option in options:
+            together, answers = fold.predict(fold.fit(*option), held), labels[held]
+            found = correct(together, answers), log_losses(together, answers), brier_scores(together, answers)
+            scores[option][:, held] += np.stack(found) / repeats
+    return scores
+
+
+def _folds(labels: np.ndarray, repeats: int, seed: int) -> Iterator[np.ndarray]:
+    """The rows (indices) that are held out, FOLDS times a repeat."""
+    for repeat in range(repeats):
+        yield from deal(labels, FOLDS, np.random.default_rng([seed, repeat]))
+
+
+def deal(labels: np.ndarray, parts: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Random row indices in `parts` parts of equal size (but for one row) and equal shares of every class."""
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    shuffled = rng.permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     return [by_class[part::parts] for part in range(parts)]
 
 
-def _folds(blocks: int, seed: int) -> list[tuple[int, ...]]:
-    """The held-out blocks of every fold of every repeat."""
-    rng = np.random.default_rng(seed + 1)
-    dealt = [rng.permutation(blocks) for _ in range(REPEATS)]
-    return [tuple(sorted(int(b) for b in order[fold::FOLDS])) for order in dealt for fold in range(FOLDS)]
+def _pool(accuracies: np.ndarray, limits: Limits) -> np.ndarray:
+    """The POOL most accurate candidates and what a quota needs, as sorted indices.
 
-
-def _pool(probs: Probs, labels: np.ndarray, limits: Limits) -> np.ndarray:
-    """The POOL best candidates on the Brier score, what a quota needs, and the most accurate one, as sorted indices."""
-    if len(probs) <= POOL:
-        return np.arange(len(probs))
-    order = np.argsort([brier(np.asarray(p), labels) for p in probs], kind="stable")
-    single = np.flatnonzero(best_single(probs, labels, limits, "accuracy"))
-    return np.unique(np.concatenate([order[:POOL], limits.quota(order), single]).astype(np.int64))
+    Accurate, because no temperature changes that. Under a budget everybody stays: a bad candidate may be all it buys.
+    """
+    if len(accuracies) <= POOL or limits.costs is not None:
+        return np.arange(len(accuracies))
+    order = np.argsort(-accuracies, kind="stable")
+    return np.unique(np.concatenate([order[:POOL], limits.quota(order)]).astype(np.int64))
 
 
 def _better(losses: np.ndarray, others: np.ndarray) -> bool:
-    """Whether losses (BLOCKS,) are lower than others by more than the standard error of the difference."""
+    """Whether losses (N,) are lower than others by more than the standard error of the difference."""
     difference = others - losses
     return bool(difference.mean() > _standard_error(difference))
 
@@ -262,18 +228,17 @@ def _standard_error(values: np.ndarray) -> float:
 
 
 def _chosen(
-    weights: np.ndarray,
-    selector: str,
-    k: int,
+    blend: Blend,
+    option: tuple[str, int],
     cross_validated: dict[str, float],
     probs: Probs,
     labels: np.ndarray,
     options: tuple[Option, ...],
 ) -> Choice:
-    average = combine(probs, weights)
+    together = blend(probs)
     fitted = {
-        "accuracy": accuracy(average, labels),
-        "log_loss": log_loss(average, labels),
-        "brier": brier(average, labels),
+        "accuracy": accuracy(together, labels),
+        "log_loss": log_loss(together, labels),
+        "brier": brier(together, labels),
     }
-    return Choice(weights, selector, k, cross_validated, fitted, options)
+    return Choice(blend, *option, cross_validated, fitted, options)

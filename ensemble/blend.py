@@ -1,10 +1,11 @@
 """How members' predictions become one: weights, and where a selector asks for it, temperatures or a stacked layer.
 
-Most selectors answer with weights alone. Temperature scaling changes what is averaged, stacking replaces the average by
-a linear layer; a `Blend` holds all three, so that whoever predicts needs to know only `blend(probs)`.
+Most selectors answer with weights alone. Temperature scaling changes what is averaged and how sure the average is,
+stacking replaces the average by a linear layer; a `Blend` holds all of it, so that whoever predicts needs to know only
+`blend(probs)`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +18,7 @@ Probs = np.ndarray | Sequence[np.ndarray]
 ROWS = 16_384
 COOLEST, HOTTEST = 0.2, 5.0
 NEWTON_STEPS = 20
+LAST_STEP = 0.02  # of Newton's method, relative: what is then left is about its square
 
 
 def chunks(n: int) -> Iterator[slice]:
@@ -53,11 +55,13 @@ class Blend:
         weights: float64 (M,), non-negative, sum 1. With a stack: each member's share of the coefficients' norm.
         temperatures: float64 (M,), by which each model's log-probabilities are divided first; None: none are.
         stack: replaces the weighted average; its K members are those of positive weight, in order. None: nothing does.
+        temperature: by which the outcome's log-probabilities are divided, last of all; 1 leaves it as it is.
     """
 
     weights: np.ndarray
     temperatures: np.ndarray | None = None
     stack: Stack | None = None
+    temperature: float = 1.0
 
     def __call__(self, probs: Probs) -> np.ndarray:
         """Probabilities, float32 (N, C), from those of all M models; those of weight 0 are not even read.
@@ -69,9 +73,10 @@ class Blend:
         for rows in chunks(len(combined)):
             parts = [self._member(probs, m, rows) for m in members]
             if self.stack is not None:
-                combined[rows] = self.stack(parts)
+                together = self.stack(parts)
             else:
-                combined[rows] = sum(self.weights[m] * p for m, p in zip(members, parts, strict=True))
+                together = sum(self.weights[m] * p for m, p in zip(members, parts, strict=True))
+            combined[rows] = scale(together, self.temperature)
         return combined
 
     def only(self, candidates: np.ndarray) -> "Blend":
@@ -82,7 +87,7 @@ class Blend:
             order = [place[int(m)] for m in candidates if int(m) in place]
             stack = replace(stack, coefficients=stack.coefficients[:, order])
         temperatures = None if self.temperatures is None else self.temperatures[candidates]
-        return Blend(self.weights[candidates], temperatures, stack)
+        return replace(self, weights=self.weights[candidates], temperatures=temperatures, stack=stack)
 
     def _member(self, probs: Probs, m: int, rows: slice) -> np.ndarray:
         part = np.asarray(probs[m][rows], np.float64)
@@ -102,26 +107,36 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def scale(probs: np.ndarray, temperature: float) -> np.ndarray:
     """Probabilities (N, C) whose logarithms were divided by a temperature: above 1 softer, below 1 sharper."""
-    return probs if temperature == 1 else softmax(np.log(np.maximum(probs, FLOOR)) / temperature)
+    if temperature == 1:
+        return probs
+    powers = np.log(np.maximum(probs, FLOOR))
+    powers /= temperature
+    np.exp(powers, out=powers)  # of logarithms that are negative: nothing overflows
+    powers /= (powers @ np.ones(powers.shape[1], powers.dtype))[:, None]
+    return powers
 
 
-def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature, 0.2 to 5, at which these predictions (N, C) have the lowest log-loss.
+def fit_temperature(probs: np.ndarray, labels: np.ndarray, start: float = 1.0) -> float:
+    """The temperature, 0.2 to 5, at which these predictions (N, C) have the lowest log-loss; start: a guess at it.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks". The log-loss is convex in 1/T, where Newton's
     method needs a handful of steps.
     """
-    logits = np.log(np.maximum(np.asarray(probs, np.float64), FLOOR))
-    target = logits[np.arange(len(labels)), labels].mean()
-    inverse = 1.0
+    # classes first: sums over them are then sums of long rows, which is what numpy does fastest
+    logits = np.log(np.maximum(np.ascontiguousarray(probs.T, np.float32), np.float32(FLOOR)))
+    target = logits[labels, np.arange(len(labels))].mean(dtype=np.float64)
+    inverse = 1 / start
     for _ in range(NEWTON_STEPS):
-        scaled = softmax(logits * inverse)
-        mean = np.einsum("nc,nc->n", scaled, logits)
-        variance = np.einsum("nc,nc,nc->n", scaled, logits, logits) - mean**2
-        step = (target - mean.mean()) / max(float(variance.mean()), 1e-12)
+        powers = np.exp(logits * np.float32(inverse))
+        total = powers.sum(axis=0)
+        powers *= logits
+        mean = powers.sum(axis=0) / total
+        powers *= logits
+        variance = powers.sum(axis=0) / total - mean**2
+        step = float(target - mean.mean(dtype=np.float64)) / max(float(variance.mean(dtype=np.float64)), 1e-12)
         # at most a factor of 2 at once: far from the minimum the curvature can be almost nil
         moved = float(np.clip(inverse + step, max(inverse / 2, 1 / HOTTEST), min(inverse * 2, 1 / COOLEST)))
-        if abs(moved - inverse) < 1e-4:
+        if abs(moved - inverse) < LAST_STEP * inverse:
             return 1 / moved
         inverse = moved
     return 1 / inverse
@@ -130,9 +145,8 @@ def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
 def fit_temperatures(probs: Probs, labels: np.ndarray) -> np.ndarray:
     """Each model's own `fit_temperature`, float64 (M,).
 
-    Scaling before averaging helps where candidates differ in calibration; an average of well-calibrated models is
-    itself too unsure, so it is an option, no default (Rahaman and Thiery 2021, "Uncertainty Quantification and Deep
-    Ensembles").
+    Scaling before averaging helps where candidates differ in calibration. The average of well-calibrated models is
+    itself too unsure, so it needs a temperature of its own: see `tempered`.
     """
     return np.array([fit_temperature(p, labels) for p in probs])
 
@@ -146,3 +160,14 @@ def scale_all(probs: Probs, temperatures: np.ndarray) -> list[np.ndarray]:
             out[rows] = scale(np.asarray(p[rows], np.float64), float(temperature))
         scaled.append(out)
     return scaled
+
+
+def tempered(select: Callable[[list[np.ndarray], np.ndarray], np.ndarray], probs: Probs, labels: np.ndarray) -> Blend:
+    """What a selector, f(probs, labels) -> weights, finds among candidates of the best temperatures, which are fitted
+    to each candidate before and to the average after it.
+
+    Source: Rahaman and Thiery 2021, "Uncertainty Quantification and Deep Ensembles": pool, then calibrate.
+    """
+    temperatures = fit_temperatures(probs, labels)
+    blend = Blend(select(scale_all(probs, temperatures), labels), temperatures)
+    return replace(blend, temperature=fit_temperature(blend(probs), labels))

@@ -54,6 +54,7 @@ class Ensemble:
             `scores["best_single"]` is the same for the most accurate single candidate, with its `id`;
             `scores["gain"]` is the difference, `scores["cross_validated"]` (of `auto`) what to expect on new images.
         stack: the linear layer that replaces the weighted average when the selector is "stacking".
+        temperature: by which the log-probabilities of the average are divided in the end; 1 leaves them as they are.
         options: what the selector was asked for.
         left_out: candidates that could not be used, by id, with the reason.
         frontier: the best ensemble within each latency: `latency_ms`, `members`, `accuracy`, `log_loss`.
@@ -67,6 +68,7 @@ class Ensemble:
     split_fingerprint: str
     scores: dict[str, Any]
     stack: Stack | None = None
+    temperature: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     frontier: tuple[dict[str, Any], ...] = ()
@@ -75,7 +77,8 @@ class Ensemble:
 
     def predict(self, probs: Probs) -> np.ndarray:
         """The ensemble's probabilities, float32 (N, C), from those of its members, in their order."""
-        return Blend(self.weights, np.array([member.temperature for member in self.members]), self.stack)(probs)
+        temperatures = np.array([member.temperature for member in self.members])
+        return Blend(self.weights, temperatures, self.stack, self.temperature)(probs)
 
     @property
     def weights(self) -> np.ndarray:
@@ -102,6 +105,8 @@ class Ensemble:
             "left_out": self.left_out,
             "created": self.created or time.time(),
         }
+        if self.temperature != 1:
+            values["temperature"] = self.temperature
         if self.stack is not None:
             values["stack"] = {
                 "coefficients": self.stack.coefficients.tolist(),
@@ -119,6 +124,7 @@ class Ensemble:
         try:
             members = tuple(_member(entry) for entry in values["members"])
             stack = _stack(values["stack"], len(members)) if "stack" in values else None
+            temperature = _temperature(values)
         except (KeyError, TypeError, ValueError):
             raise UserError(f"ensemble {name} is damaged: expected members: [{{id, weight}}]; select again") from None
         total = sum(member.weight for member in members)
@@ -131,6 +137,7 @@ class Ensemble:
             split_fingerprint=str(values.get("split_fingerprint", "")),
             scores=values.get("scores", {}),
             stack=stack,
+            temperature=temperature,
             options=values.get("options", {}),
             left_out=values.get("left_out", {}),
             frontier=tuple(values.get("frontier", ())),
@@ -161,10 +168,14 @@ def read_ensemble(run: UPath, name: str | None = None) -> Ensemble:
 
 def _member(entry: dict[str, Any]) -> Member:
     id, weight = str(entry["id"]), float(entry["weight"])
-    temperature = float(entry.get("temperature", 1.0))
-    if not temperature > 0:
+    return Member(id, weight, str(entry.get("run", "")), _temperature(entry))
+
+
+def _temperature(values: dict[str, Any]) -> float:
+    temperature = float(values.get("temperature", 1.0))
+    if not 0 < temperature < np.inf:
         raise ValueError(f"temperature {temperature}")
-    return Member(id, weight, str(entry.get("run", "")), temperature)
+    return temperature
 
 
 def _stack(values: dict[str, Any], members: int) -> Stack:

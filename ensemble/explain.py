@@ -1,5 +1,6 @@
 """What each member of an ensemble is good for, from its predictions on the select split. Pure functions."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def leave_one_out(blend: Blend, probs: Probs, labels: np.ndarray) -> list[dict[s
             without = blend([np.full_like(whole, 1 / whole.shape[1]) if j == k else p for j, p in enumerate(probs)])
         else:
             weights = np.where(np.arange(len(probs)) == k, 0.0, blend.weights)
-            without = Blend(weights / weights.sum(), blend.temperatures)(probs)
+            without = replace(blend, weights=weights / weights.sum())(probs)
         values.append(
             {"accuracy": base[0] - accuracy(without, labels), "log_loss": log_loss(without, labels) - base[1]}
         )

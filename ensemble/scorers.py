@@ -103,7 +103,7 @@ class LogLoss:
         return np.zeros(len(candidates))
 
     def add(self, candidate: int) -> None:
-        self._sum += self._true[candidate]
+        self._sum = self._sum + self._true[candidate]  # not in place: a copy of this scorer goes its own way
         self._count += 1
         self._log_sum = float(np.log(self._sum).sum())
 

@@ -18,7 +18,7 @@ import tyro
 
 from ensemble import metrics, selection
 from ensemble.auto import Choice, choose_selector
-from ensemble.blend import Blend, Probs, fit_temperatures, scale_all
+from ensemble.blend import Blend, Probs, tempered
 from ensemble.ensemble import Ensemble, Member, write_ensemble
 from ensemble.explain import explain
 from ensemble.frontier import frontier
@@ -45,6 +45,7 @@ SELECTORS: dict[str, Selector] = {
 }
 
 
+SCALING = ("auto", "stacking")  # those that need no --temperature-scaling
 SCORED = ("greedy", "uniform", "cmaes", "best_single")  # those that --score is for
 DESCRIPTION = "Choose the candidates of a sweep that vote best together, and write them as an ensemble."
 
@@ -61,7 +62,8 @@ class Select:
         min_per_architecture: at least so many members of every architecture.
         max_latency_ms: most milliseconds per image of all members together.
         max_params: most parameters of all members together.
-        temperature_scaling: give each candidate its own best temperature before anything is averaged.
+        temperature_scaling: give each candidate its own best temperature before anything is averaged, and then the
+            average one; auto does so by itself.
         name: of the file under ensembles/. Default: the selector's name.
     """
 
@@ -93,8 +95,10 @@ def open_pool(args: Select) -> Pool:
         near = difflib.get_close_matches(args.selector, SELECTORS, 1, 0.3)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"unknown selector {args.selector!r}; {hint}known: {', '.join(SELECTORS)}")
-    if args.temperature_scaling and args.selector == "stacking":
-        raise UserError("stacking scales by itself; leave --temperature-scaling away, or name another --selector")
+    if args.temperature_scaling and args.selector in SCALING:
+        raise UserError(
+            f"{args.selector} scales by itself; leave --temperature-scaling away, or name another --selector"
+        )
     if args.score and args.selector not in SCORED:
         raise UserError(f"{args.selector} has its own score; leave --score away, or name one of {', '.join(SCORED)}")
     return load_pool([open_run(run) for run in args.run] or [open_run()])
@@ -124,25 +128,26 @@ def choose_from(pool: Pool, args: Select) -> Ensemble:
         split_fingerprint=pool.split_fingerprint,
         scores=scores,
         stack=ordered.stack,
+        temperature=ordered.temperature,
         options=asked,
         left_out=pool.left_out,
-        frontier=tuple(frontier(pool.probs, pool.labels, limits, pool.numbers("latency_ms"))),
+        frontier=tuple(frontier(pool.probs, pool.labels, limits, pool.numbers("latency_ms"), blend.temperatures)),
         insight=insight,
     )
 
 
 def fit(pool: Pool, limits: Limits, args: Select) -> tuple[Blend, Choice | None]:
     """What the selector that the arguments name finds in the pool, and auto's account of how it chose."""
-    temperatures, probs = None, pool.probs
+
+    def select(probs: Probs, labels: np.ndarray) -> Any:
+        return SELECTORS[args.selector](probs, labels, limits, args.score or "log_loss")
+
     if args.temperature_scaling:
-        temperatures = fit_temperatures(probs, pool.labels)
-        probs = scale_all(probs, temperatures)
-    found = SELECTORS[args.selector](probs, pool.labels, limits, args.score or "log_loss")
-    if isinstance(found, Blend):
-        return found, None
+        return tempered(select, pool.probs, pool.labels), None
+    found = select(pool.probs, pool.labels)
     if isinstance(found, Choice):
-        return Blend(found.weights, temperatures), found
-    return Blend(found, temperatures), None
+        return found.blend, found
+    return found if isinstance(found, Blend) else Blend(found), None
 
 
 def best_single(pool: Pool) -> int:

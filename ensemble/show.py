@@ -75,7 +75,8 @@ def _members(pool: Pool, ensemble: Ensemble) -> Any:
     table = Table(
         title=f"{ensemble.selector}: {len(ensemble.members)} of {len(pool.candidates)} candidates",
         title_justify="left",
-        caption="without it: what the ensemble's accuracy loses, in points; mends: errors of the best single model",
+        caption="without it: what the ensemble's accuracy loses, in points; mends: errors of the best single model"
+        + (f"\nand the average itself has temperature {ensemble.temperature:.2f}" if ensemble.temperature != 1 else ""),
         caption_justify="left",
     )
     scaled = any(member.temperature != 1 for member in ensemble.members)

@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 
 import tyro
 
+from search.budget import parse_keep
 from trainables.backbones import WeightSource
 from trainables.errors import UserError
 
 DataName = Literal["digits", "cifar10", "cifar100", "folder"]
 Sampler = Literal["tpe", "gp", "random", "qmc", "cmaes", "nsga2"]
-Pruner = Literal["asha", "hyperband", "median", "wilcoxon", "none"]
-Objective = Literal["accuracy", "log_loss"]
+Pruner = Literal["asha", "hyperband", "median", "promote", "wilcoxon", "none"]
+Objective = Literal["accuracy", "log_loss", "ensemble"]
 Scale = Literal["full", "tiny"]
 
 
@@ -41,17 +42,32 @@ class SearchConfig:
     weights_dir: Path | None = None
     """Folder with pretrained weights as <timm name>.safetensors or .pth, for machines that reach no hub."""
     trials: int | None = None
-    """Trials in all, over repetitions of the command; default: the space's own, or no limit with --minutes."""
+    """Trials in all, over repetitions of the command; default: the space's own, or no limit with another budget."""
     minutes: float | None = None
     """Time in all, over repetitions of the command, ensemble included."""
+    device_hours: float | None = None
+    """Hours of GPUs (without any: of workers) that trials may occupy in all, over repetitions of the command."""
+    target_accuracy: float | None = None
+    """End when the ensemble so far is that accurate on the select split, 0 to 1."""
+    stop_on_plateau: int | None = None
+    """End when so many more trials have not raised the ensemble so far (its select log-loss)."""
+    final_seeds: float = 0.0
+    """Share of the budget, 0 to 1, at its end that goes to new seeds of the ensemble's members."""
+    warm_start: tuple[str, ...] = ()
+    """Run directories of earlier sweeps, on these data or others: the sampler learns from their trials."""
+    keep_weights: str | None = None
+    """How many candidates keep their weights (30), or their size (20GB): the worst by select log-loss lose them first.
+    Predictions are kept for all, and weights for the members of every saved ensemble."""
     top_k: int = 9
     """Most members of the ensemble."""
     objective: Objective = "accuracy"
-    """What the sampler maximises (accuracy) or minimises (log_loss), on the tune split."""
+    """What the sampler maximises (accuracy) or minimises (log_loss) on the tune split; ensemble: minimises the log-loss
+    of the ensemble so far with the candidate added."""
     sampler: Sampler = "tpe"
     """Optuna sampler: proposes configurations."""
     pruner: Pruner = "asha"
-    """Optuna pruner: stops trials that fall behind; asha is successive halving."""
+    """Stops trials that fall behind (an Optuna pruner; asha is successive halving); promote: they wait at rungs with
+    their checkpoints, and the best of a rung go on when a device is free."""
     workers_per_trial: int = 1
     """Ray Train workers (DDP ranks) of one trial."""
     gpus_per_trial: float | None = None
@@ -72,6 +88,16 @@ class SearchConfig:
             raise UserError(f"--trials is {self.trials}, expected at least 1")
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"--minutes is {self.minutes}, expected more than 0")
+        if self.device_hours is not None and not self.device_hours > 0:
+            raise UserError(f"--device-hours is {self.device_hours}, expected more than 0")
+        if self.target_accuracy is not None and not 0 < self.target_accuracy <= 1:
+            raise UserError(f"--target-accuracy is {self.target_accuracy}, expected above 0, at most 1")
+        if self.stop_on_plateau is not None and self.stop_on_plateau < 1:
+            raise UserError(f"--stop-on-plateau is {self.stop_on_plateau}, expected at least 1")
+        if not 0 <= self.final_seeds < 1:
+            raise UserError(f"--final-seeds is {self.final_seeds}, expected 0 to below 1")
+        if self.keep_weights is not None:
+            parse_keep(self.keep_weights)
         if self.top_k < 1:
             raise UserError(f"--top-k is {self.top_k}, expected at least 1")
         if self.workers_per_trial < 1:

@@ -20,7 +20,7 @@ from ensemble.limits import Limits
 from ensemble.metrics import accuracy, log_loss
 from ensemble.pool import load_pool
 from ensemble.selection import greedy
-from trainables.candidate import Candidate, list_candidates, read_json, select_labels
+from trainables.candidate import Candidate, list_candidates, select_labels
 from trainables.config import TrialConfig
 
 REDRAW_SECONDS = 0.5
@@ -31,7 +31,7 @@ SPARKS = "▁▂▃▄▅▆▇█"
 class EnsembleSoFar:
     """The greedy ensemble over the candidates seen so far, on the select split; and its curve.
 
-    `curve` holds a (candidates, accuracy, log-loss) triple for every candidate added.
+    `curve` holds a (candidates, accuracy, log-loss) triple for every candidate added, `members` the weights by id.
     """
 
     def __init__(self, run: UPath, top_k: int) -> None:
@@ -39,7 +39,7 @@ class EnsembleSoFar:
         self.labels = np.asarray(select_labels(run))
         self.pool: list[tuple[float, str, np.ndarray]] = []  # log-loss, id, probs; the best first
         self.best_single: tuple[str, float] | None = None
-        self.members = 0
+        self.members: dict[str, float] = {}
         self.curve: list[tuple[int, float, float]] = []
         if list_candidates(run):
             pool = load_pool([run])  # checked: other tools may have added candidates
@@ -57,19 +57,18 @@ class EnsembleSoFar:
             matrices = [probs for *_, probs in self.pool]
             weights = greedy(matrices, self.labels, self.limits)
             combined = combine(matrices, weights)
-            self.members = int((weights > 0).sum())
+            self.members = {id: float(w) for (_, id, _), w in zip(self.pool, weights, strict=True) if w > 0}
             seen = self.curve[-1][0] + 1 if self.curve else 1
             self.curve.append((seen, accuracy(combined, self.labels), log_loss(combined, self.labels)))
 
 
 class LiveBoard:
-    """A `search.study.Board` for people."""
+    """A `search.sweep.Board` for people. `ensemble` is the sweep's, which adds the candidates to it."""
 
-    def __init__(self, run: UPath, top_k: int, trials: int | None, deadline: float | None, shared: bool) -> None:
+    def __init__(self, ensemble: EnsembleSoFar, trials: int | None, deadline: float | None, shared: bool) -> None:
         self.console = Console(highlight=False)
-        self.run, self.trials, self.deadline, self.shared = run, trials, deadline, shared
+        self.ensemble, self.trials, self.deadline, self.shared = ensemble, trials, deadline, shared
         self.links: list[str] = []
-        self.ensemble = EnsembleSoFar(run, top_k)
         self.began, self.drawn = time.time(), 0.0
         self.running: dict[str, tuple[TrialConfig, float, dict[str, Any]]] = {}
         self.recent: list[str] = []
@@ -98,12 +97,11 @@ class LiveBoard:
         config, since, last = self.running.pop(id, (None, time.time(), {}))
         self.outcomes[outcome] += 1
         line = f"{id} {config.backbone if config else '':<24} {outcome:<10} {time.time() - since:6.1f} s"
-        path = self.run / "candidates" / id
         if "select_accuracy" in result:
-            self.ensemble.add(Candidate(id, path, read_json(path / "candidate.json")))
             _, best, loss = self.ensemble.curve[-1]
+            members = len(self.ensemble.members)
             line += (
-                f"  select {result['select_accuracy']:.2%}   ensemble of {self.ensemble.members}: select {best:.2%},"
+                f"  select {result['select_accuracy']:.2%}   ensemble of {members}: select {best:.2%},"
                 f" log-loss {loss:.4f}"
             )
         elif last:
@@ -143,9 +141,9 @@ class LiveBoard:
             note = " (also used to tune: optimistic)" if self.shared else ""
             id, best = self.ensemble.best_single
             _, together, loss = self.ensemble.curve[-1]
-            size = len(self.ensemble.labels)
+            size, members = len(self.ensemble.labels), len(self.ensemble.members)
             parts.append(f"select split, {size} images{note}: best single {best:.2%} ({id})")
-            parts.append(f"ensemble of {self.ensemble.members}: {together:.2%}, log-loss {loss:.4f}  {self._spark()}")
+            parts.append(f"ensemble of {members}: {together:.2%}, log-loss {loss:.4f}  {self._spark()}")
         parts.append(f"elapsed {_clock(time.time() - self.began)}, {self._time_left()}")
         return "\n".join(parts)
 

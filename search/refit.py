@@ -21,7 +21,7 @@ from upath import UPath
 
 from cluster.connect import connect, disconnect
 from ensemble.ensemble import Ensemble, Member, read_ensemble, write_ensemble
-from ensemble.report import describe_test, write_report
+from ensemble.report import summary, write_report
 from ensemble.show import make_console
 from search.config import SearchConfig
 from search.run import lanes_for
@@ -57,6 +57,9 @@ class Jobs:
 
     def next(self) -> dict[str, Any] | None:
         return self.waiting.pop(0) if self.waiting else None
+
+    def has_more(self) -> bool:
+        return bool(self.waiting)
 
     def report(self, id: str, metrics: dict[str, Any]) -> bool:
         self.progress.update(self.bars[id], completed=metrics["epoch"])
@@ -213,9 +216,8 @@ def main() -> None:
         args = tyro.cli(Refit, description=Refit.__doc__, prog="python -m search.refit")
         run, ensemble = refit(args)
         print(f"{len(ensemble.members)} members retrained; ensemble {ensemble.name} in {run}")
-        scores = write_report(run, ensemble)
-        if scores is not None:
-            print("\n".join(describe_test(scores)))
+        if read_run(run)["splits"].get("test"):
+            print("\n".join(summary(write_report(run, ensemble))))
         print(f"next:\n  python -m ensemble.predict --run {run} --images FOLDER")
 
 

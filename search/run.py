@@ -18,21 +18,26 @@ import optuna
 import torch
 import tyro
 from filelock import FileLock, Timeout
+from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.table import Table
 from upath import UPath
 
 from cluster.connect import Offer, connect, disconnect
 from ensemble.ensemble import Ensemble, write_ensemble
-from ensemble.report import describe_test, write_report
+from ensemble.report import PAGE, summary, write_report
 from ensemble.select import Select, choose_from, open_pool, show
 from ensemble.show import make_console
+from search.budget import Budget, WeightStore, parse_keep
 from search.config import SearchConfig, Task
-from search.live import LiveBoard
+from search.knowledge import add_earlier, enqueue_first, read_earlier
+from search.live import EnsembleSoFar, LiveBoard
+from search.objective import Contribution
 from search.spaces import Space, load_space
-from search.study import SECONDS_USED, Sweep, open_study
+from search.study import open_study
+from search.sweep import SECONDS_USED, Sweep
 from search.tuner import run_trials
-from trainables.backbones import WeightSource, check_backbone, find_weights
+from trainables.backbones import WeightSource, check_backbone, check_image_size, find_weights
 from trainables.candidate import RUNS, list_candidates, read_json, write_array, write_json
 from trainables.classic import NETWORKS
 from trainables.config import TrialConfig
@@ -47,6 +52,7 @@ MOST_CPU_LANES = 8  # without GPUs; each lane is a process of its own with a cop
 # Share of --minutes, and most seconds, kept for predictions, selection and summary: without and with a test part
 RESERVES = ((0.05, 60.0), (0.15, 300.0))
 LEADERBOARD_ROWS = 10
+TRACEBACK_LINES = 8  # of a trial that failed through a bug; the study keeps all of them
 LEADERBOARD_KEYS = {"metrics", "config", "curve", "params", "latency_ms", "seconds"}
 TRIED_PROPOSALS = 20
 
@@ -62,6 +68,7 @@ class _Plan:
     backbones: dict[str, WeightSource | None]
     trials: int | None
     missing: list[str]  # backbones whose pretrained weights were not found
+    earlier: list[FrozenTrial]  # of --warm-start
 
 
 def sweep(config: SearchConfig) -> Ensemble | None:
@@ -81,6 +88,8 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     lock = _lock(plan.run)
     storage = config.storage or f"sqlite:///{plan.run / 'study.db'}"
     study = open_study(storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
+    add_earlier(study, plan.earlier)
+    enqueue_first(study, plan.space.first, list(plan.backbones))
     used = float(study.user_attrs.get(SECONDS_USED, 0.0))
     deadline = None
     if config.minutes is not None:
@@ -94,15 +103,28 @@ def sweep(config: SearchConfig) -> Ensemble | None:
             "data_dir": str(config.data_dir.resolve()) if config.data_dir else None,
         },
     }  # fmt: skip
-    board = LiveBoard(plan.run, config.top_k, plan.trials, deadline, plan.splits.shared)
+    live = EnsembleSoFar(plan.run, config.top_k)
+    board = LiveBoard(live, plan.trials, deadline, plan.splits.shared)
+    budget = Budget(
+        trials=plan.trials, deadline=deadline,
+        device_seconds=None if config.device_hours is None else 3600 * config.device_hours,
+        target_accuracy=config.target_accuracy, plateau=config.stop_on_plateau, final_seeds=config.final_seeds,
+    )  # fmt: skip
+    tune_labels = np.asarray(plan.data.labels)[plan.splits.tune]
     weights = {name: source and asdict(source) for name, source in plan.backbones.items()}
-    going = Sweep(study, plan.run, job, plan.trials, deadline, weights, board)
+    going = Sweep(
+        study, plan.run, job, budget, weights, board,
+        promote=config.pruner == "promote", live=live,
+        contribution=Contribution(tune_labels, config.top_k) if config.objective == "ensemble" else None,
+        store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
+    )  # fmt: skip
     if going.has_more():
         _print_start(console, plan, config, going)
         offer = connect()
         try:
             spec, lanes = lanes_for(offer, config)
             job["gpus"] = spec.gpus
+            going.place(lanes, devices=spec.workers * (spec.gpus or 1))
             task = _task(plan.backbones, plan.data, plan.splits, config, "cuda" if spec.gpus else "cpu")
             going.propose_with(lambda trial: _checked(plan.space.suggest(trial, task), task))
             board.links = [f"Ray dashboard {offer.dashboard_url}"] if offer.dashboard_url else []
@@ -113,6 +135,8 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         finally:
             disconnect()
             going.remove_stale_checkpoints()
+    if not going.stopping:
+        going.close()
     ensemble = _conclude(console, plan, config, going, began)
     if lock is not None:
         lock.release()
@@ -143,8 +167,12 @@ def _plan(config: SearchConfig) -> _Plan:
     splits = make_splits(data.labels, data.fingerprint, config.split_seed)
     _check_space(space, backbones, data, splits, config)
     run = UPath(config.run or f"{RUNS}/{config.data}-{space.name}").absolute()
-    trials = config.trials or (None if config.minutes else space.trials)
-    return _Plan(run, data, splits, space, backbones, trials, missing)
+    other_budget = config.minutes or config.device_hours or config.target_accuracy or config.stop_on_plateau
+    trials = config.trials or (None if other_budget else space.trials)
+    metric = "tune_accuracy" if config.objective == "accuracy" else "tune_log_loss"
+    task = _task(backbones, data, splits, config, device="cpu")
+    earlier = [t for old in config.warm_start for t in read_earlier(old, metric, lambda t: space.suggest(t, task))]
+    return _Plan(run, data, splits, space, backbones, trials, missing, earlier)
 
 
 def _check_space(
@@ -243,6 +271,7 @@ def _checked(trial: TrialConfig, task: Task) -> TrialConfig:
         raise UserError(f"batch_size {trial.batch_size} is larger than the train split ({task.train_images} images)")
     if trial.pretrained and task.backbones.get(trial.backbone) is None:
         raise UserError(f"{trial.backbone} is to start from pretrained weights, but none were asked for or found")
+    check_image_size(trial)
     return trial
 
 
@@ -266,11 +295,15 @@ def lanes_for(offer: Offer, config: SearchConfig) -> tuple[LaneSpec, int]:
 def _conclude(console: Console, plan: _Plan, config: SearchConfig, going: Sweep, began: float) -> Ensemble | None:
     """Leaderboard, ensemble, test summary, and what to do next."""
     _print_leaderboard(console, plan.run)
-    for id, error in going.failures():
+    for id, error, trace in going.failures():
         console.print(f"{id} failed: {error}", style="yellow", markup=False)
+        for line in trace.strip().splitlines()[-TRACEBACK_LINES:]:
+            console.print(f"    {line}", style="dim", markup=False)
     command = f"python -m search.run {shlex.join(sys.argv[1:])}".strip()
     if going.stopping:
         console.print(f"stopped; the same command goes on: {command}")
+    elif reason := going.enough():
+        console.print(f"ended early: {reason}")
     if not list_candidates(plan.run):
         console.print("no trial has finished, so there is no ensemble")
         return None
@@ -279,13 +312,15 @@ def _conclude(console: Console, plan: _Plan, config: SearchConfig, going: Sweep,
     ensemble = choose_from(pool, args)
     write_ensemble(plan.run, ensemble)
     show(pool, ensemble)
-    scores = None if going.stopping else write_report(plan.run, ensemble)
     if going.stopping:
         console.print("the test part stays unread until the sweep is complete")
-    elif scores is None:
-        console.print("the data set has no test part, so nothing is said about unseen images beyond the select split")
     else:
-        console.print("\n".join(describe_test(scores)), style="bold")
+        found = write_report(plan.run, ensemble, going.study)
+        if "test" not in found:
+            why = found["missing"].get("test", "the data set has no test part")
+            console.print(f"{why}, so nothing is said about unseen images beyond the select split", markup=False)
+        console.print("\n".join(summary(found)), style="bold")
+        console.print(f"report: {_shown(plan.run / PAGE)}", markup=False)
     console.print(f"\n{len(pool.candidates)} candidates in {_shown(plan.run)} after {time.time() - began:.0f} s")
     console.print("next:")
     console.print(f"  python -m ensemble.select --top-k {config.top_k} --run {_shown(plan.run)}", markup=False)

@@ -1,56 +1,31 @@
-"""The bridge's Optuna half: a study decides (ask, report, prune, tell); who runs the trials is not known here.
+"""The Optuna study of a sweep: opened by its storage, with samplers and pruners by name."""
 
-The study and the candidates on disk are the only state of a sweep. A trial that was interrupted stays RUNNING in the
-study and is handed out again, under its own number, by the next process that opens it.
-"""
-
-import math
-import statistics
-import time
 import warnings
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
 
 import optuna
-from optuna.trial import FrozenTrial, Trial, TrialState
-from upath import UPath
 
 from search.config import Objective, Pruner, Sampler
-from trainables.candidate import list_candidates, read_json, remove_checkpoint
-from trainables.config import TrialConfig
 from trainables.errors import UserError
 
-CANDIDATE_OUTCOMES = ("finished", "time")  # the trial left a candidate
-TEACHING_OUTCOMES = ("diverged", "out of memory")  # told to the sampler as the worst value seen
-RETRIES = {"bug": 1, "lost node": 5}  # how often a trial is run again in one sweep
-MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
-MOST_TOO_SLOW = 5  # proposals in a row that do not fit into the time left
 SQLITE = "sqlite:///"  # and then a file's path
-SECONDS_USED = "seconds_used"  # study attribute: time spent by earlier processes of this sweep
-
-
-class Board(Protocol):
-    """Who watches a sweep (search/live.py); nothing depends on what it does."""
-
-    def started(self, id: str, config: TrialConfig) -> None: ...
-    def epoch(self, id: str, metrics: dict[str, Any]) -> None: ...
-    def ended(self, id: str, outcome: str, result: dict[str, Any]) -> None: ...
-    def refresh(self) -> None: ...
 
 
 def open_study(
-    storage: str, name: str, objective: Objective, sampler: Sampler, pruner: Pruner, seed: int
+    storage: str | None, name: str, objective: Objective, sampler: Sampler, pruner: Pruner, seed: int
 ) -> optuna.Study:
-    """Create the study or load it. Raises UserError when the storage cannot be opened or has another objective."""
+    """Create the study or load it; `storage` None keeps it in memory alone.
+
+    Raises UserError when the storage cannot be opened or has another objective.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    warnings.filterwarnings("ignore", message="The reported value is ignored")  # see Sweep.report
+    warnings.filterwarnings("ignore", message="The reported value is ignored")  # see search/sweep.py
     minimize, maximize = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
-    direction = minimize if objective == "log_loss" else maximize
+    direction = maximize if objective == "accuracy" else minimize
     try:
-        _create_file(storage)
+        if storage is not None:
+            _create_file(storage)
         study = optuna.create_study(
             storage=storage, study_name=name, direction=direction, load_if_exists=True,
             sampler=_sampler(sampler, seed), pruner=_pruner(pruner),
@@ -108,231 +83,5 @@ def _pruner(name: Pruner) -> optuna.pruners.BasePruner:
         return pruners.HyperbandPruner(min_resource=1, reduction_factor=3)
     if name == "median":
         return pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    # "promote" is the sweep's own matter, see promotion.py
     return pruners.WilcoxonPruner() if name == "wilcoxon" else pruners.NopPruner()
-
-
-class Sweep:
-    """Hands out jobs, listens to their reports, and tells the study how each ended.
-
-    Args:
-        study: as of `open_study`.
-        run: the run directory.
-        job: what every job carries besides `id`, `config` and `weights` (see trainables.trial.run_trial).
-        trials: how many there are to be in all, None for no limit.
-        deadline: time.time() at which running trials finish with what they have, None for no limit.
-        weights: backbone -> where its pretrained weights lie, as a dict, or None.
-        board: who watches.
-
-    `propose_with` must be called before the first `next`.
-    """
-
-    def __init__(
-        self, study: optuna.Study, run: UPath, job: dict[str, Any], trials: int | None, deadline: float | None,
-        weights: dict[str, Any], board: Board,
-    ) -> None:  # fmt: skip
-        self.study, self.run, self.job, self.weights = study, run, job, weights
-        self.suggest: Callable[[Trial], TrialConfig] | None = None
-        self.trials, self.deadline, self.board = trials, deadline, board
-        self.maximise = study.direction == optuna.study.StudyDirection.MAXIMIZE
-        self.metric = "tune_accuracy" if self.maximise else "tune_log_loss"
-        self.running: dict[str, Trial] = {}
-        self.epochs: dict[str, int] = {}  # of every trial handed out
-        self.retried: dict[str, int] = {}
-        self.seconds_per_epoch: dict[tuple[str, str], float] = {}  # by what decides it, see _speed_key
-        self.worst: float | None = None
-        self.stopping = False
-        self.out_of_time = False  # too little is left for even one epoch of the next trial
-        self.interrupted: list[Trial] = []
-        self.counted = 0  # trials of the study that count towards `trials`, running ones included
-        self._started, self._saved = time.time(), time.time()
-        self._used = float(study.user_attrs.get(SECONDS_USED, 0.0))
-        self._resume()
-
-    def propose_with(self, suggest: Callable[[Trial], TrialConfig]) -> None:
-        """Who proposes a TrialConfig for an Optuna trial; a UserError from it marks the proposal as invalid."""
-        self.suggest = suggest
-
-    def has_more(self) -> bool:
-        """Whether there is something to run: trials cut in the middle or not yet asked for, and time for them."""
-        wanted = self.trials is None or self.counted < self.trials
-        return self._time_left() > 0 and (wanted or bool(self.interrupted)) and not self.out_of_time
-
-    def failures(self) -> list[tuple[str, str]]:
-        """Trials that left no candidate through an error, with what happened."""
-        told = [t for t in self.study.get_trials(deepcopy=False) if t.state != TrialState.RUNNING]
-        return [
-            (_id(t.number), f"{t.user_attrs['outcome']}: {t.user_attrs['error']}")
-            for t in told
-            if "error" in t.user_attrs and t.user_attrs.get("outcome") != "invalid"
-        ]
-
-    def _resume(self) -> None:
-        """Take up what earlier processes left: candidates never told of, and trials cut in the middle."""
-        done = {candidate.id: candidate for candidate in list_candidates(self.run)}
-        for candidate in done.values():
-            self._learn_speed(candidate.info)
-        for frozen in self.study.get_trials(deepcopy=False):
-            id = _id(frozen.number)
-            if frozen.state == TrialState.RUNNING:
-                trial = Trial(self.study, frozen._trial_id)
-                if id in done:  # it died between writing the candidate and telling the study
-                    trial.set_user_attr("outcome", done[id].info.get("outcome", "finished"))
-                    self._see(self.study.tell(trial, self._value(done[id].info["metrics"])))
-                    self.counted += 1
-                elif "config" in frozen.user_attrs:
-                    self.interrupted.append(trial)
-                    self.counted += 1
-                else:  # it died before its configuration was known
-                    self.study.tell(trial, state=TrialState.FAIL)
-            elif frozen.user_attrs.get("outcome") not in (None, "invalid"):
-                self.counted += 1
-                self._see(frozen)
-
-    def next(self) -> dict[str, Any] | None:
-        """The next job: an interrupted trial first, else a new one. None: there is nothing more to start."""
-        if self.stopping or self._time_left() <= 0:
-            return None
-        if self.interrupted:
-            trial = self.interrupted.pop(0)
-            config = TrialConfig.from_dict(trial.user_attrs["config"])
-        elif self.trials is None or self.counted < self.trials:
-            found = self._ask()
-            if found is None:
-                return None
-            trial, config = found
-            self.counted += 1
-        else:
-            return None
-        id = _id(trial.number)
-        self.running[id], self.epochs[id] = trial, config.epochs
-        self.board.started(id, config)
-        weights = self.weights.get(config.backbone) if config.pretrained else None
-        return {**self.job, "id": id, "config": config.to_dict(), "weights": weights, "deadline": self.deadline}
-
-    def _ask(self) -> tuple[Trial, TrialConfig] | None:
-        assert self.suggest is not None, "propose_with() was not called"
-        reason, too_slow = "", 0
-        for _ in range(MOST_INVALID):
-            trial = self.study.ask()
-            try:
-                config = self.suggest(trial)
-            except UserError as error:
-                trial.set_user_attr("outcome", "invalid")
-                trial.set_user_attr("error", str(error))
-                self.study.tell(trial, state=TrialState.FAIL)
-                reason = str(error)
-                continue
-            shortened = self._fit(config)
-            if shortened is None:
-                self.study.tell(trial, state=TrialState.FAIL)
-                too_slow += 1
-                if too_slow == MOST_TOO_SLOW:
-                    self.out_of_time = True
-                    return None
-                continue
-            trial.set_user_attr("config", shortened.to_dict())
-            return trial, shortened
-        raise UserError(
-            f"{MOST_INVALID} proposals in a row cannot be trained, the last because {reason}; mend the space"
-        )
-
-    def _fit(self, config: TrialConfig) -> TrialConfig | None:
-        """The config with as many epochs as the time left allows (its schedule then still ends at zero), or None."""
-        family, exact = _speed_key(config.to_dict())
-        known = [speed for key, speed in self.seconds_per_epoch.items() if key[0] == family]
-        if self.deadline is None or not known:
-            return config
-        speed = self.seconds_per_epoch.get((family, exact), max(known))
-        epochs = min(config.epochs, int(self._time_left() / speed))
-        if epochs < 1:
-            return None
-        values = config.to_dict()
-        return TrialConfig.from_dict({**values, "epochs": epochs, "freeze_epochs": min(config.freeze_epochs, epochs)})
-
-    def report(self, id: str, metrics: dict[str, Any]) -> bool:
-        """An epoch's tune scores; True when the pruner wants the trial stopped."""
-        trial = self.running[id]
-        self.board.epoch(id, metrics)
-        # a lane that was started again repeats epochs; the first report stands
-        trial.report(float(metrics[self.metric]), int(metrics["epoch"]))
-        is_last = int(metrics["epoch"]) >= self.epochs[id]  # then it is a candidate, and stopping it saves nothing
-        return not is_last and trial.should_prune()
-
-    def finish(self, id: str, result: dict[str, Any]) -> None:
-        """Every outcome of a trial, in one place. Called once for each job of `next`."""
-        trial = self.running.pop(id)
-        outcome = str(result["outcome"])
-        if outcome == "interrupted" or (outcome in RETRIES and self.retried.get(id, 0) < RETRIES[outcome]):
-            # it stays RUNNING in the study, and its checkpoint stays on disk
-            self.retried[id] = self.retried.get(id, 0) + (outcome != "interrupted")
-            self.interrupted.append(trial)
-            self.board.ended(id, outcome, result)
-            return
-        trial.set_user_attr("outcome", outcome)
-        for key in ("error", "traceback", "seconds"):
-            if result.get(key) is not None:
-                trial.set_user_attr(key, result[key])
-        if outcome in CANDIDATE_OUTCOMES:
-            info = read_json(self.run / "candidates" / id / "candidate.json")
-            self._learn_speed(info)
-            self._see(self.study.tell(trial, self._value(result)))
-        elif outcome == "pruned":
-            self._see(self.study.tell(trial, state=TrialState.PRUNED))
-        elif outcome in TEACHING_OUTCOMES:
-            self.study.tell(trial, self._worst_value())
-        else:  # a bug, a lost node that stayed lost, an invalid configuration found late
-            self.study.tell(trial, state=TrialState.FAIL)
-            self.counted -= outcome == "invalid"  # as if it had been refused at once
-        if outcome not in CANDIDATE_OUTCOMES:
-            remove_checkpoint(self.run, id)
-        self.board.ended(id, outcome, result)
-
-    def tick(self) -> None:
-        """Called a few times a second while trials run."""
-        now = time.time()
-        if now - self._saved > 5:
-            self._saved = now
-            self.study.set_user_attr(SECONDS_USED, self._used + now - self._started)
-        self.board.refresh()
-
-    def remove_stale_checkpoints(self) -> None:
-        """Forget checkpoints of trials that have ended: one that was pruned may have written its last too late."""
-        going_on = {_id(t.number) for t in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])}
-        folder = self.run / "checkpoints"
-        for path in folder.iterdir() if folder.exists() else ():
-            if path.name not in going_on:
-                remove_checkpoint(self.run, path.name)
-
-    def _time_left(self) -> float:
-        return math.inf if self.deadline is None else self.deadline - time.time()
-
-    def _value(self, metrics: dict[str, Any]) -> float:
-        return float(metrics[self.metric])
-
-    def _see(self, frozen: FrozenTrial) -> None:
-        if frozen.value is not None:
-            worse = min if self.maximise else max
-            self.worst = frozen.value if self.worst is None else worse(self.worst, frozen.value)
-
-    def _worst_value(self) -> float:
-        """What a failure counts as: the worst seen so far, or no better than guessing."""
-        if self.worst is not None:
-            return self.worst
-        return 0.0 if self.maximise else 10.0
-
-    def _learn_speed(self, info: dict[str, Any]) -> None:
-        """Median seconds of an epoch: the first may have computed what later trials find cached."""
-        ends = [float(row["seconds"]) for row in info.get("curve") or [] if "seconds" in row]
-        if ends and "config" in info:
-            epochs = [after - before for before, after in pairwise([0.0, *ends])]
-            self.seconds_per_epoch[_speed_key(info["config"])] = statistics.median(epochs)
-
-
-def _id(number: int) -> str:
-    return f"{number:04d}"
-
-
-def _speed_key(config: dict[str, Any]) -> tuple[str, str]:
-    """What an epoch's seconds depend on: much (the first part), and a little (the second)."""
-    frozen = config["freeze_epochs"] >= config["epochs"]
-    return f"{config['backbone']} {frozen}", f"{config['image_size']} {config['width']:.2f} {config['stem']}"

@@ -36,12 +36,16 @@ TUNE_ENVIRONMENT = {
 
 
 class Sweep(Protocol):
-    """What is searched, and how; see search/study.py. All of it is called from the thread of run_trials."""
+    """What is searched, and how; see search/sweep.py. All of it is called from the thread of run_trials."""
 
     stopping: bool  # True, also set by Ctrl-C: nothing new is started and running trials end
 
     def next(self) -> dict[str, Any] | None:
-        """The next job: JSON-able, with at least "id". None: nothing more to start."""
+        """The next job: JSON-able, with at least "id". None: nothing to start now. An id may come again after its end,
+        when the sweep goes on with a trial that it stopped."""
+
+    def has_more(self) -> bool:
+        """Whether `next` may have something, now or when a running job has ended."""
 
     def report(self, id: str, metrics: Metrics) -> bool:
         """An epoch's metrics; True stops the trial. An epoch may be reported again after a fault."""
@@ -54,7 +58,7 @@ class Sweep(Protocol):
 
 
 def run_trials(sweep: Sweep, target: Target, spec: LaneSpec, lanes: int) -> None:
-    """Run the sweep's jobs in `lanes` lanes of size `spec` until nothing is left to start; Ray must be connected.
+    """Run the sweep's jobs in `lanes` lanes of size `spec` until it has no more; Ray must be connected.
 
     Besides the target's own outcomes (see run_in_lane) a job can end as "pruned": the sweep stopped it; "interrupted":
     the sweep is stopping, its checkpoint stays; "lost node": its Tune actor died again and again. A stopping sweep's
@@ -118,6 +122,9 @@ class _Bridge:
             self.running[trial_id] = job["id"]
         return job
 
+    def has_more(self) -> bool:
+        return not self.sweep.stopping and bool(self._ask(self.sweep.has_more))
+
     def hear(self, trial_id: str, message: dict[str, Any]) -> bool:
         """A trial's metrics or its result; True ends it."""
         if trial_id not in self.running:
@@ -162,7 +169,9 @@ class _Searcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         job = self.bridge.next(trial_id)
-        return {"job": json.dumps(job)} if job is not None else Searcher.FINISHED
+        if job is not None:
+            return {"job": json.dumps(job)}
+        return None if self.bridge.has_more() else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         pass  # told by _Scheduler

@@ -12,6 +12,9 @@ import pytest
 from PIL import Image
 from upath import UPath
 
+from trainables.data import Data, prepare
+from trainables.splits import Splits, make_splits
+
 
 def draw_folder(root: Path, per_class: int = 30, size: int = 12, parts: tuple[str, ...] = ("train", "test")) -> Path:
     """ROOT/<part>/<class>/*.png of two kinds of stripes with noise, all different, learnable in a few epochs."""
@@ -35,6 +38,17 @@ def draw_folder(root: Path, per_class: int = 30, size: int = 12, parts: tuple[st
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image folder with train and test parts of three classes, 30 images of 12x12 each."""
     return draw_folder(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def data(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """`pictures`, prepared in a cache of their own."""
+    return prepare("folder", pictures, cache_dir=tmp_path_factory.mktemp("pictures-cache"))
+
+
+@pytest.fixture(scope="session")
+def splits(data: Data) -> Splits:
+    return make_splits(data.labels, data.fingerprint)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,13 +1,14 @@
 """Blends, temperatures, the stacked layer, and what explains and prices an ensemble."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import optimize
 
 from ensemble import explain, frontier, stacking
-from ensemble.blend import ROWS, Blend, Stack, combine, fit_temperature, fit_temperatures, scale, scale_all
+from ensemble.blend import ROWS, Blend, Stack, combine, fit_temperature, fit_temperatures, scale, scale_all, tempered
 from ensemble.ensemble import Ensemble, Member
 from ensemble.limits import Limits
 from ensemble.metrics import accuracy, log_loss
@@ -91,16 +92,19 @@ def test_stacking_without_enough_rows_of_a_class_is_the_best_single():
     assert np.array_equal(blend.weights, best_single(probs, labels))
 
 
-def tempered(probs, labels, limits):
-    temperatures = fit_temperatures(probs, labels)
-    return Blend(greedy(scale_all(probs, temperatures), labels, limits), temperatures)
+def tempered_greedy(probs, labels, limits):
+    return tempered(lambda p, y: greedy(p, y, limits), probs, labels)
 
 
 def test_tempered_selection():
     probs, labels = make_pool(10)
-    blend = tempered(probs, labels, Limits(4))
+    blend = tempered_greedy(probs, labels, Limits(4))
     best = min(log_loss(scale(p.astype(float), fit_temperature(p, labels)), labels) for p in probs)
-    assert log_loss(blend(probs), labels) < best <= min(log_loss(p, labels) for p in probs)
+    uncalibrated = replace(blend, temperature=1.0)(probs)
+    assert log_loss(blend(probs), labels) < log_loss(uncalibrated, labels) < best
+    assert best <= min(log_loss(p, labels) for p in probs)
+    assert blend.temperature < 1, "an average of calibrated models is too unsure"
+    assert np.array_equal(blend(probs).argmax(axis=1), uncalibrated.argmax(axis=1))
 
 
 @pytest.mark.parametrize("kind", ["plain", "tempered", "stacked"])
@@ -108,7 +112,7 @@ def test_an_ensemble_file_predicts_what_the_blend_did(kind):
     probs, labels = make_pool(6, 300, 3)
     select = {
         "plain": lambda: Blend(greedy(probs, labels, Limits(3))),
-        "tempered": lambda: tempered(probs, labels, Limits(3)),
+        "tempered": lambda: tempered_greedy(probs, labels, Limits(3)),
         "stacked": lambda: stacking.stacking(probs, labels, Limits(3)),
     }
     blend = select[kind]()
@@ -118,7 +122,7 @@ def test_an_ensemble_file_predicts_what_the_blend_did(kind):
     kept = tuple(
         Member(f"c{m}", float(w), "", float(t)) for m, w, t in zip(members, small.weights, temperatures, strict=True)
     )
-    ensemble = Ensemble("x", kept, kind, "f", {}, stack=small.stack)
+    ensemble = Ensemble("x", kept, kind, "f", {}, stack=small.stack, temperature=small.temperature)
     read = Ensemble.from_dict(ensemble.to_dict())
     assert np.allclose(read.predict([probs[m] for m in members]), blend(probs), atol=1e-6)
 
@@ -127,6 +131,7 @@ def test_an_ensemble_file_predicts_what_the_blend_did(kind):
     "damage",
     [
         {"members": [{"id": "a", "weight": 1, "temperature": 0}]},
+        {"members": [{"id": "a", "weight": 1}], "temperature": float("nan")},
         {"members": [{"id": "a", "weight": 1}], "stack": {"coefficients": [[[1, 2]]], "intercept": [0]}},
         {"members": [{"id": "a", "weight": 1}], "stack": {}},
     ],
@@ -164,6 +169,16 @@ def test_leaving_out_the_only_member_or_a_stacked_one():
     stack = Stack(np.stack([np.eye(3)] * 2, axis=1) / 2, np.zeros(3))
     values = explain.leave_one_out(Blend(np.array([0.5, 0.5]), stack=stack), probs[:2], labels)
     assert len(values) == 2
+
+
+def test_frontier_ends_in_the_tempered_ensemble_where_candidates_are_tempered():
+    probs, labels = make_pool(8, 500, 4)
+    unsure = scale_all(probs, np.full(8, 3.0))
+    plain = frontier.frontier(unsure, labels, Limits(6), np.ones(8))
+    points = frontier.frontier(unsure, labels, Limits(6), np.ones(8), fit_temperatures(unsure, labels))
+    blend = tempered(lambda p, y: greedy(p, y, Limits(6)), unsure, labels)
+    assert points[-1]["log_loss"] == pytest.approx(log_loss(blend(unsure), labels))
+    assert points[-1]["log_loss"] < plain[-1]["log_loss"] - 0.1
 
 
 def test_frontier_rises_with_the_budget_and_keeps_to_it():

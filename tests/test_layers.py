@@ -56,6 +56,7 @@ def test_ray_stays_in_few_files(path: Path) -> None:
         ("ensemble.select", {"torch", "ray"}),
         ("ensemble.predict", {"ray"}),
         ("search.study", {"ray"}),
+        ("search.sweep", {"ray"}),
     ],
 )
 def test_what_a_module_pulls_in(module: str, unwanted: set[str]) -> None:

@@ -10,7 +10,8 @@ import pytest
 from upath import UPath
 
 from ensemble import select
-from ensemble.ensemble import Ensemble, Member, combine, read_ensemble, write_ensemble
+from ensemble.blend import Blend
+from ensemble.ensemble import Ensemble, Member, read_ensemble, write_ensemble
 from ensemble.metrics import accuracy, log_loss
 from ensemble.pool import load_pool
 from ensemble.select import Select, choose
@@ -51,9 +52,11 @@ def test_the_command_writes_what_it_prints_and_needs_neither_torch_nor_ray(tmp_p
     ensemble = read_ensemble(run)
     assert 1 <= len(ensemble.members) <= 3
     index = [int(member.id[1:]) for member in ensemble.members]
-    weights = np.zeros(len(probs))
+    weights, temperatures = np.zeros(len(probs)), np.ones(len(probs))
     weights[index] = ensemble.weights
-    average = combine(probs, weights)
+    temperatures[index] = [member.temperature for member in ensemble.members]
+    average = ensemble.predict([probs[m] for m in index])
+    assert np.array_equal(average.argmax(axis=1), Blend(weights, temperatures)(probs).argmax(axis=1))
     scores = ensemble.scores["select"]
     assert scores["accuracy"] == pytest.approx(accuracy(average, labels))
     assert scores["log_loss"] == pytest.approx(log_loss(average, labels))
@@ -112,8 +115,8 @@ def test_auto_says_how_it_chose_and_what_it_would_score_elsewhere(tmp_path):
     ensemble = read_ensemble(run)
     report = ensemble.insight["auto"]
     assert ensemble.selector == "auto"
-    assert report["selector"] == "greedy_brier"
-    assert {option["selector"] for option in report["options"]} >= {"greedy_brier", "uniform", "best_single"}
+    assert report["selector"] == "greedy"
+    assert {option["selector"] for option in report["options"]} >= {"greedy", "uniform", "best_single"}
     held_out = ensemble.scores["cross_validated"]
     assert held_out["images"] == 300
     assert report["fitted"]["accuracy"] == pytest.approx(ensemble.scores["select"]["accuracy"])
@@ -194,6 +197,7 @@ def test_runs_on_the_same_splits_merge(tmp_path):
         ({}, ["--top-k", "0"], "--top-k is 0, expected at least 1"),
         ({}, ["--selector", "gredy"], "did you mean greedy?"),
         ({}, ["--score", "brier"], "auto has its own score"),
+        ({}, ["--temperature-scaling"], "auto scales by itself"),
         ({"models": 0}, [], "no candidates yet"),
         ({}, ["--run", "runs/other"], "different splits"),
         ({}, ["--run", "nowhere"], "nowhere is not a run directory"),

@@ -51,7 +51,7 @@ SELECTORS = {
     "accuracy_weighted": (selection.accuracy_weighted, "accuracy"),
     "convex": (convex, "log_loss"),
     "cmaes": (lambda p, y, limits: cmaes(p, y, limits, evaluations=200), "log_loss"),
-    "auto": (auto, "brier"),
+    "auto": (auto, "log_loss"),
     "stacking": (stacking, "log_loss"),
 }
 

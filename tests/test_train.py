@@ -9,13 +9,11 @@ import pytest
 import torch
 from upath import UPath
 
-from trainables.augment import Pixels, augment, cutout, mix
 from trainables.backbones import build, head_of, set_frozen
 from trainables.config import TrialConfig
-from trainables.data import Data, prepare
+from trainables.data import Data
 from trainables.errors import UserError
-from trainables.optim import lr_factor, orthogonalize
-from trainables.splits import Splits, make_splits
+from trainables.splits import Splits
 from trainables.train import Diverged, Trained, train
 
 SMALL = TrialConfig(
@@ -45,16 +43,6 @@ def stop_after(epochs: int) -> Callable[[dict[str, Any]], bool]:
 
 def replace(config: TrialConfig, **changes: Any) -> TrialConfig:
     return TrialConfig.from_dict({**config.to_dict(), **changes})
-
-
-@pytest.fixture(scope="module")
-def data(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Data:
-    return prepare("folder", pictures, cache_dir=tmp_path_factory.mktemp("train-cache"))
-
-
-@pytest.fixture(scope="module")
-def splits(data: Data) -> Splits:
-    return make_splits(data.labels, data.fingerprint)
 
 
 def weights_of(trained: Trained) -> dict[str, torch.Tensor]:
@@ -182,6 +170,23 @@ def test_ema_weights_are_what_is_kept(data: Data, splits: Splits) -> None:
     assert distance(averaged) < distance(plain)
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"batch_size": 1000}, "batch_size is 1000"),
+        ({"image_size": 8}, "images of 8 pixels do not go through speednet"),
+        ({"progressive": (8, 16)}, "images of 8 pixels do not go through speednet"),
+        ({"backbone": "vgg16", "image_size": 16}, "images of 16 pixels do not go through vgg16"),
+        ({"backbone": "vgg16", "stem": "small"}, "vgg16 has none"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(
+    data: Data, splits: Splits, changes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        train(replace(SMALL, **changes), data, splits, tick=lambda: pytest.fail("a step was made"))
+
+
 def test_configurations_that_cannot_be_are_refused() -> None:
     for wrong in ({"epochs": 0}, {"lr": float("nan")}, {"freeze_epochs": 4}, {"dropout": 1.0}, {"nonsense": 1}):
         with pytest.raises(UserError, match=r"expected|unknown"):
@@ -191,80 +196,3 @@ def test_configurations_that_cannot_be_are_refused() -> None:
 def test_config_survives_json() -> None:
     config = replace(SMALL, progressive=[8, 12, 16])
     assert TrialConfig.from_dict(config.to_dict()) == config
-
-
-# --- augmentation: effects, not acceptance ---
-
-
-def grid(n: int = 6, size: int = 8) -> torch.Tensor:
-    return torch.arange(n * size * size * 3).reshape(n, size, size, 3).remainder(251).to(torch.uint8)
-
-
-def test_alternating_flip_mirrors_every_image_exactly_every_second_epoch() -> None:
-    images, indices = grid(), np.arange(6)
-    config = replace(SMALL, flip="alternating")
-    epochs = [augment(images, indices, config, epoch, torch.Generator()) for epoch in range(4)]
-    assert torch.equal(epochs[0], epochs[2])
-    assert torch.equal(epochs[0], epochs[1].flip(2))
-    assert not torch.equal(epochs[0], images)
-    assert not torch.equal(epochs[0], images.flip(2))
-
-
-def test_crop_shifts_and_reflects() -> None:
-    ramp = torch.arange(8, dtype=torch.uint8).expand(64, 8, 8)[..., None].expand(64, 8, 8, 3)
-    out = augment(ramp, np.arange(64), replace(SMALL, crop=2), 0, torch.Generator().manual_seed(0))
-    rows = {tuple(row.tolist()) for row in out[:, 0, :, 0]}
-    assert rows == {
-        (2, 1, 0, 1, 2, 3, 4, 5), (1, 0, 1, 2, 3, 4, 5, 6), tuple(range(8)),
-        (1, 2, 3, 4, 5, 6, 7, 6), (2, 3, 4, 5, 6, 7, 6, 5),
-    }  # fmt: skip
-
-
-def test_cutout_clears_a_square() -> None:
-    x = cutout(torch.ones(50, 3, 10, 10), 0.4, torch.Generator().manual_seed(0))
-    cleared = (x[:, 0] == 0).sum((1, 2))
-    assert cleared.max() == 16
-    assert cleared.min() >= 4  # a corner may cut the square
-
-
-@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_mixing_images_and_targets_by_the_same_share(kind: str) -> None:
-    x = torch.stack([torch.zeros(3, 10, 10), torch.ones(3, 10, 10)])
-    mixed, targets = mix(x, torch.eye(2), replace(SMALL, **{kind: 1.0}), torch.Generator().manual_seed(1))
-    share = float(targets[0, 0])
-    assert 0 < share < 1
-    torch.testing.assert_close(mixed[0].mean(), torch.tensor(1 - share))
-    torch.testing.assert_close(targets.sum(1), torch.ones(2))
-
-
-def test_randaugment_changes_images_and_nothing_else_of_them() -> None:
-    images = grid(32, 12)
-    out = augment(images, np.arange(32), replace(SMALL, randaugment=8.0), 0, torch.Generator().manual_seed(0))
-    assert out.dtype == torch.uint8
-    assert out.shape == images.shape
-    assert not torch.equal(out, images)
-
-
-def test_pixels_are_normalised_and_resized() -> None:
-    x = Pixels.of([0.5] * 3, [0.25] * 3, torch.device("cpu"))(torch.full((2, 8, 8, 3), 255, dtype=torch.uint8), 16)
-    assert x.shape == (2, 3, 16, 16)
-    torch.testing.assert_close(x, torch.full_like(x, 2.0))
-
-
-# --- schedules and optimisers ---
-
-
-def test_schedules() -> None:
-    assert lr_factor("onecycle", 0.0, 0.2) < 0.01
-    assert lr_factor("onecycle", 0.2, 0.2) == pytest.approx(1.0)
-    assert lr_factor("triangular", 0.6, 0.2) == pytest.approx(0.5)
-    assert lr_factor("cosine", 1.0, 0.0) == pytest.approx(0.0)
-    assert lr_factor("constant", 0.9, 0.1) == 1.0
-
-
-@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 16)])
-def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalize(matrix, steps=5))
-    assert values.min() > 0.6
-    assert values.max() < 1.3

@@ -62,6 +62,9 @@ class Sweep:
     def next(self):
         return self.left.pop(0) if self.left else None
 
+    def has_more(self):
+        return bool(self.left)
+
     def report(self, id, metrics):
         self.epochs[id].append(metrics["epoch"])
         self.pids.append(metrics["pid"])

@@ -61,6 +61,8 @@ def train_together(job, report):
     for epoch in range(job["epochs"]):
         if rank == 1 and job.get("raise_alone"):
             raise ValueError("only rank 1")
+        if rank == 1 and job.get("run_out_of_memory"):
+            raise MemoryError("only rank 1 ran out")
         if job.get("raise_together"):
             raise ValueError("both")
         total = torch.tensor([rank + 1])
@@ -228,6 +230,14 @@ def test_a_rank_that_raises_alone_is_a_bug_and_the_next_job_gets_a_new_lane(tmp_
     assert run_in_lane(train_together, TWO, job, Collect())["outcome"] == "finished"
 
 
+@pytest.mark.slow
+def test_a_rank_that_runs_out_of_memory_ends_the_job_as_that_without_another_try(tmp_path):
+    job = {"epochs": 3, "folder": str(tmp_path)}
+    result = run_in_lane(train_together, TWO, {**job, "run_out_of_memory": True}, Collect())
+    assert (result["outcome"], result["error"]) == ("out of memory", "MemoryError: only rank 1 ran out")
+    assert run_in_lane(train_together, TWO, job, Collect())["outcome"] == "finished"
+
+
 # The mailbox by itself.
 
 
@@ -256,13 +266,28 @@ def test_ranks_that_disagree_break_the_lane():
         await asyncio.gather(mailbox.take(0), mailbox.take(1))
         answers = await asyncio.gather(
             mailbox.meet(0, number, "reported", {"epoch": 0}),
-            mailbox.meet(1, number, "raised", {"error": "e", "traceback": "t"}),
+            mailbox.meet(1, number, "raised", {"outcome": "bug", "error": "e", "traceback": "t"}),
         )
         return answers, await mailbox.next_event(number, 1)
 
     answers, event = in_mailbox(2, conversation)
     assert answers == ["broken", "broken"]
-    assert event == ("broken", {"error": "e", "traceback": "t"})
+    assert event == ("broken", {"outcome": "bug", "error": "e", "traceback": "t"})
+
+
+def test_out_of_memory_on_any_rank_is_what_the_lane_tells():
+    async def conversation(mailbox):
+        number = await mailbox.submit({})
+        await asyncio.gather(mailbox.take(0), mailbox.take(1))
+        answers = await asyncio.gather(
+            mailbox.meet(0, number, "raised", {"outcome": "bug", "error": "peer gone", "traceback": ""}),
+            mailbox.meet(1, number, "raised", {"outcome": "out of memory", "error": "e", "traceback": ""}),
+        )
+        return answers, await mailbox.next_event(number, 1)
+
+    answers, event = in_mailbox(2, conversation)
+    assert answers == ["broken", "broken"]
+    assert event == ("broken", {"outcome": "out of memory", "error": "e", "traceback": ""})
 
 
 def test_ranks_still_busy_with_a_trial_that_was_given_up_hear_so_and_their_events_are_dropped():

@@ -31,10 +31,15 @@ class Pixels:
 
     def __call__(self, images: Tensor, size: int) -> Tensor:
         """uint8 (N, H, W, 3) -> float32 (N, 3, size, size), channels-last in memory, bilinear with antialiasing."""
-        x = images.permute(0, 3, 1, 2).float()
-        if x.shape[-1] != size or x.shape[-2] != size:
-            x = F.interpolate(x, (size, size), mode="bilinear", antialias=x.shape[-1] > size, align_corners=False)
-        return (x / 255.0 - self.mean) / self.std
+        x = images.float()
+        if tuple(x.shape[1:3]) != (size, size):
+            shrinks = x.shape[2] > size
+            x = F.interpolate(x.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=shrinks)
+            x = x.permute(0, 2, 3, 1)
+        # whole rows of pixels at a time: over a last dimension of three alone it would take thirty times as long
+        scale, offset = 1 / (255 * self.std.flatten()), -(self.mean / self.std).flatten()
+        rows = torch.addcmul(offset.repeat(size), x.reshape(len(x), size, 3 * size), scale.repeat(size))
+        return rows.view(len(x), size, size, 3).permute(0, 3, 1, 2)
 
 
 def augment(images: Tensor, indices: np.ndarray, config: TrialConfig, epoch: int, generator: torch.Generator) -> Tensor:

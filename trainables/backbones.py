@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trainables.candidate import Candidate
 from trainables.classic import NETWORKS, build_classic
-from trainables.config import TrialConfig
+from trainables.config import Stem, TrialConfig
 from trainables.errors import UserError
 
 SQUEEZENETS = ("squeezenet1_0", "squeezenet1_1")  # timm has none
@@ -47,6 +47,28 @@ def check_backbone(name: str) -> None:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"; near matches: {', '.join(near)}" if near else "; see timm.list_models()"
         raise UserError(f"unknown backbone {name!r}{hint}")
+
+
+def check_image_size(config: TrialConfig) -> None:
+    """Raise UserError when images of the config's size, or of a progressive one, cannot go through its backbone."""
+    for size in (config.image_size, *config.progressive):
+        _check_size(config.backbone, config.stem, config.image_size, size)
+
+
+@functools.lru_cache(maxsize=256)
+@torch.no_grad()
+def _check_size(name: str, stem: Stem, built_for: int, size: int) -> None:
+    with torch.device("meta"):  # shapes without numbers: no memory and hardly any time
+        model = build(TrialConfig(backbone=name, stem=stem, image_size=built_for), 2).eval()
+        try:
+            model(torch.zeros(1, 3, size, size))
+        except NotImplementedError:
+            pass  # an operation without shape rules says nothing about the size
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"images of {size} pixels do not go through {name} ({reason}); try another image_size"
+            ) from None
 
 
 def find_weights(name: str, weights_dir: str | Path | None = None) -> WeightSource:
@@ -116,7 +138,10 @@ def build(config: TrialConfig, num_classes: int, weights: WeightSource | None = 
 
 
 def load_pretrained(model: nn.Module, name: str, source: WeightSource) -> None:
-    """Copy pretrained weights into everything but the head; raises UserError when they are another network's."""
+    """Copy pretrained weights into everything but the head, which starts close to zero.
+
+    Raises UserError when they are another network's.
+    """
     if source.kind == "hub":
         state = _load_hub(name)
     elif source.path.endswith(".safetensors"):
@@ -143,6 +168,12 @@ def load_pretrained(model: nn.Module, name: str, source: WeightSource) -> None:
         prefix = getattr(model, "num_prefix_tokens", 1)
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], list(size), num_prefix_tokens=prefix)  # type: ignore[arg-type]
     model.load_state_dict({**target, **{k: v for k, v in state.items() if k in target and k not in head}})
+    for module in head_of(model).modules():
+        # a head's usual start may give logits of ten and more on pretrained features, which takes epochs to unlearn
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def normalisation(name: str, pretrained: bool, mean: Any, std: Any) -> tuple[list[float], list[float]]:

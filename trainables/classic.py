@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 MOST_PATCHES = 2_000_000  # that the whitening filters are computed from
+GAINS: dict[type[nn.Module], float] = {nn.ReLU: 2**0.5, nn.Tanh: 5 / 3, nn.Sigmoid: 4.8}
 
 
 class SpeedNet(nn.Module):
@@ -124,6 +125,7 @@ class PlainNet(nn.Module):
         self.drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(before, num_classes)
         self.num_features = before
+        _keep_scale([*self.body.modules(), *self.dense.modules()], activation)
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.body(x)
@@ -147,6 +149,21 @@ class _TwoByTwo(nn.Module):
         if min(height, width) < 2:
             return nn.functional.adaptive_max_pool2d(x, 2)
         return nn.functional.max_pool2d(x, (height - height // 2, width - width // 2), (height // 2, width // 2))
+
+
+@torch.no_grad()
+def _keep_scale(modules: list[nn.Module], activation: type[nn.Module]) -> None:
+    """Initialise so that activations keep their spread from layer to layer; torch's default loses it within nine.
+
+    Normal weights of variance gain^2 / fan-in (He et al., 2015). A sigmoid's outputs lie around a half, which the next
+    layer's biases take away.
+    """
+    layers = [module for module in modules if isinstance(module, nn.Conv2d | nn.Linear)]
+    for i, layer in enumerate(layers):
+        nn.init.normal_(layer.weight, std=GAINS[activation] / layer.weight[0].numel() ** 0.5)
+        if layer.bias is not None:
+            centre = 0.5 if activation is nn.Sigmoid and i > 0 else 0.0
+            layer.bias.copy_(-centre * layer.weight.flatten(1).sum(1))
 
 
 def _conv_blocks(

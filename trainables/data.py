@@ -3,10 +3,11 @@
     <cache>/data/<name>-<fingerprint>/
       images.npy         uint8 (N, H, W, 3), the train part: everything a sweep may see
       labels.npy         int64 (N,)
-      test_images.npy    the test part, in files of its own, which `open_test` alone opens
-      test_labels.npy
+      test_images.npy    the test part, in files of its own
+      test_labels.npy    which `open_test` alone opens
       meta.json          a folder without it does not exist
-    <cache>/data/listings/<key>.json   which folder a listing of source files (paths, sizes, times) was decoded to
+    <cache>/data/listings/<key>.json   which folder a listing of source files (paths, sizes, times) was decoded to, and
+                                       which of them could not be read
 
 Only the listing is looked at a second time, so an unchanged data set opens at once.
 """
@@ -55,6 +56,7 @@ __all__ = [
     "default_cache",
     "open_data",
     "open_test",
+    "open_test_images",
     "prepare",
     "read_images",
 ]
@@ -100,7 +102,8 @@ def default_cache() -> Path:
 def open_data(path: str | Path) -> Data:
     """The data set in a cache folder, memory-mapped. Raises UserError when it is missing, damaged or outdated."""
     path = Path(path)
-    images, labels, meta = _open(path, "")
+    meta = read_meta(path)
+    images, labels = _arrays(path, "images", "labels")
     return Data(
         name=meta["name"],
         classes=tuple(meta["classes"]),
@@ -119,25 +122,41 @@ def open_test(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises UserError when the cache folder is missing, damaged or outdated, or the data set has no test part.
     """
-    images, labels, _ = _open(Path(path), "test_")
+    read_meta(Path(path))
+    images, labels = _arrays(Path(path), "test_images", "test_labels")
     if len(images) == 0:
         raise UserError("the data set has no test part; put labelled images that no sweep saw into ROOT/test/<class>")
     return images, labels
 
 
-def _open(path: Path, prefix: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Images and labels of one part, and meta.json."""
+def open_test_images(path: str | Path) -> np.ndarray:
+    """Images uint8 (N, H, W, 3) of the test part, without their labels; N is 0 when there is no test part.
+
+    Raises UserError when the cache folder is missing, damaged or outdated.
+    """
+    read_meta(Path(path))
+    return _arrays(Path(path), "test_images")[0]
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """meta.json of a cache folder."""
     if not (path / "meta.json").exists():
         raise UserError(f"{path} holds no prepared data set; prepare it again")
     meta = read_json(UPath(path / "meta.json"))
     if meta.get("format") != FORMAT:
         raise UserError(f"{path} was written by another version of Ninefold; prepare it again")
+    return meta
+
+
+def _arrays(path: Path, *names: str) -> list[np.ndarray]:
+    """Arrays of a cache folder; images are memory-mapped."""
     try:
-        images = np.load(path / f"{prefix}images.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(path / f"{prefix}labels.npy", allow_pickle=False)
+        return [
+            np.load(path / f"{name}.npy", mmap_mode="r" if name.endswith("images") else None, allow_pickle=False)
+            for name in names
+        ]
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and prepare it again") from None
-    return images, labels, meta
 
 
 def prepare(
@@ -163,9 +182,8 @@ def prepare(
     root = Path(cache_dir or default_cache()).expanduser().resolve() / "data"
     if size is not None and not 1 <= size <= 4096:
         raise UserError(f"size is {size}, expected 1 to 4096 pixels")
-    source = _find(name, None if data_dir is None else Path(data_dir).expanduser(), root / "downloads")
-    key = hashlib.sha256(f"{FORMAT} {name} {size} {source.key}".encode()).hexdigest()[:24]
-    listing = root / "listings" / f"{key}.json"
+    source = find_source(name, None if data_dir is None else Path(data_dir).expanduser(), root / "downloads")
+    listing = listing_of(root, name, size, source)
     path = _decoded(listing)
     if path is None:
         try:
@@ -175,9 +193,17 @@ def prepare(
                 f"cannot write to the cache {root} ({error}); set NINEFOLD_CACHE to another folder"
             ) from None
         with FileLock(listing.with_suffix(".lock")):  # else the workers of a machine would decode side by side
-            path = _decoded(listing) or _decode(name, source, root, size, progress)
-            write_json(UPath(listing), {"folder": path.name})
+            path = _decoded(listing)
+            if path is None:
+                path, skipped = _decode(name, source, root, size, progress)
+                write_json(UPath(listing), {"folder": path.name, "skipped": skipped})
     return open_data(path)
+
+
+def listing_of(root: Path, name: str, size: int | None, source: Source) -> Path:
+    """The file that says what a source was decoded to."""
+    key = hashlib.sha256(f"{FORMAT} {name} {size} {source.key}".encode()).hexdigest()[:24]
+    return root / "listings" / f"{key}.json"
 
 
 def _decoded(listing: Path) -> Path | None:
@@ -187,7 +213,7 @@ def _decoded(listing: Path) -> Path | None:
     return path if (path / "meta.json").exists() else None
 
 
-def _find(name: str, data_dir: Path | None, downloads: Path) -> Source:
+def find_source(name: str, data_dir: Path | None, downloads: Path) -> Source:
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(DATASETS)}"
@@ -205,11 +231,14 @@ def _find(name: str, data_dir: Path | None, downloads: Path) -> Source:
     return folder(data_dir)
 
 
-def _decode(name: str, source: Source, root: Path, size: int | None, progress: bool) -> Path:
-    """Decode a source into a folder below `root` and return it. The folder appears whole or not at all."""
+def _decode(name: str, source: Source, root: Path, size: int | None, progress: bool) -> tuple[Path, list[str]]:
+    """Decode a source into a folder below `root`; returns that and the images that were left out, with the reasons.
+
+    The folder appears whole or not at all.
+    """
     contents = source.load()
     classes = contents.classes
-    train, test = _train_and_test(contents)
+    train, test = train_and_test(contents)
     _check_counts(classes, train.labels)
     items = [*train.items, *test.items]
     shape = (size, size) if size else _stored_shape(items)
@@ -253,10 +282,10 @@ def _decode(name: str, source: Source, root: Path, size: int | None, progress: b
         shutil.rmtree(temporary, ignore_errors=True)
     if skipped:
         print(f"left out {len(skipped)} of {len(items):,} images: {_few(skipped)}", file=sys.stderr)
-    return path
+    return path, skipped
 
 
-def _train_and_test(contents: Contents) -> tuple[Part, Part]:
+def train_and_test(contents: Contents) -> tuple[Part, Part]:
     if contents.test is not None:
         return contents.train, contents.test
     train = contents.train

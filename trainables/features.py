@@ -22,7 +22,7 @@ from trainables.augment import Pixels, flips
 from trainables.backbones import WeightSource, head_of
 from trainables.config import TrialConfig
 from trainables.data import Data
-from trainables.inference import EVAL_BATCH, autocast
+from trainables.inference import autocast, eval_batch
 
 
 class OutOfTime(RuntimeError):
@@ -106,7 +106,7 @@ class FrozenFeatures:
         self.model.eval()
         out: np.memmap | None = None
         images = self.data.images
-        start, size = 0, EVAL_BATCH
+        start, size = 0, eval_batch(self.pixels.mean.device, self.config.image_size)
         while start < len(images):
             if self.deadline is not None and time.time() > self.deadline:
                 temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from trainables.augment import Pixels
 from trainables.config import TestTimeAugmentation
 
 EVAL_BATCH = 500
+EVAL_PIXELS_CPU = 150_000  # of a batch on a CPU: larger ones leave its caches, and took twice as long
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -32,6 +33,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
+def eval_batch(device: torch.device, image_size: int) -> int:
+    """Images of one forward pass."""
+    return max(8, min(EVAL_BATCH, EVAL_PIXELS_CPU // image_size**2)) if device.type == "cpu" else EVAL_BATCH
+
+
 @torch.no_grad()
 def predict_probs(
     model: nn.Module,
@@ -41,7 +47,6 @@ def predict_probs(
     image_size: int,
     tta: TestTimeAugmentation = "none",
     precision: str = "fp32",
-    batch_size: int = EVAL_BATCH,
     tick: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Class probabilities, float32 (N, C), of `images[indices]` (uint8 (M, H, W, 3)); all of them when None.
@@ -54,6 +59,7 @@ def predict_probs(
     indices = np.arange(len(images)) if indices is None else indices
     was_training = model.training
     model.eval()
+    batch_size = eval_batch(device, image_size)
     probs: list[np.ndarray] = []
     start = 0
     while start < len(indices):

@@ -6,6 +6,7 @@ rule by device alone is right. The answer is kept on the node, for every trial o
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -19,6 +20,7 @@ from torch import nn
 from trainables.inference import autocast
 
 PROBE_IMAGES = 64
+PROBE_ROUNDS = 2
 WORTHWHILE = 0.9  # bf16 must take at most this share of fp32's time: it costs a little accuracy
 
 
@@ -42,7 +44,7 @@ def choose_layout(
     """The fastest safe layout for training `model`; `asked` other than "auto" fixes the precision.
 
     On CUDA nothing is measured: bf16 where the chip has it, else fp16, channels last. On a CPU two steps of each are
-    timed, once per node for a (backbone, image size, threads), and remembered under `cache`.
+    timed in turn, once per node for a (backbone, image size, threads), and remembered under `cache`.
     """
     if device.type == "cuda":
         half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -66,12 +68,13 @@ def choose_layout(
 
 def _measure(model: nn.Module, image_size: int, images: int) -> Layout:
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    seconds = {}
+    fp32, bf16 = Layout("fp32", True), Layout("bf16", True)
+    seconds = dict.fromkeys((fp32, bf16), math.inf)
     with torch.random.fork_rng():
-        for layout in (Layout("fp32", True), Layout("bf16", True)):
-            seconds[layout] = _step_seconds(model, image_size, images, layout)
+        for _ in range(PROBE_ROUNDS):  # in turn: other work on the machine then slows both
+            for layout in seconds:
+                seconds[layout] = min(seconds[layout], _step_seconds(model, image_size, images, layout))
     model.load_state_dict(before)  # the probe's forward passes moved the BatchNorm statistics
-    fp32, bf16 = seconds
     return bf16 if seconds[bf16] < WORTHWHILE * seconds[fp32] else fp32
 
 

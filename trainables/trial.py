@@ -38,7 +38,7 @@ def run_trial(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> 
 
     Returns plain JSON: `outcome` is "finished", "time" (cut at the deadline, still a candidate), "pruned",
     "interrupted" (no time left to begin), "out of memory", "diverged" or "invalid"; with it the scores, or
-    `error`. Any other exception is a bug, and the lane's matter.
+    `error`. Any other exception is a bug, and the lane's matter; so is the MemoryError of one rank among several.
     """
     config = TrialConfig.from_dict(job["config"])
     run = UPath(job["run"])
@@ -61,9 +61,10 @@ def run_trial(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> 
     except OutOfTime as error:
         return {"outcome": "interrupted", "error": str(error)}
     except (torch.OutOfMemoryError, MemoryError) as error:
-        if world > 1:
-            raise  # the other ranks wait in a collective: only the lane can end them
-        result = {"outcome": "out of memory", "error": str(error).splitlines()[0]}
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if world > 1:  # the other ranks wait in a collective: only the lane can end them, and name the outcome
+            raise MemoryError(reason) from error
+        result = {"outcome": "out of memory", "error": reason}
     if rank == 0 and result["outcome"] != "pruned":  # or interrupted, which looks the same from here
         remove_checkpoint(run, job["id"])
     return result

@@ -5,6 +5,9 @@ A space has
     BACKBONES: dict[str, str]         name -> "pretrained" (no weights: an error), "if found" (no weights: left out),
                                       "or scratch" (no weights: random ones, and the sweep says so), or "scratch"
     suggest(trial, task) -> TrialConfig
+and may have
+    FIRST: list[dict]                 parameters, as `suggest` names them, that are proposed first; what is left out is
+                                      sampled, and those of a backbone that does not take part are skipped
 """
 
 import dataclasses
@@ -15,7 +18,7 @@ import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optuna
 
@@ -29,6 +32,7 @@ class Space(NamedTuple):
     trials: int
     backbones: dict[str, str]
     suggest: Callable[[optuna.Trial, Task], TrialConfig]
+    first: list[dict[str, Any]]
 
 
 TINY_TRIALS = 4
@@ -50,7 +54,8 @@ def load_space(name: str, scale: Scale = "full") -> Space:
     missing = [part for part in ("TRIALS", "BACKBONES", "suggest") if not hasattr(module, part)]
     if missing:
         raise UserError(f"search space {name} lacks {', '.join(missing)}; see search/spaces/dry_run.py for the shape")
-    space = Space(Path(name).stem, module.TRIALS, module.BACKBONES, module.suggest)
+    first = getattr(module, "FIRST", [])
+    space = Space(Path(name).stem, module.TRIALS, module.BACKBONES, module.suggest, first)
     if scale == "full":
         return space
     return space._replace(trials=TINY_TRIALS, suggest=lambda trial, task: _tiny(space.suggest(trial, task)))

@@ -18,6 +18,19 @@ BACKBONES = {
     "vit_small_patch16_224": "if found",
     "tf_efficientnet_lite0": "if found",
 }
+# Usual settings of fine-tuning: a new head at 1e-3, the body ten times slower, more so for a transformer.
+_TUNED = {
+    "tuned_epochs": 8, "freeze_epochs": 1, "tuned_batch_size": 64, "tuned_lr": 1e-3, "body_lr": 0.1,
+    "tuned_weight_decay": 0.02, "dropout": 0.1, "drop_path": 0.1, "label_smoothing": 0.1, "mixup": 0.0,
+}  # fmt: skip
+FIRST = [
+    {"backbone": "speednet", "width": 1.0, "epochs": 12, "scratch_batch_size": 500, "scratch_lr": 0.6, "dropout": 0.05,
+     "label_smoothing": 0.1},
+    {"backbone": "convnext_tiny", **_TUNED},
+    {"backbone": "efficientnet_b0", **_TUNED},
+    {"backbone": "vit_small_patch16_224", **_TUNED, "body_lr": 0.05},
+    {"backbone": "resnet50", **_TUNED},
+]  # fmt: skip
 
 
 def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:

@@ -14,6 +14,12 @@ from trainables.config import TrialConfig
 
 TRIALS = 40
 BACKBONES = {"speednet": "scratch", "tf_efficientnet_lite0": "if found"}
+FIRST = [  # the best of each backbone in a sweep over CIFAR-10
+    {"backbone": "speednet", "width": 0.4, "epochs": 4, "scratch_batch_size": 500, "scratch_lr": 0.45, "dropout": 0.05,
+     "label_smoothing": 0.05},
+    {"backbone": "tf_efficientnet_lite0", "head_batch_size": 64, "head_lr": 0.006, "head_weight_decay": 0.002,
+     "dropout": 0.1, "label_smoothing": 0.05},
+]  # fmt: skip
 
 
 def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:

@@ -19,12 +19,12 @@ def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
     return TrialConfig(
         backbone="tf_efficientnet_lite0",
         pretrained=True,
-        image_size=128,  # larger than stored: ImageNet's objects were larger still
+        image_size=112,  # larger than stored: ImageNet's objects were larger still
         epochs=10,
         freeze_epochs=3,
         batch_size=64,
-        lr=2e-3,
-        body_lr=0.1,
+        lr=5e-3,
+        body_lr=0.05,
         weight_decay=0.05,
         schedule="onecycle",
         warmup=0.2,

@@ -1,0 +1,92 @@
+"""What a sweep may cost: trials, time, devices, disk; and when it has reached enough."""
+
+import re
+from dataclasses import dataclass
+
+from upath import UPath
+
+from trainables.candidate import Candidate, read_json
+from trainables.errors import UserError
+
+RISE = 1e-4  # nats by which the live ensemble's log-loss must fall to count as better
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a sweep ends. None: no such limit.
+
+    Attributes:
+        trials: in all.
+        deadline: time.time() at which running trials finish with what they have.
+        device_seconds: seconds that lanes were busy, times their devices, in all.
+        target_accuracy: 0 to 1, of the live ensemble on the select split.
+        plateau: trials that end without raising the live ensemble, in a row.
+        final_seeds: share (0 to 1) of trials or time that is kept for new seeds of the ensemble's members.
+    """
+
+    trials: int | None = None
+    deadline: float | None = None
+    device_seconds: float | None = None
+    target_accuracy: float | None = None
+    plateau: int | None = None
+    final_seeds: float = 0.0
+
+
+@dataclass(frozen=True)
+class KeepWeights:
+    """How many candidates may keep their weights, or how many bytes those may take; None: no limit."""
+
+    candidates: int | None = None
+    bytes: int | None = None
+
+
+def parse_keep(text: str) -> KeepWeights:
+    """ "30" candidates, or "20GB" (MB, TB) on disk; raises UserError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB|TB)?", text.strip(), re.IGNORECASE)
+    if found is None or (found[2] is None and "." in found[1]):
+        raise UserError(f"--keep-weights is {text!r}, expected a number of candidates (30) or a size (20GB)")
+    if found[2] is None:
+        return KeepWeights(candidates=int(found[1]))
+    return KeepWeights(bytes=int(float(found[1]) * {"MB": 1e6, "GB": 1e9, "TB": 1e12}[found[2].upper()]))
+
+
+class WeightStore:
+    """The weights of a sweep's candidates: those that can no longer matter go, predictions stay for all."""
+
+    def __init__(self, run: UPath, keep: KeepWeights) -> None:
+        self.run, self.keep = run, keep
+        self.kept: dict[str, tuple[float, int]] = {}  # id -> select log-loss, bytes
+
+    def add(self, candidate: Candidate) -> None:
+        loss = candidate.info.get("metrics", {}).get("select_log_loss")
+        path = candidate.path / "weights.safetensors"
+        if loss is not None and path.exists():  # what other tools have added is theirs
+            self.kept[candidate.id] = (float(loss), path.stat().st_size)
+
+    def trim(self, members: set[str]) -> list[str]:
+        """Delete weights until the limit is kept, the worst by select log-loss first; returns whose.
+
+        Those of `members` (the live ensemble's) and of any ensemble in ensembles/ are never deleted.
+        """
+        if not self._too_many():
+            return []
+        safe = members | saved_members(self.run)
+        gone = []
+        for id in sorted(self.kept, key=lambda id: self.kept[id], reverse=True):
+            if id not in safe and self._too_many():
+                (self.run / "candidates" / id / "weights.safetensors").unlink(missing_ok=True)
+                del self.kept[id]
+                gone.append(id)
+        return gone
+
+    def _too_many(self) -> bool:
+        if self.keep.candidates is not None and len(self.kept) > self.keep.candidates:
+            return True
+        return self.keep.bytes is not None and sum(size for _, size in self.kept.values()) > self.keep.bytes
+
+
+def saved_members(run: UPath) -> set[str]:
+    """Ids of all candidates of this run that a saved ensemble consists of."""
+    folder = run / "ensembles"
+    files = list(folder.glob("*.json")) if folder.exists() else []
+    return {member["id"] for file in files for member in read_json(file).get("members", []) if not member.get("run")}

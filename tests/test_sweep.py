@@ -1,0 +1,560 @@
+"""The sweep's logic without Ray: every outcome told to the study, interrupted trials taken up, budgets kept."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+from upath import UPath
+
+from search.budget import Budget, WeightStore, parse_keep
+from search.config import Task
+from search.knowledge import add_earlier, enqueue_first, read_earlier
+from search.live import EnsembleSoFar
+from search.objective import Contribution
+from search.spaces import load_space
+from search.study import open_study
+from search.sweep import SECONDS_USED, Sweep
+from trainables.backbones import WeightSource
+from trainables.candidate import list_candidates, write_array, write_candidate, write_json
+from trainables.config import TrialConfig
+from trainables.errors import UserError
+
+
+class NoBoard:
+    def started(self, id: str, config: TrialConfig) -> None: ...
+    def epoch(self, id: str, metrics: dict[str, Any]) -> None: ...
+    def ended(self, id: str, outcome: str, result: dict[str, Any]) -> None: ...
+    def refresh(self) -> None: ...
+
+
+def suggest(trial: optuna.Trial) -> TrialConfig:
+    return TrialConfig(lr=trial.suggest_float("lr", 1e-4, 1e-1, log=True), epochs=6, seed=trial.number)
+
+
+LABELS = np.array([0, 1, 0, 1])  # of the tune and of the select split
+
+
+def sweep(run: Path, trials: int | None = 4, deadline: float | None = None, keep: str = "", **options: Any) -> Sweep:
+    """A sweep with its live ensemble; options are those of the study or of the budget."""
+    asked = {"objective": "accuracy", "sampler": "random", "pruner": "none", "seed": 0} | options
+    study = {name: asked.pop(name) for name in ("objective", "sampler", "pruner", "seed")}
+    opened = open_study(f"sqlite:///{run}/study.db", "test", **study)
+    if not (run / "run.json").exists():
+        write_array(UPath(run / "select_labels.npy"), LABELS)
+        write_json(UPath(run / "run.json"), {"classes": ["a", "b"], "split_fingerprint": "f"})
+    made = Sweep(
+        opened, UPath(run), {"run": str(run)}, Budget(trials, deadline, **asked), {}, NoBoard(),
+        promote=study["pruner"] == "promote", live=EnsembleSoFar(UPath(run), 2),
+        contribution=Contribution(LABELS, 2) if study["objective"] == "ensemble" else None,
+        store=WeightStore(UPath(run), parse_keep(keep)) if keep else None,
+    )  # fmt: skip
+    made.propose_with(suggest)
+    return made
+
+
+def scores(accuracy: float, epoch: int = 1) -> dict[str, Any]:
+    return {"epoch": epoch, "tune_accuracy": accuracy, "tune_log_loss": 1 - accuracy}
+
+
+def finish(
+    s: Sweep, job: dict[str, Any], accuracy: float = 0.5, seconds: float = 6.0, true: Sequence[float] = (0.5,) * 4
+) -> None:
+    """As a lane would: the candidate on disk first, then the result. `true`: probabilities of the true classes."""
+    metrics = {"tune_accuracy": accuracy, "tune_log_loss": 1 - accuracy, "select_log_loss": 1 - accuracy}
+    epochs = job["config"]["epochs"]
+    curve = [{"epoch": e + 1, "seconds": seconds * (e + 1) / epochs} for e in range(epochs)]
+    info = {
+        "id": job["id"], "config": job["config"], "metrics": metrics, "curve": curve, "seconds": seconds,
+        "split_fingerprint": "f",
+    }  # fmt: skip
+    probs = np.where(np.arange(2) == LABELS[:, None], np.array(true)[:, None], 1 - np.array(true)[:, None])
+    write_candidate(s.run, info, probs, probs, b"weights")
+    s.finish(job["id"], {"outcome": "finished", **metrics, "seconds": seconds})
+
+
+def states(s: Sweep) -> list[str]:
+    return [trial.state.name for trial in s.study.trials]
+
+
+def test_it_hands_out_as_many_trials_as_asked_for(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=3)
+    jobs = [s.next() for _ in range(4)]
+    assert [job and job["id"] for job in jobs] == ["0000", "0001", "0002", None]
+    for job in jobs[:3]:
+        assert job is not None
+        finish(s, job)
+    assert states(s) == ["COMPLETE"] * 3
+    assert not s.has_more()
+
+
+def test_every_outcome_has_its_state(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=8)
+    jobs = {}
+    for outcome in ("good", "pruned", "diverged", "out of memory", "invalid"):
+        job = s.next()
+        assert job is not None
+        jobs[outcome] = job["id"]
+        s.report(job["id"], scores(0.3))
+        if outcome == "good":
+            finish(s, job, 0.9)
+        else:
+            s.finish(job["id"], {"outcome": outcome, "error": "why"})
+    by_id = {f"{t.number:04d}": t for t in s.study.trials}
+    assert by_id[jobs["good"]].value == 0.9
+    assert by_id[jobs["pruned"]].state == TrialState.PRUNED
+    # failures that the sampler shall learn from count as the worst value seen
+    assert by_id[jobs["diverged"]].value == 0.3
+    assert by_id[jobs["out of memory"]].value == 0.3
+    assert by_id[jobs["out of memory"]].user_attrs["outcome"] == "out of memory"
+    assert by_id[jobs["invalid"]].state == TrialState.FAIL
+    assert ("0002", "diverged: why", "") in s.failures()
+
+
+def test_a_bug_is_run_again_once_and_a_lost_node_several_times(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=1)
+    for outcome, attempts in (("bug", 2),):
+        for attempt in range(attempts):
+            job = s.next()
+            assert job is not None
+            assert job["id"] == "0000"
+            s.finish(job["id"], {"outcome": outcome, "error": "boom", "traceback": "lines"})
+            assert s.has_more() == (attempt + 1 < attempts)
+    assert s.study.trials[0].state == TrialState.FAIL
+    assert s.study.trials[0].user_attrs["traceback"] == "lines"
+
+
+def test_interrupted_trials_are_taken_up_by_the_next_process_under_their_number(tmp_path: Path) -> None:
+    first = sweep(tmp_path, trials=3)
+    done, cut, killed = first.next(), first.next(), first.next()
+    assert done is not None
+    assert cut is not None
+    assert killed is not None
+    finish(first, done)
+    first.report(cut["id"], scores(0.4))
+    first.finish(cut["id"], {"outcome": "interrupted"})
+    # `killed` is never heard of again: kill -9
+
+    second = sweep(tmp_path, trials=3)
+    again = [second.next(), second.next(), second.next()]
+    assert [job and job["id"] for job in again] == [cut["id"], killed["id"], None]
+    assert again[0] is not None
+    assert again[0]["config"] == cut["config"]
+    for job in again[:2]:
+        assert job is not None
+        finish(second, job)
+    assert states(second) == ["COMPLETE"] * 3
+
+
+def test_a_candidate_that_the_study_was_never_told_of_counts(tmp_path: Path) -> None:
+    first = sweep(tmp_path, trials=2)
+    job = first.next()
+    assert job is not None
+    metrics = {"tune_accuracy": 0.7, "tune_log_loss": 0.3}
+    info = {"id": job["id"], "config": job["config"], "metrics": metrics, "split_fingerprint": "f"}
+    write_candidate(first.run, info, np.full((4, 2), 0.5))
+    assert sweep(tmp_path, trials=2).study.trials[0].value == 0.7
+    third = sweep(tmp_path, trials=2)  # and still counts for whoever comes after the one that told
+    following = third.next()
+    assert following is not None
+    assert following["id"] == "0001"
+    assert third.next() is None
+
+
+def test_a_repeated_epoch_does_not_disturb_the_study(tmp_path: Path) -> None:
+    s = sweep(tmp_path)
+    job = s.next()
+    assert job is not None
+    for accuracy, epoch in ((0.2, 1), (0.4, 2), (0.9, 2), (0.5, 3)):
+        s.report(job["id"], scores(accuracy, epoch))
+    assert s.study.trials[0].intermediate_values == {1: 0.2, 2: 0.4, 3: 0.5}
+
+
+def test_the_pruner_stops_the_worse_half_at_a_rung_but_never_after_the_last_epoch(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=4, pruner="asha")
+    verdicts = []
+    for accuracy in (0.9, 0.8, 0.1):
+        job = s.next()
+        assert job is not None
+        verdicts.append([s.report(job["id"], scores(accuracy, epoch)) for epoch in (1, 2, 3)])
+        s.report(job["id"], scores(accuracy, 4))
+        s.report(job["id"], scores(accuracy, 5))
+        assert not s.report(job["id"], scores(accuracy, 6))
+        finish(s, job, accuracy)
+    assert verdicts[0] == [False, False, False]
+    assert verdicts[2] == [False, False, True]
+
+
+def test_invalid_proposals_cost_no_trial(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=2)
+
+    def picky(trial: optuna.Trial) -> TrialConfig:
+        if trial.number % 2 == 0:
+            raise UserError("even")
+        return suggest(trial)
+
+    s.propose_with(picky)
+    assert [job and job["id"] for job in (s.next(), s.next(), s.next())] == ["0001", "0003", None]
+    assert s.study.trials[0].user_attrs == {"outcome": "invalid", "error": "even"}
+
+
+def test_a_space_that_yields_nothing_valid_is_told(tmp_path: Path) -> None:
+    s = sweep(tmp_path)
+
+    def never(trial: optuna.Trial) -> TrialConfig:
+        raise UserError("batch_size is too large")
+
+    s.propose_with(never)
+    with pytest.raises(UserError, match="batch_size is too large"):
+        s.next()
+
+
+def test_the_last_trials_are_shortened_to_the_time_left(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, deadline=time.time() + 1000)
+    job = s.next()
+    assert job is not None
+    finish(s, job, seconds=6 * 300.0)  # 300 s an epoch: three fit into what is left
+    job = s.next()
+    assert job is not None
+    assert job["config"]["epochs"] == 3
+    finish(s, job, seconds=3 * 300.0)
+    s.budget = Budget(deadline=time.time() + 100)  # not even one
+    assert s.next() is None
+    assert not s.has_more()
+
+
+def test_time_is_counted_over_processes(tmp_path: Path) -> None:
+    first = sweep(tmp_path)
+    first._started -= 100
+    first._saved -= 100
+    first.tick()
+    assert sweep(tmp_path).study.user_attrs[SECONDS_USED] >= 100
+
+
+def test_another_objective_is_refused(tmp_path: Path) -> None:
+    sweep(tmp_path)
+    with pytest.raises(UserError, match="objective is accuracy"):
+        sweep(tmp_path, objective="log_loss")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "pruner"),
+    [
+        ("tpe", "asha"),
+        ("gp", "none"),
+        ("random", "hyperband"),
+        ("qmc", "median"),
+        ("cmaes", "none"),
+        ("nsga2", "wilcoxon"),
+    ],
+)
+def test_samplers_and_pruners_by_name(tmp_path: Path, sampler: str, pruner: str) -> None:
+    s = sweep(tmp_path, trials=3, sampler=sampler, pruner=pruner)
+    for _ in range(3):
+        job = s.next()
+        assert job is not None
+        s.report(job["id"], scores(0.5))
+        finish(s, job)
+    assert states(s) == ["COMPLETE"] * 3
+
+
+def test_checkpoints_of_ended_trials_are_removed_and_those_of_interrupted_ones_kept(tmp_path: Path) -> None:
+    s = sweep(tmp_path)
+    ended, cut = s.next(), s.next()
+    assert ended is not None
+    assert cut is not None
+    s.finish(ended["id"], {"outcome": "pruned"})
+    s.finish(cut["id"], {"outcome": "interrupted"})
+    for job in (ended, cut):
+        folder = tmp_path / "checkpoints" / job["id"]
+        folder.mkdir(parents=True)
+        (folder / "state.pt").write_bytes(b"late")
+    s.remove_stale_checkpoints()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [cut["id"]]
+
+
+def test_a_database_that_was_killed_in_its_making_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite commits every CREATE by itself: cut after the tables, the index of study names would be missing."""
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sqlalchemy.sql.ddl.SchemaGenerator.visit_index", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(tmp_path)
+    for _ in range(3):
+        assert states(sweep(tmp_path)) == []
+
+
+def take(s: Sweep) -> dict[str, Any]:
+    job = s.next()
+    assert job is not None
+    return job
+
+
+def climb(s: Sweep, job: dict[str, Any], accuracy: float, first: int = 1) -> int:
+    """Report epochs until the trial is to stop, or has finished; returns the last epoch."""
+    for epoch in range(first, job["config"]["epochs"] + 1):
+        if s.report(job["id"], scores(accuracy, epoch)):
+            s.finish(job["id"], {"outcome": "pruned"})
+            return epoch
+    finish(s, job, accuracy)
+    return job["config"]["epochs"]
+
+
+def test_trials_wait_at_a_rung_and_the_best_of_it_are_promoted(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=9, pruner="promote")  # six epochs: rungs after 1 and 2
+    for accuracy in (0.5, 0.9):
+        assert climb(s, take(s), accuracy) == 1
+    assert climb(s, take(s), 0.3) == 1
+    job = take(s)  # three have reached the rung, so the best of them goes on: with its own number
+    assert job["id"] == "0001"
+    assert climb(s, job, 0.9, first=2) == 2  # the only one at the second rung
+    for accuracy in (0.4, 0.2):
+        assert climb(s, take(s), accuracy) == 1
+    assert climb(s, take(s), 0.95) == 2  # in the best third at once, so it need not wait
+    assert s.has_more()
+    for accuracy in (0.1, 0.1, 0.1):
+        climb(s, take(s), accuracy)
+    assert take(s)["id"] == "0000"  # of nine the third best
+    assert climb(s, {"id": "0000", "config": {"epochs": 6}}, 0.5, first=2) == 2
+    assert climb(s, take(s), 0.95, first=3) == 6  # three at the second rung
+    assert s.next() is None
+    assert not s.has_more()
+    s.close()
+    assert sorted(states(s)) == ["COMPLETE"] + ["PRUNED"] * 8
+    assert not s.waiting
+
+
+def test_the_sampler_sees_a_waiting_trial_as_pruned_at_its_rung(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=9, pruner="promote", objective="log_loss")
+    for accuracy in (0.5, 0.9, 0.3):
+        climb(s, take(s), accuracy)
+    climb(s, take(s), 0.9, first=2)
+    cut = take(s)
+    seen = {t.number: t for t in s.study.sampler.view.get_trials()}  # type: ignore[attr-defined]
+    assert [seen[n].state.name for n in range(4)] == ["PRUNED"] * 3 + ["RUNNING"]
+    # lower rungs count for less: samplers rank pruned trials by step first
+    assert [seen[n].intermediate_values for n in range(3)] == [{-2: 0.5}, {-1: pytest.approx(0.1)}, {-2: 0.7}]
+    assert [t.state.name for t in s.study.trials] == ["RUNNING"] * 4
+    assert cut["id"] == "0003"
+
+
+def test_waiting_trials_survive_a_kill(tmp_path: Path) -> None:
+    first = sweep(tmp_path, trials=9, pruner="promote")
+    for accuracy in (0.5, 0.9, 0.3):
+        climb(first, take(first), accuracy)
+    job = take(first)
+    assert job["id"] == "0001"
+    climb(first, job, 0.9, first=2)
+    cut = take(first)  # never heard of again
+
+    second = sweep(tmp_path, trials=9, pruner="promote")
+    assert second.rungs is not None
+    assert first.rungs is not None
+    assert second.rungs.scores == first.rungs.scores
+    assert second.rungs.waiting == first.rungs.waiting == {"0000": 2, "0001": 1, "0002": 2}
+    assert take(second)["id"] == cut["id"]
+    assert second.counted == 4
+    # another pruner takes them for interrupted ones: nothing is lost
+    third = sweep(tmp_path, trials=4, pruner="none")
+    for _ in range(4):
+        finish(third, take(third))
+    assert states(third) == ["COMPLETE"] * 4
+
+
+def test_when_time_runs_short_the_best_waiting_trial_goes_on(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, deadline=time.time() + 10_000, pruner="promote")
+    for accuracy in (0.5, 0.9, 0.3):
+        climb(s, take(s), accuracy)
+    job = take(s)
+    finish(s, job, 0.9, seconds=6 * 100.0)
+    s.budget = Budget(deadline=time.time() + 550)  # not enough for a whole trial, but for the epochs that 0000 lacks
+    assert take(s)["id"] == "0000"
+    s.budget = Budget(deadline=time.time() + 250)
+    assert take(s)["config"]["epochs"] == 2  # no waiting trial could end: a new one is shortened
+
+
+def test_the_sampler_is_told_what_candidates_add_to_the_ensemble_as_it_is_now(tmp_path: Path) -> None:
+    s = sweep(tmp_path, objective="ensemble")
+    good, twin, other = (0.9, 0.9, 0.4, 0.4), (0.89, 0.9, 0.4, 0.4), (0.35, 0.35, 0.9, 0.9)
+    for true in (good, twin, other):
+        finish(s, take(s), true=true)
+    take(s)
+    told = [t.value for t in s.study.trials[:3]]
+    seen = [t.value for t in s.study.sampler.view.get_trials()[:3]]  # type: ignore[attr-defined]
+    assert told[0] == pytest.approx(-np.log(good).mean() - np.log(2))  # alone when it ended: better than guessing
+    assert seen[2] == pytest.approx(-np.log(np.add(good, other) / 2).mean() + np.log(good).mean())
+    assert seen[2] < seen[1]  # weaker than the twin, but different
+    again = sweep(tmp_path, objective="ensemble")
+    take(again)
+    assert [t.value for t in again.study.sampler.view.get_trials()[:3]] == seen  # type: ignore[attr-defined]
+
+
+def test_it_ends_when_more_trials_do_not_raise_the_ensemble(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, plateau=2)
+    finish(s, take(s), true=(0.6,) * 4)
+    finish(s, take(s), true=(0.9,) * 4)
+    finish(s, take(s), true=(0.4,) * 4)
+    s = sweep(tmp_path, trials=None, plateau=2)  # the curve outlives a kill
+    assert [round(loss, 3) for *_, loss in s.live.curve] == [0.511, 0.105, 0.105]  # type: ignore[union-attr]
+    last, running = take(s), take(s)
+    s.finish(last["id"], {"outcome": "diverged", "error": "nan"})
+    assert s.enough() == "2 more trials have not raised the ensemble"
+    assert s.next() is None
+    assert s.report(running["id"], scores(0.9))  # what still runs is stopped
+    s.finish(running["id"], {"outcome": "pruned"})
+    assert not s.has_more()
+
+
+def test_it_ends_at_the_target(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, target_accuracy=0.75)
+    finish(s, take(s), true=(0.9, 0.9, 0.4, 0.4))
+    assert s.has_more()
+    finish(s, take(s), true=(0.8, 0.4, 0.7, 0.8))
+    assert not s.has_more()
+
+
+def test_device_seconds_are_counted_over_processes(tmp_path: Path) -> None:
+    now = [time.time()]
+    s = sweep(tmp_path, trials=None, device_seconds=1000)
+    s.clock = lambda: now[0]
+    s.place(lanes=2, devices=2)
+    first, _second = take(s), take(s)
+    now[0] += 100
+    assert s.device_seconds() == 400
+    assert s.time_left() == 150  # four devices are busy
+    s.finish(first["id"], {"outcome": "pruned"})
+    now[0] += 100
+    assert s.device_seconds() == 600
+    s.tick()
+    s = sweep(tmp_path, trials=None, device_seconds=1000)
+    assert s.device_seconds() == 600
+    assert s.time_left() == 400
+
+
+def test_the_last_part_goes_to_new_seeds_of_the_members(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=8, final_seeds=0.5, pruner="promote")
+    configs = {}
+    for true in ((0.9, 0.9, 0.4, 0.4), (0.3,) * 4, (0.3, 0.3, 0.9, 0.9), (0.2,) * 4):
+        job = take(s)
+        configs[job["id"]] = job["config"]
+        finish(s, job, true=true)
+    assert set(s.live.members) == {"0000", "0002"}  # type: ignore[union-attr]
+    seeded = [take(s), take(s)]
+    assert {s.seeds[job["id"]] for job in seeded} == {"0000", "0002"}
+    for job in seeded:
+        same = {**configs[s.seeds[job["id"]]], "seed": int(job["id"])}
+        assert job["config"] == same
+    assert not s.report(seeded[0]["id"], scores(0.1, 1))  # it does not wait at a rung
+    assert sweep(tmp_path, trials=8, final_seeds=0.5).seeds == s.seeds
+
+
+def test_weights_that_can_no_longer_matter_are_dropped(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, keep="3")
+    write_json(UPath(tmp_path / "ensembles" / "mine.json"), {"members": [{"id": "0001", "weight": 1.0}]})
+    for accuracy, true in ((0.6, 0.9), (0.1, 0.1), (0.5, 0.3), (0.7, 0.4), (0.4, 0.2), (0.8, 0.4)):
+        finish(s, take(s), accuracy, true=(true,) * 4)
+    assert set(s.live.members) == {"0000"}  # type: ignore[union-attr]
+    kept = [c.id for c in list_candidates(s.run) if c.has_weights]
+    assert kept == ["0000", "0001", "0005"]  # the live member, the saved one, and the best of the others
+    assert all((c.path / "select_probs.npy").exists() for c in list_candidates(s.run))
+
+
+def test_sizes_of_weights_to_keep() -> None:
+    assert parse_keep("30").candidates == 30
+    assert parse_keep("1.5GB").bytes == 1_500_000_000
+    for wrong in ("", "1.5", "-3", "20 cats"):
+        with pytest.raises(UserError, match="--keep-weights"):
+            parse_keep(wrong)
+
+
+def test_a_bug_is_not_retried_again_by_the_next_process(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=1)
+    s.finish(take(s)["id"], {"outcome": "bug", "error": "boom", "traceback": "lines"})
+    s = sweep(tmp_path, trials=1)
+    s.finish(take(s)["id"], {"outcome": "bug", "error": "boom", "traceback": "lines"})
+    assert not s.has_more()
+    assert s.failures() == [("0000", "bug: boom", "lines")]
+
+
+def test_a_sampler_that_repeats_itself_is_made_to_explore(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=3, sampler="tpe")
+    grid = [TrialConfig(batch_size=size, epochs=2) for size in (8, 16, 32)]
+    s.propose_with(lambda trial: grid[trial.suggest_int("size", 0, 2)])
+    s.study.enqueue_trial({"size": 1})
+    s.study.enqueue_trial({"size": 1})
+    first, second = take(s), take(s)
+    assert first["config"]["batch_size"] == 16
+    refused = s.study.trials[1]
+    assert refused.state == TrialState.FAIL
+    assert refused.user_attrs["error"] == "these parameters have been tried"
+    assert second["id"] == "0002"
+    s.propose_with(lambda trial: grid[trial.suggest_int("size", 1, 1)])
+    assert take(s)["config"]["batch_size"] == 16  # nothing else is left: better again than not at all
+
+
+def test_the_sampler_learns_from_an_earlier_sweep(tmp_path: Path) -> None:
+    old, new = tmp_path / "test", tmp_path / "new"  # a study has the name of its run directory
+    old.mkdir()
+    new.mkdir()
+    first = sweep(old, trials=8)
+    for number in range(8):
+        finish(first, take(first), 0.1 * number)
+    s = sweep(new, trials=9)
+
+    def narrower(trial: optuna.Trial) -> TrialConfig:
+        trial.suggest_categorical("other", ["a", "b"])
+        return TrialConfig(lr=trial.suggest_float("lr", 5e-3, 1e-1, log=True), epochs=6)
+
+    rates = [trial.params["lr"] for trial in first.study.trials]
+    inside = [rate for rate in rates if rate >= 5e-3]
+    assert 0 < len(inside) < 8
+    earlier = read_earlier(str(old), "tune_accuracy", narrower)
+    for _ in range(2):  # adding them twice adds them once
+        add_earlier(s.study, earlier)
+    warm = s.study.trials
+    assert [trial.params for trial in warm] == [{"lr": rate} for rate in inside]
+    assert warm[0].user_attrs["warm"] == f"test/{rates.index(inside[0]):04d}"
+
+    s = sweep(new, trials=9)
+    assert s.counted == 0  # they cost nothing
+    for number in range(5):
+        job = take(s)
+        assert int(job["id"]) == len(warm) + number
+        finish(s, job, 0.9 + 0.01 * number)
+    take(s)
+    seen = s.study.sampler.view.get_trials()  # type: ignore[attr-defined]
+    values = [trial.value for trial in seen[: len(warm)]]
+    assert sorted(values) == values  # their order stays
+    assert 0.9 <= min(values) <= max(values) <= 0.94  # on the scale of this sweep
+    with pytest.raises(UserError, match="none of its candidates"):
+        read_earlier(str(old), "tune_accuracy", lambda trial: TrialConfig(dropout=trial.suggest_float("d", 0, 0.1)))
+
+
+@pytest.mark.parametrize("name", ["laptop", "default"])
+def test_the_first_configurations_of_a_space_are_whole_and_come_first(tmp_path: Path, name: str) -> None:
+    space = load_space(name)
+    where: dict[str, WeightSource | None] = {b: None for b in space.backbones if b == "speednet"}
+    where |= {b: WeightSource("hub", "") for b in space.backbones if b != "speednet"}
+    task = Task(where, 10, 40_000, 32, "cpu", None)
+    study = optuna.create_study()
+    enqueue_first(study, space.first, list(where))
+    enqueue_first(study, space.first, list(where))
+    for params in space.first:
+        trial = study.ask()
+        space.suggest(trial, task)
+        assert trial.params == params
+        for key, value in params.items():
+            assert trial.distributions[key]._contains(trial.distributions[key].to_internal_repr(value))
+    assert len(study.trials) == len(space.first)
+    without = optuna.create_study()
+    enqueue_first(without, space.first, ["speednet"])
+    assert len(without.trials) == 1

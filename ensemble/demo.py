@@ -64,19 +64,26 @@ class Examples:
         return self.classes[int(self.labels[index])]
 
 
-def build_page(run: UPath, ensemble: Ensemble, examples: Examples | None, answer: Answer) -> "gradio.Blocks":
-    """The page, to be mounted; raises UserError when Gradio is not installed."""
+def build_page(
+    run: UPath, ensemble: Ensemble, examples: Examples | None, answer: Answer, uploads: Path
+) -> "gradio.Blocks":
+    """The page, to be mounted; uploads: the folder that pictures are kept in while they are looked at.
+
+    Raises UserError when Gradio is not installed.
+    """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: nothing is sent home
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     try:
         import gradio
     except ImportError:
         raise UserError("the demo page needs the package gradio; pip install 'ninefold[serve]'") from None
 
-    async def uploaded_only(path: str | Path | None) -> str | None:
-        if str(path).startswith(("http://", "https://")):
-            raise gradio.Error("upload a file; addresses are not fetched")  # nobody would limit their size
-        return await gradio.Image.async_move_resource_to_block_cache(upload, path)
+    async def uploaded_only(path: str) -> str:
+        """Gradio would fetch an address that a request names, of whatever size, for any component of the page."""
+        if not Path(path).resolve().is_relative_to(uploads.resolve()):
+            raise gradio.Error("upload a file; nothing else is opened")
+        return path
 
     async def answer_upload(path: str | None) -> str:
         if path is None:
@@ -102,7 +109,6 @@ def build_page(run: UPath, ensemble: Ensemble, examples: Examples | None, answer
                     own_answer = gradio.HTML(_HINT, elem_id="own-answer", apply_default_css=False)
             # the file is handed over unopened: what it is, and how large, is for `answer` to find out
             upload.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
-            upload.async_move_resource_to_block_cache = uploaded_only  # type: ignore[method-assign]
             upload.change(
                 answer_upload, upload, own_answer, concurrency_limit=None, api_visibility="private",
                 show_progress="minimal",
@@ -122,6 +128,9 @@ def build_page(run: UPath, ensemble: Ensemble, examples: Examples | None, answer
                 }  # fmt: skip
                 index.change(**shown, trigger_mode="always_last")
                 page.load(**shown)
+    for block in page.blocks.values():
+        block.async_move_resource_to_block_cache = uploaded_only  # type: ignore[method-assign]
+    page.has_launched = True  # else Gradio, when mounted, lets a request name any file of this machine as uploaded
     return page
 
 

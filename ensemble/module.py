@@ -13,7 +13,7 @@ from ensemble.metrics import FLOOR
 from trainables.augment import Pixels
 from trainables.backbones import load_model
 from trainables.candidate import Candidate
-from trainables.config import TestTimeAugmentation, TrialConfig
+from trainables.config import TrialConfig
 from trainables.inference import view_logits
 
 LOG_FLOOR = float(torch.tensor(FLOOR).log())
@@ -25,12 +25,12 @@ class MemberModule(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, candidate: Candidate, temperature: float, tta: TestTimeAugmentation | None) -> None:
+    def __init__(self, candidate: Candidate, temperature: float) -> None:
         super().__init__()
         config = TrialConfig.from_dict(candidate.info["config"])
         self.network = load_model(candidate)
         self.size = int(candidate.info.get("image_size", config.image_size))
-        self.tta: TestTimeAugmentation = tta or config.tta
+        self.tta = config.tta
         self.temperature = temperature
         pixels = Pixels.of(candidate.info["mean"], candidate.info["std"], torch.device("cpu"))
         self.register_buffer("mean", pixels.mean)
@@ -38,10 +38,7 @@ class MemberModule(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits = view_logits(self.network, images, Pixels(self.mean, self.std), self.size, self.tta)
-        logs = F.log_softmax(logits, dim=1)
-        if self.temperature != 1:
-            logs = F.log_softmax(logs.clamp(min=LOG_FLOOR) / self.temperature, dim=1)
-        return logs
+        return scale_logs(F.log_softmax(logits, dim=1), self.temperature)
 
 
 class EnsembleModule(nn.Module):
@@ -53,11 +50,12 @@ class EnsembleModule(nn.Module):
     coefficients: Tensor
     intercept: Tensor
 
-    def __init__(self, run: UPath, ensemble: Ensemble, tta: TestTimeAugmentation | None = None) -> None:
+    def __init__(self, run: UPath, ensemble: Ensemble) -> None:
         super().__init__()
         members = [member for member in ensemble.members if member.weight > 0]
-        self.members = nn.ModuleList(MemberModule(m.candidate(run), m.temperature, tta) for m in members)
+        self.members = nn.ModuleList(MemberModule(m.candidate(run), m.temperature) for m in members)
         self.weights = [member.weight for member in members]
+        self.temperature = ensemble.temperature
         self.stacked = ensemble.stack is not None
         if ensemble.stack is not None:
             coefficients = torch.from_numpy(ensemble.stack.coefficients).float()  # (C, K, C)
@@ -67,7 +65,15 @@ class EnsembleModule(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logs = [member(images) for member in self.members]
-        if not self.stacked:
-            return torch.stack([weight * log.exp() for weight, log in zip(self.weights, logs, strict=True)]).sum(0)
-        votes = [log.clamp(min=LOG_FLOOR) @ self.coefficients[k] for k, log in enumerate(logs)]
-        return F.softmax(torch.stack(votes).sum(0) + self.intercept, dim=1)
+        if self.stacked:
+            votes = [log.clamp(min=LOG_FLOOR) @ self.coefficients[k] for k, log in enumerate(logs)]
+            together = F.log_softmax(torch.stack(votes).sum(0) + self.intercept, dim=1)
+        else:
+            shares = [weight * log.exp() for weight, log in zip(self.weights, logs, strict=True)]
+            together = torch.stack(shares).sum(0).log()
+        return scale_logs(together, self.temperature).exp()
+
+
+def scale_logs(logs: Tensor, temperature: float) -> Tensor:
+    """What `ensemble.blend.scale` does to probabilities, on their logarithms (N, C)."""
+    return logs if temperature == 1 else F.log_softmax(logs.clamp(min=LOG_FLOOR) / temperature, dim=1)

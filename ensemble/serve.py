@@ -8,12 +8,12 @@ deployment instead of in this process; page and API are the same.
 """
 
 import contextlib
-import os
 import signal
 import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -120,14 +120,16 @@ def replicas(args: Serve, *answerer: Any) -> Iterator[Answer]:
         async def answer(content: bytes) -> dict[str, Any]:
             return await handle.remote(content)
 
-        yield answer
-        serve.shutdown()
+        try:
+            yield answer
+        finally:
+            serve.shutdown()
     finally:
         disconnect()
 
 
 def serve(args: Serve) -> None:
-    """Listen until interrupted. Raises UserError for whatever a user can mend, before anything listens."""
+    """Answer until interrupted. Raises UserError for whatever a user can mend, before anything is answered."""
     run = open_run(args.run)
     ensemble = read_ensemble(run, args.ensemble)
     try:
@@ -141,15 +143,15 @@ def serve(args: Serve) -> None:
         tempfile.TemporaryDirectory(prefix="ninefold-") as uploads,
         replicas(args, *what) if args.ray_serve else contextlib.nullcontext(Answerer(*what)) as answer,
     ):
-        os.environ["GRADIO_TEMP_DIR"] = uploads
-        page = build_page(run, ensemble, Examples.of(run), answer)
+        page = build_page(run, ensemble, Examples.of(run), answer, Path(uploads))
         import gradio
         import uvicorn
 
         app = make_app(answer, most_bytes)
         gradio.mount_gradio_app(app, page, path="/", max_file_size=most_bytes, **mount_options())
         address = f"http://{args.host}:{listener.getsockname()[1]}"
-        print(f"{run.name}, {len(ensemble.members)} members, at {address} (page) and {address}/predict (HTTP API)")
+        told = f"{run.name}, {len(ensemble.members)} members, at {address} (page) and {address}/predict (HTTP API)"
+        print(told, flush=True)
         config = uvicorn.Config(
             app, log_level="warning", limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=3, lifespan="on"
         )

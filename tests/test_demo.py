@@ -12,32 +12,22 @@ from upath import UPath
 
 from ensemble.ensemble import read_ensemble
 from ensemble.predict import Voters
+from tests.chromium import open_chromium
 from tests.test_serve import Server, bomb
 from trainables.data import open_data
 from trainables.splits import load_splits
 
 pytestmark = pytest.mark.browser
 PATIENCE = 120  # seconds that a page may take on a busy machine
-FLAGS = [
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--window-size=1200,900",
-]  # fmt: skip
 
 
 class Page:
     """A tab of Chromium that looks at the demo."""
 
     def __init__(self, address: str, profile: Path) -> None:
-        from selenium.webdriver import Chrome, ChromeOptions
-        from selenium.webdriver.chrome.service import Service
-
-        options = ChromeOptions()
-        for flag in [*FLAGS, f"--user-data-dir={profile}"]:
-            options.add_argument(flag)
-        options.binary_location = "/usr/bin/chromium"
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        self.driver = Chrome(options, Service("/usr/bin/chromedriver"))
+        self.driver = open_chromium(profile, performance="ALL")
         self.driver.set_page_load_timeout(PATIENCE)
+        self.driver.set_window_size(1200, 900)
         self.driver.get(address)
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
@@ -83,8 +73,8 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def server(small_run: UPath) -> Iterator[Server]:
-    server = Server(small_run, "--most-mib", "2")
+def server(small_run: UPath, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(small_run, tmp_path_factory.mktemp("temporary"), "--most-mib", "2")
     yield server
     assert server.process.poll() is None, "it stayed up"
     server.stop()

@@ -79,11 +79,13 @@ def build_page(
     except ImportError:
         raise UserError("the demo page needs the package gradio; pip install 'ninefold[serve]'") from None
 
-    async def uploaded_only(path: str) -> str:
-        """Gradio would fetch an address that a request names, of whatever size, for any component of the page."""
+    def uploaded(path: str) -> str:
         if not Path(path).resolve().is_relative_to(uploads.resolve()):
-            raise gradio.Error("upload a file; nothing else is opened")
+            raise gradio.Error("upload a file; nothing else is opened", print_exception=False)
         return path
+
+    async def keep(path: str) -> str:
+        return uploaded(path)
 
     async def answer_upload(path: str | None) -> str:
         if path is None:
@@ -108,7 +110,7 @@ def build_page(
                 with gradio.Column(min_width=300):
                     own_answer = gradio.HTML(_HINT, elem_id="own-answer", apply_default_css=False)
             # the file is handed over unopened: what it is, and how large, is for `answer` to find out
-            upload.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
+            upload.preprocess = lambda payload: uploaded(payload.path) if payload else None  # type: ignore[method-assign]
             upload.change(
                 answer_upload, upload, own_answer, concurrency_limit=None, api_visibility="private",
                 show_progress="minimal",
@@ -129,8 +131,8 @@ def build_page(
                 index.change(**shown, trigger_mode="always_last")
                 page.load(**shown)
     for block in page.blocks.values():
-        block.async_move_resource_to_block_cache = uploaded_only  # type: ignore[method-assign]
-    page.has_launched = True  # else Gradio, when mounted, lets a request name any file of this machine as uploaded
+        # Gradio, mounted, would copy any file of this machine, or fetch any address, that a request names as its upload
+        block.async_move_resource_to_block_cache = keep  # type: ignore[method-assign,assignment]
     return page
 
 

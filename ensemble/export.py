@@ -152,7 +152,7 @@ def _need_onnx() -> None:
 
 
 def _write_onnx(module: nn.Module, size: tuple[int, int], metadata: dict[str, str], path: Path) -> Runtime:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, SessionOptions
 
     weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     if weights > LARGEST_ONNX:
@@ -168,7 +168,10 @@ def _write_onnx(module: nn.Module, size: tuple[int, int], metadata: dict[str, st
     assert converted is not None
     converted.model.metadata_props.update(metadata)
     converted.save(path, external_data=False)
-    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # its own default takes every core, whoever else uses them
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: np.asarray(session.run(["probs"], {"images": images})[0])
 
 

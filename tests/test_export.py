@@ -99,7 +99,9 @@ def test_an_onnx_file_agrees_on_a_thousand_images(small_run: UPath, tmp_path: Pa
     made = export(small_run, ensemble, tmp_path / "e.onnx", "onnx")
     onnx.checker.check_model(str(made.path))
     assert [entry.version for entry in onnx.load(made.path).opset_import if entry.domain == ""] == [exporting.OPSET]
-    session = onnxruntime.InferenceSession(made.path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(made.path, options)
     assert [(i.name, i.type, i.shape[1:]) for i in session.get_inputs()] == [("images", "tensor(uint8)", [12, 12, 3])]
     meta = session.get_modelmeta().custom_metadata_map
     assert json.loads(meta["classes"]) == ["across", "down", "grid"]

@@ -17,9 +17,10 @@ from upath import UPath
 from ensemble import export as exporting
 from ensemble.blend import Stack
 from ensemble.ensemble import Ensemble, Member, read_ensemble
-from ensemble.export import export
+from ensemble.export import Exported, export
 from ensemble.module import EnsembleModule
 from ensemble.predict import Voters
+from trainables.candidate import read_run
 from trainables.classic import _TwoByTwo
 from trainables.errors import UserError
 
@@ -56,6 +57,17 @@ def images(pictures: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted((pictures / "test").glob("*/*.png"))[::2]])
 
 
+@pytest.fixture(scope="module")
+def tempered(small_run: UPath) -> Ensemble:
+    return variants(read_ensemble(small_run))["temperatures"]
+
+
+@pytest.fixture(scope="module")
+def made(small_run: UPath, tempered: Ensemble, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """ensemble.onnx, in a folder of its own."""
+    return export(small_run, tempered, tmp_path_factory.mktemp("onnx") / "ensemble.onnx", "onnx")
+
+
 @pytest.mark.parametrize("kind", ["weights", "temperatures", "stack"])
 def test_the_module_computes_what_the_ensemble_predicts(kind: str, small_run: UPath, images: np.ndarray) -> None:
     ensemble = variants(read_ensemble(small_run))[kind]
@@ -67,36 +79,33 @@ def test_the_module_computes_what_the_ensemble_predicts(kind: str, small_run: UP
 
 
 def test_an_onnx_file_is_used_with_onnxruntime_numpy_and_pillow(
-    small_run: UPath, pictures: Path, tmp_path: Path
+    small_run: UPath, tempered: Ensemble, made: Exported, pictures: Path
 ) -> None:
     """The five-line example, in a process that must not import torch; a picture of the stored size, and a wider one."""
-    ensemble = variants(read_ensemble(small_run))["temperatures"]
-    made = export(small_run, ensemble, tmp_path / "ensemble.onnx", "onnx")
-    assert made.largest_difference <= 1e-4
-    assert made.real
     assert len(example().splitlines()) == 5
     picture = Image.open(pictures / "test/grid/0.png")
     wider = Image.new("RGB", (18, 12))
     wider.paste(picture, (3, 0))  # of which the middle is looked at
-    voters = Voters.load(small_run, ensemble, "cpu", precision="fp32")
-    expected = voters(np.asarray(picture)[None])[0]
+    expected = Voters.load(small_run, tempered, "cpu", precision="fp32")(np.asarray(picture)[None])[0]
     script = example() + "\nimport sys; assert not {'torch', 'ensemble'} & set(sys.modules)"
     for image in (picture, wider):
-        image.save(tmp_path / "cat.jpg", "PNG")  # Pillow looks at the content
-        ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+        image.save(made.path.parent / "cat.jpg", "PNG")  # Pillow looks at the content
+        ran = subprocess.run([sys.executable, "-c", script], cwd=made.path.parent, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         label, probability = ran.stdout.split()
-        assert label == voters.classes[expected.argmax()]
+        assert label == read_run(small_run)["classes"][expected.argmax()]
         assert float(probability) == pytest.approx(float(expected.max()), abs=1e-4)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cat.jpg", "ensemble.onnx"]
+    assert sorted(p.name for p in made.path.parent.iterdir()) == ["cat.jpg", "ensemble.onnx"]
 
 
-def test_an_onnx_file_agrees_on_a_thousand_images(small_run: UPath, tmp_path: Path, images: np.ndarray) -> None:
+def test_an_onnx_file_agrees_on_a_thousand_images(
+    small_run: UPath, tempered: Ensemble, made: Exported, images: np.ndarray
+) -> None:
     import onnx
     import onnxruntime
 
-    ensemble = variants(read_ensemble(small_run))["stack"]
-    made = export(small_run, ensemble, tmp_path / "e.onnx", "onnx")
+    assert made.largest_difference <= 1e-4
+    assert made.real
     onnx.checker.check_model(str(made.path))
     assert [entry.version for entry in onnx.load(made.path).opset_import if entry.domain == ""] == [exporting.OPSET]
     options = onnxruntime.SessionOptions()
@@ -107,7 +116,7 @@ def test_an_onnx_file_agrees_on_a_thousand_images(small_run: UPath, tmp_path: Pa
     assert json.loads(meta["classes"]) == ["across", "down", "grid"]
     assert [m["architecture"] for m in json.loads(meta["ensemble"])["members"]]
     assert json.loads(meta["select"])["images"] == 18
-    voters = Voters.load(small_run, ensemble, "cpu", precision="fp32")
+    voters = Voters.load(small_run, tempered, "cpu", precision="fp32")
     random = np.random.default_rng(0)
     noisy = images[random.integers(len(images), size=1000)] + random.normal(0, 30, (1000, 12, 12, 3))
     for batch in (images, images[:1], noisy.clip(0, 255).astype(np.uint8)):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ensemble.blend import scale
 from ensemble.ensemble import read_ensemble
 from ensemble.predict import Voters
 from trainables.candidate import open_run
@@ -80,7 +81,8 @@ class Answerer:
         """The answer to the bytes of an image file, JSON-able.
 
         `label`, `probability`, `probs` (by class), `members` (each with `id`, `architecture`, `weight`, `label`,
-        `probability`); or, for what is no image or too large a one, `error` in words and an HTTP `status`.
+        `probability`, at the temperature at which it is averaged); or, for what is no image or too large a one, `error`
+        in words and an HTTP `status`.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -99,7 +101,7 @@ class Answerer:
                 "architecture": architecture,
                 "weight": round(member.weight, 6),
                 "label": classes[int(vote.argmax())],
-                "probability": round(float(vote.max()), 6),
+                "probability": round(float(scale(vote[None], member.temperature).max()), 6),
             }
             for member, architecture, vote in zip(self.voters.ensemble.members, self.architectures, votes, strict=True)
         ]

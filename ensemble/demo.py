@@ -197,12 +197,11 @@ def _vote_row(member: dict[str, Any], label: str) -> str:
 def _head_html(run: UPath, ensemble: Ensemble) -> str:
     score = ensemble.scores.get("select", {})
     told = f"{len(ensemble.members)} members, chosen by {ensemble.selector}"
-    if "accuracy" in score:
-        told += f"; select accuracy {score['accuracy']:.2%}"
+    if {"accuracy", "images"} <= score.keys():
+        told += f"; select accuracy {score['accuracy']:.2%} on {score['images']:,} images"
         if "interval" in score:
             low, high = score["interval"]
-            told += f" (95 %: {low:.2%} to {high:.2%}"
-            told += f", {score['images']} images)" if "images" in score else ")"
+            told += f" ({low:.2%} to {high:.2%})"
     name = f"<small>Ninefold</small> {html.escape(run.name)}"
     return f'<div class="nf nf-head"><h1>{name}</h1><p>{html.escape(told)}</p></div>'
 

@@ -1,10 +1,12 @@
 """ensemble.serve: a real server in a process of its own, on a free port of the loopback interface."""
 
 import contextlib
+import dataclasses
 import http.client
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,8 +27,9 @@ from upath import UPath
 
 from ensemble import serve as serving
 from ensemble.answer import LARGEST_BATCH, Batcher
+from ensemble.blend import scale
 from ensemble.demo import answer_html
-from ensemble.ensemble import read_ensemble
+from ensemble.ensemble import Member, read_ensemble, write_ensemble
 from ensemble.predict import Voters
 from ensemble.serve import Serve
 from trainables.errors import UserError
@@ -43,7 +46,7 @@ class Server:
         command = [sys.executable, "-m", "ensemble.serve", "--run", str(run), "--port", "0", "--device", "cpu", *args]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "TMPDIR": str(temporary)},
+            env={**os.environ, "TMPDIR": str(temporary), "RAY_TMPDIR": "/tmp"},  # sockets' names must be short
         )  # fmt: skip
         watch = threading.Timer(PATIENCE, self.process.kill)
         watch.start()
@@ -92,8 +95,19 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(small_run: UPath, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(small_run, tmp_path_factory.mktemp("temporary"), "--most-mib", "2")
+def run(small_run: UPath, tmp_path_factory: pytest.TempPathFactory) -> UPath:
+    """A run whose ensemble has temperatures, as `auto` chooses them."""
+    run = UPath(shutil.copytree(str(small_run), tmp_path_factory.mktemp("runs") / "tempered"))
+    ensemble = read_ensemble(run)
+    members = zip(ensemble.members, (0.5, 0.3, 0.2), (0.7, 1.0, 2.5), strict=True)
+    tempered = tuple(Member(m.id, weight, temperature=temperature) for m, weight, temperature in members)
+    write_ensemble(run, dataclasses.replace(ensemble, members=tempered, temperature=0.6))
+    return run
+
+
+@pytest.fixture(scope="module")
+def server(run: UPath, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(run, tmp_path_factory.mktemp("temporary"), "--most-mib", "2")
     yield server
     assert server.process.poll() is None, "it stayed up"
     assert server.stop() == "", "nothing went wrong unseen"
@@ -125,10 +139,10 @@ def bomb(side: int = 10_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-def test_an_answer_is_what_the_ensemble_predicts(server: Server, small_run: UPath, picture: Image.Image) -> None:
+def test_an_answer_is_what_the_ensemble_predicts(server: Server, run: UPath, picture: Image.Image) -> None:
     status, told = server.post(encoded(picture, "PNG"))
     assert status == 200
-    voters = Voters.load(small_run, read_ensemble(small_run), "cpu")
+    voters = Voters.load(run, read_ensemble(run), "cpu")
     votes = voters.votes(np.asarray(picture)[None])
     probs = voters.ensemble.predict(votes)[0]
     assert list(told["probs"]) == list(voters.classes)
@@ -136,10 +150,10 @@ def test_an_answer_is_what_the_ensemble_predicts(server: Server, small_run: UPat
     assert told["label"] == voters.classes[int(probs.argmax())]
     assert told["probability"] == pytest.approx(float(probs.max()), abs=1e-4)
     assert [m["id"] for m in told["members"]] == [m.id for m in voters.ensemble.members]
-    for member, vote in zip(told["members"], votes, strict=True):
-        assert member["label"] == voters.classes[int(vote[0].argmax())]
-        assert member["probability"] == pytest.approx(float(vote.max()), abs=1e-4)
-        assert member["weight"] == pytest.approx(1 / 3, abs=1e-3)
+    for shown, member, vote in zip(told["members"], voters.ensemble.members, votes, strict=True):
+        assert shown["label"] == voters.classes[int(vote[0].argmax())]
+        assert shown["probability"] == pytest.approx(float(scale(vote, member.temperature).max()), abs=1e-4)
+        assert shown["weight"] == member.weight
 
 
 def test_odd_pictures_are_answered(server: Server, picture: Image.Image) -> None:
@@ -236,9 +250,9 @@ def test_the_page_opens_uploads_alone(server: Server, pictures: Path) -> None:
         server.upload(bytes(3 * 2**20))
 
 
-def test_many_at_once_get_each_their_own_answer(server: Server, pictures: Path, small_run: UPath) -> None:
+def test_many_at_once_get_each_their_own_answer(server: Server, pictures: Path, run: UPath) -> None:
     paths = sorted((pictures / "test").glob("*/*.png"))[::2]
-    voters = Voters.load(small_run, read_ensemble(small_run), "cpu")
+    voters = Voters.load(run, read_ensemble(run), "cpu")
     expected = voters(np.stack([np.asarray(Image.open(path)) for path in paths]))
     with ThreadPoolExecutor(len(paths)) as pool:
         answers = list(pool.map(lambda path: server.post(path.read_bytes()), paths))
@@ -295,9 +309,9 @@ def test_fifty_parallel_requests_for_a_minute(server: Server, picture: Image.Ima
 
 @pytest.mark.slow
 def test_replicas_of_ray_serve_answer_alike(
-    small_run: UPath, server: Server, pictures: Path, tmp_path_factory: pytest.TempPathFactory
+    run: UPath, server: Server, pictures: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    replicated = Server(small_run, tmp_path_factory.mktemp("ray"), "--ray-serve", "--replicas", "2")
+    replicated = Server(run, tmp_path_factory.mktemp("ray"), "--ray-serve", "--replicas", "2")
     family = psutil.Process(replicated.process.pid).children(recursive=True)
     paths = sorted((pictures / "test").glob("*/*.png"))[::3]
     with ThreadPoolExecutor(len(paths)) as pool:

@@ -91,6 +91,7 @@ class Ours:
         self.folder = tempfile.TemporaryDirectory(prefix="replay-", dir=folder)
         self.curves, self.now = curves, 0.0
         self.done: dict[str, int] = {}
+        self.index: dict[str, int] = {}
         labels = np.zeros(curves.true_probs["tune"].shape[1], int)  # two classes will do: the true one, and the rest
         study = open_study(None, "replay", objective, "tpe", pruner, seed)
         self.sweep = Sweep(
@@ -104,17 +105,22 @@ class Ours:
         job = self.sweep.next()
         if job is None:
             return None
-        return job["id"], job["config"]["seed"], self.done.get(job["id"], 0)  # config_of gives each point its own seed
+        self.index[job["id"]] = job["config"]["seed"]  # config_of gives each point its own
+        return job["id"], self.index[job["id"]], self.done.get(job["id"], 0)
 
     def report(self, name: str, epoch: int, loss: float) -> bool:
         self.done[name] = epoch
-        return self.sweep.report(name, {"epoch": epoch, "tune_log_loss": loss})
+        accuracy = float(self.curves.accuracy[self.index[name], epoch - 1])
+        return self.sweep.report(name, {"epoch": epoch, "tune_log_loss": loss, "tune_accuracy": accuracy})
 
     def end(self, name: str, index: int, outcome: str) -> None:
         if outcome != "finished":
             self.sweep.finish(name, {"outcome": "pruned" if outcome == "stopped" else outcome, "error": outcome})
             return
-        metrics = {"tune_log_loss": float(self.curves.log_loss[index, -1])}
+        metrics = {
+            "tune_log_loss": float(self.curves.log_loss[index, -1]),
+            "tune_accuracy": float(self.curves.accuracy[index, -1]),
+        }
         true = self.curves.true_probs["tune"][index]
         probs = np.stack([true, 1 - true], axis=1)
         write_candidate(self.sweep.run, {"id": name, "metrics": metrics}, probs[:1], probs)

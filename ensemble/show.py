@@ -61,7 +61,7 @@ def auto_in_words(report: dict[str, Any]) -> str:
     chosen = f"auto chose {report['selector']}" + (f" of at most {report['k']} members" if report["k"] > 1 else "")
     held_out, fitted = report["cross_validated"], report["fitted"]
     if not held_out:
-        return f"{chosen}: too few images to cross-validate"
+        return f"{chosen}: there was nothing to cross-validate (one candidate, or too few images)"
     return (
         f"{chosen}: cross-validated accuracy {held_out['accuracy']:.2%} (fitted {fitted['accuracy']:.2%}), "
         f"log-loss {held_out['log_loss']:.4f} (fitted {fitted['log_loss']:.4f})"

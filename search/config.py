@@ -65,9 +65,10 @@ class SearchConfig:
     of the ensemble so far with the candidate added."""
     sampler: Sampler = "tpe"
     """Optuna sampler: proposes configurations."""
-    pruner: Pruner = "asha"
-    """Stops trials that fall behind (an Optuna pruner; asha is successive halving); promote: they wait at rungs with
-    their checkpoints, and the best of a rung go on when a device is free."""
+    pruner: Pruner = "promote"
+    """promote: after a ninth of its epochs a trial waits with its checkpoint, and the best quarter of all that have
+    come so far go on when a device is free. Others are Optuna's and stop trials that fall behind (asha: successive
+    halving); none: all are trained to the end."""
     workers_per_trial: int = 1
     """Ray Train workers (DDP ranks) of one trial."""
     gpus_per_trial: float | None = None

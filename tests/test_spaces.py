@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -17,6 +18,7 @@ from trainables.backbones import WeightSource, check_backbone
 ROOT = Path(__file__).parent.parent
 SEEDS = ("cifar10_nine", "intel_scenes", "cifar100_transfer", "cifar10_keras_cnn", "cifar10_from_scratch")
 SPACES = ("default", "dry_run", "laptop", *SEEDS)
+RECIPES = ("speednet_cifar10", "lite0_intel", "intel_lites")
 
 
 def task(name: str, found: bool, device: str) -> Task:
@@ -45,6 +47,16 @@ def test_every_backbone_is_proposed_with_a_trainable_configuration(name: str, fo
         assert config.progressive == () or config.progressive[-1] == config.image_size
         assert config.pretrained or config.freeze_epochs == 0
     assert len({config.lr for config in proposed}) > 30, "the learning rate is searched"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_fixed_recipe_varies_nothing_but_backbone_and_seed(name: str) -> None:
+    space, where = load_space(name), task(name, found=True, device="cpu")
+    study = optuna.create_study()
+    proposed = [_checked(space.suggest(study.ask(), where), where) for _ in range(space.trials)]
+    assert {config.backbone for config in proposed} == set(where.backbones)
+    assert [config.seed for config in proposed] == list(range(space.trials))
+    assert len({replace(config, backbone="", seed=0) for config in proposed}) == 1
 
 
 def test_tiny_trials_are_few_and_short() -> None:

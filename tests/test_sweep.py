@@ -11,6 +11,7 @@ import pytest
 from optuna.trial import TrialState
 from upath import UPath
 
+from search import promotion
 from search.budget import Budget, WeightStore, parse_keep
 from search.config import Task
 from search.knowledge import add_earlier, enqueue_first, read_earlier
@@ -309,6 +310,25 @@ def climb(s: Sweep, job: dict[str, Any], accuracy: float, first: int = 1) -> int
     return job["config"]["epochs"]
 
 
+@pytest.fixture
+def two_rungs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a ninth and a third, one in three goes on."""
+    monkeypatch.setattr(promotion, "SHARES", (1 / 9, 1 / 3))
+    monkeypatch.setattr(promotion, "FACTOR", 3)
+
+
+def test_one_in_four_goes_on_from_the_one_early_rung(tmp_path: Path) -> None:
+    assert [promotion.rung_epochs(epochs) for epochs in (1, 2, 9, 10, 30)] == [[], [1], [1], [2], [4]]
+    s = sweep(tmp_path, trials=5, pruner="promote")
+    for accuracy in (0.5, 0.9, 0.3):
+        assert climb(s, take(s), accuracy) == 1
+    assert climb(s, take(s), 0.8) == 1  # of four only the best
+    job = take(s)
+    assert job["id"] == "0001"
+    assert climb(s, job, 0.9, first=2) == 6  # to the end
+
+
+@pytest.mark.usefixtures("two_rungs")
 def test_trials_wait_at_a_rung_and_the_best_of_it_are_promoted(tmp_path: Path) -> None:
     s = sweep(tmp_path, trials=9, pruner="promote")  # six epochs: rungs after 1 and 2
     for accuracy in (0.5, 0.9):
@@ -333,6 +353,7 @@ def test_trials_wait_at_a_rung_and_the_best_of_it_are_promoted(tmp_path: Path) -
     assert not s.waiting
 
 
+@pytest.mark.usefixtures("two_rungs")
 def test_the_sampler_sees_a_waiting_trial_as_pruned_at_its_rung(tmp_path: Path) -> None:
     s = sweep(tmp_path, trials=9, pruner="promote", objective="log_loss")
     for accuracy in (0.5, 0.9, 0.3):
@@ -347,6 +368,7 @@ def test_the_sampler_sees_a_waiting_trial_as_pruned_at_its_rung(tmp_path: Path) 
     assert cut["id"] == "0003"
 
 
+@pytest.mark.usefixtures("two_rungs")
 def test_waiting_trials_survive_a_kill(tmp_path: Path) -> None:
     first = sweep(tmp_path, trials=9, pruner="promote")
     for accuracy in (0.5, 0.9, 0.3):
@@ -370,6 +392,7 @@ def test_waiting_trials_survive_a_kill(tmp_path: Path) -> None:
     assert states(third) == ["COMPLETE"] * 4
 
 
+@pytest.mark.usefixtures("two_rungs")
 def test_when_time_runs_short_the_best_waiting_trial_goes_on(tmp_path: Path) -> None:
     s = sweep(tmp_path, trials=None, deadline=time.time() + 10_000, pruner="promote")
     for accuracy in (0.5, 0.9, 0.3):

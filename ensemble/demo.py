@@ -110,7 +110,7 @@ def build_page(
                 with gradio.Column(min_width=300):
                     own_answer = gradio.HTML(_HINT, elem_id="own-answer", apply_default_css=False)
             # the file is handed over unopened: what it is, and how large, is for `answer` to find out
-            upload.preprocess = lambda payload: uploaded(payload.path) if payload else None  # type: ignore[method-assign]
+            upload.preprocess = lambda payload: uploaded(str(payload.path)) if payload else None  # type: ignore[method-assign]
             upload.change(
                 answer_upload, upload, own_answer, concurrency_limit=None, api_visibility="private",
                 show_progress="minimal",

@@ -108,14 +108,13 @@ def replicas(args: Serve, *answerer: Any) -> Iterator[Answer]:
         if args.replicas > offer.cpus:
             raise UserError(f"--replicas is {args.replicas}, but there are {offer.cpus:g} CPUs; lower it")
         serve.start(proxy_location="Disabled")  # this process is the front
-        deployment = serve.deployment(
-            Answerer,
+        deploy = serve.deployment(
             name="ensemble",
             num_replicas=args.replicas,
             max_ongoing_requests=ONGOING,
             ray_actor_options={"num_cpus": 1, "num_gpus": min(1.0, offer.gpus / args.replicas)},
         )
-        handle = serve.run(deployment.bind(*answerer), name="ninefold", route_prefix=None)
+        handle = serve.run(deploy(Answerer).bind(*answerer), name="ninefold", route_prefix=None)
 
         async def answer(content: bytes) -> dict[str, Any]:
             return await handle.remote(content)

@@ -106,7 +106,7 @@ def test_an_uploaded_picture_is_answered_without_a_network(page: Page, pictures:
     said = page.driver.execute_script(
         "return [...document.querySelectorAll('#own-answer .nf-votes tbody tr')].map(r => r.cells[1].innerText)"
     )
-    assert [row.split()[-1] for row in said] == [voters.classes[int(vote[0].argmax())] for vote in votes]
+    assert [row.split()[1] for row in said] == [voters.classes[int(vote[0].argmax())] for vote in votes]
     assert page.errors() == []
     own = (page.driver.current_url, "data:", "blob:", "chrome:")
     assert {url for url in page.requested() if not url.startswith(own)} == set(), "nothing comes from elsewhere"

@@ -34,7 +34,8 @@ def variants(ensemble: Ensemble) -> dict[str, Ensemble]:
         for m, weight, temperature in zip(ensemble.members, (0.5, 0.3, 0.2), (0.7, 1.0, 2.5), strict=True)
     )
     random = np.random.default_rng(0)
-    stack = Stack(random.normal(0, 1, (3, 3, 3)), random.normal(size=3))
+    coefficients = 0.4 * np.eye(3)[:, None] + random.normal(0, 0.1, (3, 3, 3))
+    stack = Stack(coefficients, random.normal(size=3))
     return {
         "weights": ensemble,
         "temperatures": dataclasses.replace(ensemble, members=members, temperature=0.6),
@@ -75,7 +76,7 @@ def test_the_module_computes_what_the_ensemble_predicts(kind: str, small_run: UP
     with torch.no_grad():
         found = EnsembleModule(small_run, ensemble)(torch.from_numpy(images)).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert found.std(axis=0).max() > 0.01, "the images are told apart, so agreement means something"
+    assert found.std(axis=0).min() > 0.01, "the images are told apart, so agreement means something"
 
 
 def test_an_onnx_file_is_used_with_onnxruntime_numpy_and_pillow(

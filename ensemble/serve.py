@@ -114,12 +114,12 @@ def replicas(args: Serve, *answerer: Any) -> Iterator[Answer]:
             max_ongoing_requests=ONGOING,
             ray_actor_options={"num_cpus": 1, "num_gpus": min(1.0, offer.gpus / args.replicas)},
         )
-        handle = serve.run(deploy(Answerer).bind(*answerer), name="ninefold", route_prefix=None)
-
-        async def answer(content: bytes) -> dict[str, Any]:
-            return await handle.remote(content)
-
         try:
+            handle = serve.run(deploy(Answerer).bind(*answerer), name="ninefold", route_prefix=None)
+
+            async def answer(content: bytes) -> dict[str, Any]:
+                return await handle.remote(content)
+
             yield answer
         finally:
             serve.shutdown()

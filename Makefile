@@ -31,7 +31,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[offline,explore,dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[offline,explore,export,serve,dev]'
 	touch $(STAMP)
 
 clean:

@@ -230,12 +230,14 @@ def _plotted(make: Callable[[], go.Figure]) -> go.Figure | str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return make().update_layout(title=None)
-    except Exception as error:  # a space without parameters, values that are all the same, ...
+    except Exception as error:  # values that are all the same, ...
         return f"cannot be drawn: {str(error) or type(error).__name__}"
 
 
 def _importance(study: optuna.Study) -> go.Figure:
     figure = optuna.visualization.plot_param_importances(study)
+    if not figure.data:
+        raise ValueError("the trials differ in no parameter")
     return figure.update_traces(marker={"color": BLUE}).update_layout(
         showlegend=False, height=360, yaxis={"title": None}
     )

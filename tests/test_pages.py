@@ -1,7 +1,4 @@
-"""The pages in a real, headless Chromium: no console errors, figures are drawn, a click on a point shows its trial.
-
-`make test-browser` installs Debian's chromium and chromium-driver where they are missing.
-"""
+"""The pages in a real, headless Chromium: no console errors, figures are drawn, a click on a point shows its trial."""
 
 import json
 import shutil
@@ -13,6 +10,7 @@ import pytest
 from ensemble.ensemble import read_ensemble, write_ensemble
 from ensemble.report import write_report
 from ensemble.select import Select, choose
+from tests.chromium import open_chromium
 from tests.small_run import doubt_first, train_run
 from tests.test_report import HOSTILE
 from tests.test_select import make_run
@@ -21,24 +19,13 @@ from trainables.explore import Explore, explore
 
 pytestmark = pytest.mark.browser
 
-FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 PATIENCE = 60  # seconds that a page may take on a busy machine
 PHONE, DESKTOP = 390, 1280
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or pytest.fail("no chromium; run make test-browser")
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    driver = open_chromium(tmp_path_factory.mktemp("profile"))
     yield driver
     driver.quit()
 

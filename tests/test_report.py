@@ -10,10 +10,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 from upath import UPath
 
 from ensemble.ensemble import Ensemble, Member, read_ensemble, write_ensemble
+from ensemble.figures import of_study
 from ensemble.report import write_report
 from ensemble.select import Select, choose
 from tests.small_run import train_run
@@ -183,6 +185,15 @@ def test_images_that_are_gone_and_a_study_that_is_damaged(trained, tmp_path):
     assert "The test part could not be read" in page.words
     assert "nowhere holds no prepared data set" in page.words
     assert "is no study database" in page.words
+
+
+def test_a_study_of_a_single_recipe_has_no_importance():
+    study = optuna.create_study()
+    for value in (0.5, 0.6, 0.7):
+        study.add_trial(optuna.trial.create_trial(value=value))
+    figures = of_study(study)
+    assert figures["Parameter importance"] == "cannot be drawn: the trials differ in no parameter"
+    assert set(figures) == {"Parameter importance", "Timeline", "Parallel coordinates", "Slices"}
 
 
 def test_other_images_under_the_same_path_are_not_shown(trained, tmp_path):

@@ -38,8 +38,9 @@ class Pixels:
             x = x.permute(0, 2, 3, 1)
         # whole rows of pixels at a time: over a last dimension of three alone it would take thirty times as long
         scale, offset = 1 / (255 * self.std.flatten()), -(self.mean / self.std).flatten()
-        rows = torch.addcmul(offset.repeat(size), x.reshape(len(x), size, 3 * size), scale.repeat(size))
-        return rows.view(len(x), size, size, 3).permute(0, 3, 1, 2)
+        # -1 and not len(x), which torch.export would take for a constant
+        rows = torch.addcmul(offset.repeat(size), x.reshape(-1, size, 3 * size), scale.repeat(size))
+        return rows.view(-1, size, size, 3).permute(0, 3, 1, 2)
 
 
 def augment(images: Tensor, indices: np.ndarray, config: TrialConfig, epoch: int, generator: torch.Generator) -> Tensor:

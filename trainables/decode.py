@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from trainables.errors import UserError
 
 # Pillow opens more than these, but EPS runs Ghostscript, and others are stubs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_open` refuses what Pillow would only warn of
 Item = Path | np.ndarray  # a file, or pixels: uint8 (H, W, 3)
 
 
@@ -371,7 +373,7 @@ def measure(item: Item) -> tuple[int, int] | None:
 
 def _open(file: Any, most_pixels: int | None = None) -> Image.Image:
     image = Image.open(file, formats=_formats())
-    most = most_pixels or Image.MAX_IMAGE_PIXELS  # up to twice its own limit, Pillow only warns
+    most = most_pixels or Image.MAX_IMAGE_PIXELS
     if most is not None and image.width * image.height > most:
         raise ValueError(f"{image.width * image.height:,} pixels, expected at most {most:,}")
     return image

@@ -1,0 +1,167 @@
+"""python -m ensemble.serve : an ensemble as a demo page and an HTTP API, on the loopback interface.
+
+    curl --data-binary @cat.jpg http://127.0.0.1:7860/predict
+
+answers with the label, its probability, those of all classes, and every member's vote, as JSON. What is no picture, or
+too large a one, is refused in words with status 413 or 415. `--ray-serve` predicts in replicas of a Ray Serve
+deployment instead of in this process; page and API are the same.
+"""
+
+import contextlib
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from ensemble.answer import Answerer
+from ensemble.demo import Answer, Examples, build_page, mount_options
+from ensemble.ensemble import read_ensemble
+from trainables.candidate import open_run
+from trainables.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
+
+CONNECTIONS = 128  # beyond them requests are told that the server is busy
+ONGOING = 64  # requests that a replica works on at a time, which are what it batches
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Show an ensemble on a page, and answer pictures over HTTP."""
+
+    run: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """Run directory; default: the newest under runs/."""
+    ensemble: str | None = None
+    """Name of an ensemble of the run; default: the one written last."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Whoever can reach it can use it: there is no password."""
+    port: int = 7860
+    """0 takes a free one."""
+    device: str | None = None
+    """cuda, mps or cpu; default: the first that there is."""
+    most_mib: float = 20.0
+    """Largest upload."""
+    most_megapixels: float = 50.0
+    """Largest picture, by its header."""
+    ray_serve: bool = False
+    """Predict in Ray Serve replicas: those of the cluster when run as its job, else on this machine."""
+    replicas: int = 2
+    """Of --ray-serve."""
+
+
+def make_app(answer: Answer, most_bytes: int) -> "FastAPI":
+    """POST /predict; the page is mounted on it."""
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse, Response
+    from starlette.requests import ClientDisconnect
+
+    app = FastAPI(title="Ninefold", docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
+
+    @app.post("/predict")
+    async def predict(request: Request) -> Response:
+        try:
+            content = await _body(request, most_bytes)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody is there to read it
+        if content is None:
+            limit = f"{most_bytes / 2**20:g} MiB"
+            return JSONResponse({"error": f"the upload is too large, expected at most {limit}"}, 413)
+        told = await answer(content)
+        status = told.pop("status", 200)
+        return JSONResponse(told, status)
+
+    return app
+
+
+async def _body(request: "Request", most_bytes: int) -> bytes | None:
+    """The request's body; None when it is too large, of which no more than the limit is ever read."""
+    if int(request.headers.get("content-length", 0)) > most_bytes:
+        return None
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most_bytes:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+@contextlib.contextmanager
+def replicas(args: Serve, *answerer: Any) -> Iterator[Answer]:
+    """An Answerer in each of several Ray Serve replicas, which share the requests; Ray ends with the context."""
+    try:
+        from ray import serve
+    except ImportError:
+        raise UserError("--ray-serve needs Ray Serve; pip install 'ninefold[serve]'") from None
+    from cluster.connect import connect, disconnect
+
+    if args.replicas < 1:
+        raise UserError(f"--replicas is {args.replicas}, expected at least 1")
+    offer = connect()
+    try:
+        if args.replicas > offer.cpus:
+            raise UserError(f"--replicas is {args.replicas}, but there are {offer.cpus:g} CPUs; lower it")
+        serve.start(proxy_location="Disabled")  # this process is the front
+        deploy = serve.deployment(
+            name="ensemble",
+            num_replicas=args.replicas,
+            max_ongoing_requests=ONGOING,
+            ray_actor_options={"num_cpus": 1, "num_gpus": min(1.0, offer.gpus / args.replicas)},
+        )
+        try:
+            handle = serve.run(deploy(Answerer).bind(*answerer), name="ninefold", route_prefix=None)
+
+            async def answer(content: bytes) -> dict[str, Any]:
+                return await handle.remote(content)
+
+            yield answer
+        finally:
+            serve.shutdown()
+    finally:
+        disconnect()
+
+
+def serve(args: Serve) -> None:
+    """Answer until interrupted. Raises UserError for whatever a user can mend, before anything is answered."""
+    run = open_run(args.run)
+    ensemble = read_ensemble(run, args.ensemble)
+    try:
+        listener = socket.create_server((args.host, args.port))
+    except OSError as error:
+        raise UserError(f"cannot listen on {args.host}:{args.port} ({error.strerror}); choose another --port") from None
+    most_bytes, most_pixels = round(args.most_mib * 2**20), round(args.most_megapixels * 1e6)
+    what = (str(run.absolute()), args.ensemble, args.device, most_pixels)
+    with (
+        listener,
+        tempfile.TemporaryDirectory(prefix="ninefold-") as uploads,
+        replicas(args, *what) if args.ray_serve else contextlib.nullcontext(Answerer(*what)) as answer,
+    ):
+        page = build_page(run, ensemble, Examples.of(run), answer, Path(uploads))
+        import gradio
+        import uvicorn
+
+        app = make_app(answer, most_bytes)
+        gradio.mount_gradio_app(app, page, path="/", max_file_size=most_bytes, **mount_options())
+        address = f"http://{args.host}:{listener.getsockname()[1]}"
+        told = f"{run.name}, {len(ensemble.members)} members, at {address} (page) and {address}/predict (HTTP API)"
+        print(told, flush=True)
+        config = uvicorn.Config(
+            app, log_level="warning", limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=3, lifespan="on"
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # ends Ray, too
+    with exit_on_user_error(), contextlib.suppress(KeyboardInterrupt):
+        serve(tyro.cli(Serve, description=Serve.__doc__, prog="python -m ensemble.serve"))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,7 @@ VENV   := .venv
 PYTHON ?= python3
 STAMP  := $(VENV)/.installed
 
-.PHONY: dry-run test test-slow test-browser lint setup clean
+.PHONY: dry-run test test-slow test-browser test-storage lint setup clean
 
 dry-run: setup          ## the main job: sweep the embedded digits, end in an ensemble
 	$(VENV)/bin/python -m search.run
@@ -17,6 +17,11 @@ test-slow: setup        ## fault tests that take minutes
 test-browser: setup     ## the pages in a real, headless Chromium; installs Debian's if there is none
 	command -v chromedriver >/dev/null || (apt-get update && apt-get install -y chromium chromium-driver)
 	$(VENV)/bin/python -m pytest -m browser
+
+test-storage: setup     ## a real PostgreSQL, started by the tests, and optuna-dashboard; installs what is missing
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || (apt-get update && apt-get install -y postgresql)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[storage]'
+	$(VENV)/bin/python -m pytest -m storage
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -2,9 +2,11 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from upath import UPath
 
+from search.live import EnsembleSoFar
 from trainables.candidate import Candidate, read_json
 from trainables.errors import UserError
 
@@ -30,6 +32,52 @@ class Budget:
     target_accuracy: float | None = None
     plateau: int | None = None
     final_seeds: float = 0.0
+
+
+class Goal:
+    """Whether the ensemble so far has reached what the budget asks for: its target, or its plateau.
+
+    `live` None: there is no ensemble to look at, and so nothing is ever reached.
+    """
+
+    def __init__(self, budget: Budget, live: EnsembleSoFar | None) -> None:
+        self.budget, self.live = budget, live
+        self.best: tuple[float, int] | None = None  # the ensemble's log-loss, and how many trials were tried by then
+
+    def note(self, tried: int) -> dict[str, Any]:
+        """After a candidate, the last of so many trials: the ensemble's scores as a point of its curve, JSON-able."""
+        assert self.live is not None
+        candidates, accuracy, loss = self.live.curve[-1]
+        self._rise(loss, tried)
+        return {
+            "candidates": candidates, "tried": tried, "members": len(self.live.members),
+            "select_accuracy": accuracy, "select_log_loss": loss,
+        }  # fmt: skip
+
+    def restore(self, points: list[dict[str, Any]]) -> None:
+        """Take up the curve that earlier processes have noted."""
+        if self.live is None or not points:
+            return
+        points = sorted(points, key=lambda point: point["candidates"])
+        for point in points:
+            self._rise(point["select_log_loss"], point["tried"])
+        self.live.curve = [(p["candidates"], p["select_accuracy"], p["select_log_loss"]) for p in points]
+
+    def reached(self, tried: int) -> str | None:
+        """Why it is enough after so many trials, or None."""
+        if self.live is None or not self.live.curve:
+            return None
+        _, accuracy, _ = self.live.curve[-1]
+        target, plateau = self.budget.target_accuracy, self.budget.plateau
+        if target is not None and accuracy >= target:
+            return f"the ensemble's select accuracy of {accuracy:.2%} has reached the target"
+        if plateau is not None and self.best is not None and tried - self.best[1] >= plateau:
+            return f"{tried - self.best[1]} more trials have not raised the ensemble"
+        return None
+
+    def _rise(self, loss: float, tried: int) -> None:
+        if self.best is None or loss < self.best[0] - RISE:
+            self.best = (loss, tried)
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,13 @@ class SearchConfig:
     """Most members of the ensemble."""
     objective: Objective = "accuracy"
     """What the sampler maximises (accuracy) or minimises (log_loss) on the tune split; ensemble: minimises the log-loss
-    of the ensemble so far with the candidate added."""
+    of the ensemble so far with the candidate added (benchmarks.search: on recorded curves no worse, not surely
+    better)."""
     sampler: Sampler = "tpe"
     """Optuna sampler: proposes configurations."""
     pruner: Pruner = "promote"
-    """promote: after a ninth of its epochs a trial waits with its checkpoint, and the best quarter of all that have
-    come so far go on when a device is free. Others are Optuna's and stop trials that fall behind (asha: successive
+    """promote: after a ninth of its epochs a trial waits with its checkpoint; the best quarter so far, and the best of
+    every backbone, go on when a device is free. Others are Optuna's and stop trials that fall behind (asha: successive
     halving); none: all are trained to the end."""
     workers_per_trial: int = 1
     """Ray Train workers (DDP ranks) of one trial."""

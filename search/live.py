@@ -148,7 +148,7 @@ class LiveBoard:
         return "\n".join(parts)
 
     def _spark(self) -> str:
-        values = [1 - loss for *_, loss in self.ensemble.curve][-40:]
+        values = [1 - loss for *_, loss in self.ensemble.curve[-40:]]
         low, high = min(values), max(values)
         return "".join(SPARKS[round((len(SPARKS) - 1) * (v - low) / (high - low or 1))] for v in values)
 

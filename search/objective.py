@@ -16,6 +16,7 @@ from ensemble.limits import Limits
 from ensemble.selection import greedy
 
 POOL = 60  # the ensemble is chosen among so many best candidates, to keep a step cheap
+BLOCK = 256  # candidates that are valued at a time, to keep memory small
 
 
 class Contribution:
@@ -29,45 +30,63 @@ class Contribution:
     def __init__(self, labels: np.ndarray, top_k: int) -> None:
         self.labels, self.limits = labels, Limits(k=top_k)
         self.ids: list[str] = []
-        self.true: list[np.ndarray] = []  # probability of the true class, (N,); log-losses need nothing else
-        self._values: dict[str, float] | None = None
+        self._true = np.empty((0, len(labels)), np.float32)  # probability of the true class, by id; more rows than ids
+        self._losses: list[float] = []  # of each candidate alone
+        self._weights: dict[int, float] = {}  # the ensemble, by index of ids
+        self._values: list[float] = []  # of the first ids, as the ensemble was then
 
     def add(self, id: str, probs: np.ndarray) -> None:
         """A new candidate with its probabilities on the tune split, (N, C)."""
+        if len(self.ids) == len(self._true):  # twice as many rows at a time: a copy for each would cost more and more
+            more = np.empty((max(POOL, len(self.ids)), len(self.labels)), np.float32)
+            self._true = np.concatenate([self._true, more])
+        true = self._true[len(self.ids)]
+        true[:] = probs[np.arange(len(self.labels)), self.labels]
         self.ids.append(id)
-        self.true.append(np.asarray(probs[np.arange(len(self.labels)), self.labels], np.float32))
-        self._values = None
+        self._losses.append(float(log_losses(true)))
 
     def values(self) -> dict[str, float]:
         """id -> log-loss of the ensemble with the candidate as one more member, minus that of the ensemble without it.
 
         An ensemble of none is held to guess.
         """
-        if self._values is None and self.ids:
-            true = np.stack(self.true)
-            weights = self._ensemble(true)
-            together, members = weights @ true, int((weights > 0).sum())
-            values = _gains(together, members, true)
-            for index in np.flatnonzero(weights):
-                if members == 1:
-                    values[index] = log_losses(true[index]) - np.log(max(2, len(np.unique(self.labels))))
-                else:
-                    others = (together - weights[index] * true[index]) / (1 - weights[index])
-                    values[index] = _gains(others, members - 1, true[index])
-            self._values = dict(zip(self.ids, values.tolist(), strict=True))
-        return self._values or {}
+        if len(self._values) < len(self.ids):
+            weights = self._ensemble()
+            if weights != self._weights:  # else the values of earlier candidates stand
+                self._weights, self._values = weights, []
+            members = np.array(list(weights))
+            shares = np.array(list(weights.values()))
+            together = shares @ self._true[members]
+            new = len(self._values)
+            self._values += self._gains(together, len(members), new)
+            for index, share in weights.items():
+                if index >= new:
+                    self._values[index] = self._gain_of_member(index, share, together, len(members))
+        return dict(zip(self.ids, self._values, strict=True))
 
-    def _ensemble(self, true: np.ndarray) -> np.ndarray:
-        """Greedy weights (M,) over the best candidates."""
-        best = np.sort(np.argsort(log_losses(true), kind="stable")[:POOL])
-        two = np.stack([true[best], 1 - true[best]], axis=2)  # true class or not: for the log-loss that is all
-        weights = np.zeros(len(true))
-        weights[best] = greedy(two, np.zeros(true.shape[1], int), self.limits)
-        return weights
+    def _gains(self, ensemble: np.ndarray, members: int, first: int) -> list[float]:
+        """Of every candidate from index `first` on, if it is added to an ensemble of so many members."""
+        gains: list[float] = []
+        for start in range(first, len(self.ids), BLOCK):
+            true = self._true[start : min(start + BLOCK, len(self.ids))]
+            gains += (log_losses((members * ensemble + true) / (members + 1)) - log_losses(ensemble)).tolist()
+        return gains
 
+    def _gain_of_member(self, index: int, share: float, ensemble: np.ndarray, members: int) -> float:
+        """Of a member, to the ensemble without it."""
+        true = self._true[index]
+        if members == 1:
+            return float(log_losses(true) - np.log(max(2, len(np.unique(self.labels)))))
+        others = (ensemble - share * true) / (1 - share)
+        return float(log_losses(((members - 1) * others + true) / members) - log_losses(others))
 
-def _gains(ensemble: np.ndarray, members: int, true: np.ndarray) -> np.ndarray:
-    return log_losses((members * ensemble + true) / (members + 1)) - log_losses(ensemble)
+    def _ensemble(self) -> dict[int, float]:
+        """Greedy weights by index, over the best candidates."""
+        best = np.sort(np.argsort(self._losses, kind="stable")[:POOL])
+        true = self._true[best]
+        two = np.stack([true, 1 - true], axis=2)  # true class or not: for the log-loss that is all
+        weights = greedy(two, np.zeros(true.shape[1], int), self.limits)
+        return {int(index): float(weight) for index, weight in zip(best, weights, strict=True) if weight > 0}
 
 
 def log_losses(true: np.ndarray) -> np.ndarray:

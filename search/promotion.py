@@ -5,9 +5,13 @@ against. Here a trial goes on from a rung only while it is among the best 1 / FA
 others wait with their checkpoint, and the best of them go on when later arrivals have made the rung larger. A device
 that is free takes such a trial if there is one, else a new configuration, so it never waits.
 
+The best of each kind goes on, too, once FACTOR of them are there. A kind is a backbone: backbones differ in how fast
+they start, and an ensemble lives on several.
+
 Source: Li et al., 2020, "A System for Massively Parallel Hyperparameter Tuning" (ASHA), algorithm 2.
 """
 
+import bisect
 import math
 
 FACTOR = 4  # of those that reach a rung, one in so many goes on
@@ -17,6 +21,7 @@ FACTOR = 4  # of those that reach a rung, one in so many goes on
 # curves (benchmarks/search.py) further rungs at a third or two thirds found the best no sooner, and left an ensemble
 # half of the candidates to choose from.
 SHARES = (1 / 9,)
+Place = tuple[float, int, str]  # of a trial at a rung: minus its score, how many came before it, its id
 
 
 def rung_epochs(epochs: int) -> list[int]:
@@ -34,13 +39,17 @@ class Rungs:
     def __init__(self) -> None:
         self.scores: dict[int, dict[str, float]] = {}  # rung -> id -> score
         self.waiting: dict[str, int] = {}  # id -> the rung it waits at
+        # The same, the best first, and of equals whoever came first: nothing is sorted anew as a sweep grows.
+        self._reached: dict[int, list[Place]] = {}
+        self._kinds: dict[int, dict[str, list[Place]]] = {}
+        self._queues: dict[int, list[Place]] = {}
 
     def at(self, epoch: int, epochs: int) -> int | None:
         """The rung that a trial of so many epochs is at after `epoch`, or None."""
         rungs = rung_epochs(epochs)
         return len(rungs) - rungs.index(epoch) if epoch in rungs else None
 
-    def reach(self, id: str, rung: int, score: float) -> bool:
+    def reach(self, id: str, kind: str, rung: int, score: float) -> bool:
         """Note the score; whether the trial may go on at once. If not, it waits.
 
         One that has been there before goes on: it was promoted, but its checkpoint was lost.
@@ -48,28 +57,52 @@ class Rungs:
         scores = self.scores.setdefault(rung, {})
         if id in scores:
             return True
+        place = (-score, len(scores), id)
         scores[id] = score
-        if id in self._best(rung):
+        bisect.insort(self._reached.setdefault(rung, []), place)
+        bisect.insort(self._kinds.setdefault(rung, {}).setdefault(kind, []), place)
+        if self._is_among_best(rung, place) or place in self._leaders(rung):
             return True
         self.waiting[id] = rung
+        bisect.insort(self._queues.setdefault(rung, []), place)
         return False
+
+    def replay(self, id: str, kind: str, epochs: int, scores: dict[int, float], running: bool) -> bool:
+        """Note what a trial of an earlier process has reached, its scores by epoch in order; whether it still waits."""
+        going_on = True
+        for epoch, score in scores.items():
+            rung = self.at(epoch, epochs)
+            if rung is not None:
+                going_on = self.reach(id, kind, rung, score)
+                is_last = running and epoch == max(scores)
+                if not going_on and not is_last:  # it was promoted, or has ended
+                    self.go_on(id)
+                    going_on = True
+        return not going_on
 
     def promotable(self) -> str | None:
         """The waiting trial that goes on next by the rule, highest rung first; None when nobody may."""
-        for rung in sorted(self.scores):
-            best = [id for id in self._best(rung) if self.waiting.get(id) == rung]
-            if best:
-                return best[0]
+        for rung, queue in sorted(self._queues.items()):
+            if queue and self._is_among_best(rung, queue[0]):
+                return queue[0][-1]
+            for *_, id in self._leaders(rung):
+                if self.waiting.get(id) == rung:
+                    return id
         return None
 
     def ranked(self) -> list[str]:
         """All waiting trials, the most promising first: by rung, then by score."""
-        return sorted(self.waiting, key=lambda id: (self.waiting[id], -self.scores[self.waiting[id]][id]))
+        return [id for _, queue in sorted(self._queues.items()) for *_, id in queue]
 
     def go_on(self, id: str) -> None:
-        del self.waiting[id]
+        queue = self._queues[self.waiting.pop(id)]
+        del queue[next(index for index, (*_, other) in enumerate(queue) if other == id)]
 
-    def _best(self, rung: int) -> list[str]:
-        """The best 1 / FACTOR of all that have reached the rung, best first."""
-        scores = self.scores[rung]
-        return sorted(scores, key=lambda id: -scores[id])[: len(scores) // FACTOR]
+    def _is_among_best(self, rung: int, place: Place) -> bool:
+        """Whether it is among the best 1 / FACTOR of all that have reached the rung, or the best of all."""
+        reached = self._reached[rung]
+        return bisect.bisect_left(reached, place) < max(1, len(reached) // FACTOR)
+
+    def _leaders(self, rung: int) -> list[Place]:
+        """The best of each kind of which FACTOR have reached the rung."""
+        return [places[0] for places in self._kinds.get(rung, {}).values() if len(places) >= FACTOR]

@@ -52,6 +52,7 @@ class Jobs:
     def __init__(self, jobs: list[dict[str, Any]], progress: Progress) -> None:
         self.waiting, self.progress = list(jobs), progress
         self.bars = {job["id"]: progress.add_task(_label(job), total=job["config"]["epochs"]) for job in jobs}
+        self.epochs = {job["id"]: job["config"]["epochs"] for job in jobs}
         self.stopping = False
         self.errors: list[str] = []
 
@@ -63,7 +64,7 @@ class Jobs:
 
     def report(self, id: str, metrics: dict[str, Any]) -> bool:
         self.progress.update(self.bars[id], completed=metrics["epoch"])
-        return False
+        return self.stopping and metrics["epoch"] < self.epochs[id]
 
     def finish(self, id: str, result: dict[str, Any]) -> None:
         seconds = f" after {result['seconds']:.0f} s" if "seconds" in result else ""

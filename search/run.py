@@ -35,10 +35,11 @@ from search.live import EnsembleSoFar, LiveBoard
 from search.objective import Contribution
 from search.spaces import Space, load_space
 from search.study import open_study
-from search.sweep import SECONDS_USED, Sweep
+from search.sweep import Sweep
+from search.timing import SECONDS_USED
 from search.tuner import run_trials
 from trainables.backbones import WeightSource, check_backbone, check_image_size, find_weights
-from trainables.candidate import RUNS, list_candidates, read_json, write_array, write_json
+from trainables.candidate import RUNS, list_candidates, read_json, remove_temporaries, write_array, write_json
 from trainables.classic import NETWORKS
 from trainables.config import TrialConfig
 from trainables.data import Data, prepare
@@ -86,6 +87,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         open_study(config.storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
     _open_run(plan, config)
     lock = _lock(plan.run)
+    remove_temporaries(plan.run)
     storage = config.storage or f"sqlite:///{plan.run / 'study.db'}"
     study = open_study(storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
     add_earlier(study, plan.earlier)
@@ -124,7 +126,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         try:
             spec, lanes = lanes_for(offer, config)
             job["gpus"] = spec.gpus
-            going.place(lanes, devices=spec.workers * (spec.gpus or 1))
+            going.time.place(lanes, devices=spec.workers * (spec.gpus or 1))
             task = _task(plan.backbones, plan.data, plan.splits, config, "cuda" if spec.gpus else "cpu")
             going.propose_with(lambda trial: _checked(plan.space.suggest(trial, task), task))
             board.links = [f"Ray dashboard {offer.dashboard_url}"] if offer.dashboard_url else []
@@ -385,6 +387,9 @@ def main() -> None:
         except KeyboardInterrupt:  # the second Ctrl-C, or one before anything ran
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
+        except optuna.exceptions.StorageInternalError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(f"the study's storage failed: {reason}; the same command goes on") from error
 
 
 if __name__ == "__main__":

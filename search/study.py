@@ -4,8 +4,10 @@ import warnings
 from pathlib import Path
 
 import optuna
+from optuna.storages import RDBStorage
 
 from search.config import Objective, Pruner, Sampler
+from search.storage import OneWriter
 from trainables.errors import UserError
 
 SQLITE = "sqlite:///"  # and then a file's path
@@ -24,10 +26,8 @@ def open_study(
     minimize, maximize = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
     direction = maximize if objective == "accuracy" else minimize
     try:
-        if storage is not None:
-            _create_file(storage)
         study = optuna.create_study(
-            storage=storage, study_name=name, direction=direction, load_if_exists=True,
+            storage=storage and _open_storage(storage), study_name=name, direction=direction, load_if_exists=True,
             sampler=_sampler(sampler, seed), pruner=_pruner(pruner),
         )  # fmt: skip
     except Exception as error:  # SQLAlchemy's many, and a driver that is not installed
@@ -44,6 +44,12 @@ def open_study(
     return study
 
 
+def _open_storage(storage: str) -> OneWriter:
+    _create_file(storage)
+    # a database server may have closed an idle connection since: ask before use
+    return OneWriter(RDBStorage(storage, engine_kwargs={} if storage.startswith(SQLITE) else {"pool_pre_ping": True}))
+
+
 def _create_file(storage: str) -> None:
     """Make the tables of a new SQLite file aside, and rename it.
 
@@ -55,7 +61,7 @@ def _create_file(storage: str) -> None:
     path = Path(storage.removeprefix(SQLITE))
     new = path.with_name(f"{path.name}.new")
     new.unlink(missing_ok=True)
-    made = optuna.storages.RDBStorage(f"{SQLITE}{new}")
+    made = RDBStorage(f"{SQLITE}{new}")
     made.engine.dispose()
     new.replace(path)
 

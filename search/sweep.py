@@ -5,24 +5,22 @@ The study and the candidates on disk are the only state of a sweep. A trial that
 process or the next that opens the study.
 """
 
-import copy
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, Protocol
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 from upath import UPath
 
-from search.budget import RISE, Budget, WeightStore
-from search.knowledge import rescaled
+from search.budget import Budget, Goal, WeightStore
 from search.live import EnsembleSoFar
 from search.objective import Contribution
 from search.promotion import Rungs
+from search.timing import Timing
+from search.values import Values, trial_id
 from search.view import ViewSampler
 from trainables.candidate import Candidate, list_candidates, read_json, remove_checkpoint
 from trainables.config import TrialConfig
@@ -33,8 +31,6 @@ TEACHING_OUTCOMES = ("diverged", "out of memory")  # told to the sampler as the 
 RETRIES = {"bug": 1, "lost node": 5}  # how often a trial is run again
 MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
 MOST_TOO_SLOW = 5  # proposals in a row that do not fit into the time left
-SECONDS_USED, DEVICE_SECONDS = "seconds_used", "device_seconds"  # study attributes: spent by earlier processes
-SAVE_SECONDS = 5.0
 
 
 class Board(Protocol):
@@ -72,86 +68,53 @@ class Sweep:
         clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self.study, self.run, self.job, self.budget, self.weights = study, run, job, budget, weights
-        self.board, self.live, self.contribution, self.store, self.clock = board, live, contribution, store, clock
+        self.board, self.live, self.contribution, self.store = board, live, contribution, store
         self.suggest: Callable[[Trial], TrialConfig] | None = None
-        self.maximise = study.direction == optuna.study.StudyDirection.MAXIMIZE
-        self.metric = "tune_accuracy" if self.maximise else "tune_log_loss"
-        self.lanes, self.devices = 1, 1.0  # at a time, and of each; see `place`
+        self.time, self.goal = Timing(study, budget, clock), Goal(budget, live)
+        self.rungs = Rungs() if promote else None
+        self.values = Values(study, self.rungs, contribution)
         self.running: dict[str, Trial] = {}
-        self.began: dict[str, float] = {}  # of every running trial
         self.epochs: dict[str, int] = {}  # of every trial handed out
         self.seeds: dict[str, str] = {}  # trials that are only a new seed -> whose configuration it is
-        self.rungs = Rungs() if promote else None
         self.waiting: dict[str, Trial] = {}  # at a rung, with their checkpoints
         self.interrupted: list[Trial] = []
         self.retried: dict[str, int] = {}
-        self.seconds_per_epoch: dict[tuple[str, str], float] = {}  # by what decides it, see _speed_key
-        self.seconds_of_trials: list[float] = []  # that were trained to the end
-        self.worst: float | None = None
         self.stopping = False
         self.out_of_time = False  # too little is left for even one epoch of the next trial
         self.counted = 0  # trials of the study that count towards the budget, running ones included
         self.tried: set[str] = set()  # trials that have ended, or reached a rung and wait
-        self.best: tuple[float, int] | None = None  # the live ensemble's log-loss, and how many were tried by then
-        now = clock()
-        self._started = self._saved = now
-        self._used = float(study.user_attrs.get(SECONDS_USED, 0.0))
-        self._device_seconds = float(study.user_attrs.get(DEVICE_SECONDS, 0.0))
         self.proposed: set[str] = set()  # parameters of all trials of this sweep
-        self.sampler = ViewSampler(study.sampler, study, self._retold, seed=len(study.get_trials(deepcopy=False)))
-        study.sampler = self.sampler
+        seed = len(study.get_trials(deepcopy=False))
+        self.sampler = study.sampler = ViewSampler(study.sampler, study, self.values.retold, seed)
         self._resume()
 
     def propose_with(self, suggest: Callable[[Trial], TrialConfig]) -> None:
         """Who proposes a TrialConfig for an Optuna trial; a UserError from it marks the proposal as invalid."""
         self.suggest = suggest
 
-    def place(self, lanes: int, devices: float) -> None:
-        """How many trials run at a time, and on how many devices each: what device-seconds are counted by."""
-        self.lanes, self.devices = lanes, devices
-
     # what is left to do
 
     def has_more(self) -> bool:
         """Whether there is something to run, now or after a running trial's end, and time for it."""
-        if self.time_left() <= 0 or self.enough():
+        if self.time.left() <= 0 or self.enough():
             return False
         going_on = bool(self.interrupted) or bool(self.running) or self._promoted() is not None
         return going_on or self._wants_new()
 
     def enough(self) -> str | None:
         """Why the sweep has reached what it was to reach, or None."""
-        if self.live is None or not self.live.curve:
-            return None
-        _, accuracy, _ = self.live.curve[-1]
-        target, plateau = self.budget.target_accuracy, self.budget.plateau
-        if target is not None and accuracy >= target:
-            return f"the ensemble's select accuracy of {accuracy:.2%} has reached the target"
-        if plateau is not None and self.best is not None and len(self.tried) - self.best[1] >= plateau:
-            return f"{len(self.tried) - self.best[1]} more trials have not raised the ensemble"
-        return None
-
-    def time_left(self) -> float:
-        """Seconds until the deadline, or until the device-seconds are used up with all lanes busy."""
-        now = self.clock()
-        left = math.inf if self.budget.deadline is None else self.budget.deadline - now
-        if self.budget.device_seconds is not None:
-            left = min(left, (self.budget.device_seconds - self.device_seconds()) / (self.lanes * self.devices))
-        return left
-
-    def device_seconds(self) -> float:
-        """Used so far, by earlier processes and by trials that still run."""
-        now = self.clock()
-        return self._device_seconds + self.devices * sum(now - since for since in self.began.values())
+        return self.goal.reached(len(self.tried))
 
     def failures(self) -> list[tuple[str, str, str]]:
         """Trials that left no candidate through an error: id, what happened, and its traceback or ""."""
-        told = [t for t in self.study.get_trials(deepcopy=False) if t.state != TrialState.RUNNING]
-        return [
-            (_id(t.number), f"{t.user_attrs['outcome']}: {t.user_attrs['error']}", t.user_attrs.get("traceback", ""))
-            for t in told
-            if "error" in t.user_attrs and t.user_attrs.get("outcome") not in (None, "invalid")
-        ]
+        found = []
+        for trial in self.study.get_trials(deepcopy=False):
+            outcome, error = (trial.user_attrs.get(key) for key in ("outcome", "error"))
+            # one that was killed while it was told, and then came to a better end, still has the error
+            ended_well = outcome in (None, "invalid", "pruned", *CANDIDATE_OUTCOMES)
+            if trial.state != TrialState.RUNNING and error is not None and not ended_well:
+                found.append((trial_id(trial.number), f"{outcome}: {error}", trial.user_attrs.get("traceback", "")))
+        return found
 
     # a sweep is taken up where earlier processes left it
 
@@ -161,7 +124,7 @@ class Sweep:
         for candidate in done.values():
             self._learn(candidate)
         for frozen in self.study.get_trials(deepcopy=False):
-            id, attrs = _id(frozen.number), frozen.user_attrs
+            id, attrs = trial_id(frozen.number), frozen.user_attrs
             if "seed_of" in attrs:
                 self.seeds[id] = attrs["seed_of"]
             if "config" in attrs:
@@ -171,7 +134,7 @@ class Sweep:
                 self.retried[id] = int(attrs.get("retried", 0))
                 if id in done:  # it died between writing the candidate and telling the study
                     trial.set_user_attr("outcome", done[id].info.get("outcome", "finished"))
-                    self._see(self.study.tell(trial, self._value(id, done[id].info["metrics"])))
+                    self.values.see(self.study.tell(trial, self.values.of_candidate(id, done[id].info["metrics"])))
                     self.counted += 1
                     self.tried.add(id)
                 elif "config" in attrs:
@@ -181,42 +144,31 @@ class Sweep:
                         self.tried.add(id)
                     else:
                         self.interrupted.append(trial)
-                else:  # it died before its configuration was known
+                else:  # it died before its configuration was known; one that had been enqueued is so again
+                    if "fixed_params" in frozen.system_attrs:
+                        self.study.enqueue_trial(frozen.system_attrs["fixed_params"], user_attrs=attrs)
                     self.study.tell(trial, state=TrialState.FAIL)
             elif attrs.get("outcome") not in (None, "invalid"):
                 self.counted += 1
                 self.tried.add(id)
-                self._see(frozen)
+                self.values.see(frozen)
                 self._waits(id, frozen)
-        if self.live is not None:
-            attributes = [trial.user_attrs for trial in self.study.get_trials(deepcopy=False)]
-            points = sorted((a["ensemble"] for a in attributes if "ensemble" in a), key=lambda p: p["candidates"])
-            for point in points:
-                self._note_rise(point["select_log_loss"], point["tried"])
-            curve = [(p["candidates"], p["select_accuracy"], p["select_log_loss"]) for p in points]
-            self.live.curve = curve or self.live.curve
+        attributes = [trial.user_attrs for trial in self.study.get_trials(deepcopy=False)]
+        self.goal.restore([attrs["ensemble"] for attrs in attributes if "ensemble" in attrs])
 
     def _waits(self, id: str, frozen: FrozenTrial) -> bool:
         """Note the rungs that an earlier process saw the trial reach; whether it is RUNNING and waits at the last."""
-        epochs, reports = _epochs(frozen), frozen.intermediate_values
-        if self.rungs is None or not reports or id in self.seeds:
+        if self.rungs is None or id in self.seeds:
             return False
-        going_on = True
-        for epoch in sorted(reports):
-            rung = self.rungs.at(epoch, epochs)
-            if rung is not None:
-                going_on = self.rungs.reach(id, rung, self._score(reports[epoch]))
-                is_last = frozen.state == TrialState.RUNNING and epoch == max(reports)
-                if not going_on and not is_last:  # it was promoted, or has ended
-                    self.rungs.go_on(id)
-                    going_on = True
-        return not going_on
+        scores = {epoch: self.values.score(value) for epoch, value in sorted(frozen.intermediate_values.items())}
+        kind = frozen.user_attrs["config"]["backbone"] if scores else ""
+        return self.rungs.replay(id, kind, _epochs(frozen), scores, frozen.state == TrialState.RUNNING)
 
     # the next job
 
     def next(self) -> dict[str, Any] | None:
         """The next job: an interrupted trial first, then one that is promoted, else a new one. None: nothing now."""
-        if self.stopping or self.time_left() <= 0 or self.enough():
+        if self.stopping or self.time.left() <= 0 or self.enough():
             return None
         if self.interrupted:
             trial = self.interrupted.pop(0)
@@ -228,12 +180,13 @@ class Sweep:
             self.counted += 1
         else:
             return None
-        id, config = _id(trial.number), TrialConfig.from_dict(trial.user_attrs["config"])
-        self.running[id], self.epochs[id], self.began[id] = trial, config.epochs, self.clock()
+        id, config = trial_id(trial.number), TrialConfig.from_dict(trial.user_attrs["config"])
+        self.running[id], self.epochs[id] = trial, config.epochs
+        self.time.begin(id)
         self.board.started(id, config)
         weights = self.weights.get(config.backbone) if config.pretrained else None
-        left = self.time_left()
-        deadline = None if left == math.inf else self.clock() + left
+        left = self.time.left()
+        deadline = None if left == math.inf else self.time.clock() + left
         return {**self.job, "id": id, "config": config.to_dict(), "weights": weights, "deadline": deadline}
 
     def _wants_new(self) -> bool:
@@ -244,17 +197,17 @@ class Sweep:
         if self.rungs is None:
             return None
         by_rule = self.rungs.promotable()
-        left = self.time_left()
+        left = self.time.left()
         if by_rule is not None or left == math.inf:
             return by_rule
-        if self.out_of_time or (self.seconds_of_trials and left < statistics.median(self.seconds_of_trials)):
+        if self.out_of_time or self.time.too_short_for_a_trial():
             return next((id for id in self.rungs.ranked() if self._seconds_to_finish(id) < left), None)
         return None
 
     def _seconds_to_finish(self, id: str) -> float:
         frozen = self.study._storage.get_trial(self.waiting[id]._trial_id)
         done = max(frozen.intermediate_values)
-        return self._seconds_per_epoch(frozen.user_attrs["config"]) * (_epochs(frozen) - done)
+        return self.time.of_epochs(frozen.user_attrs["config"], _epochs(frozen) - done)
 
     def _ask(self) -> Trial | None:
         """A new trial with a configuration that can be trained in the time left, or None."""
@@ -276,7 +229,7 @@ class Sweep:
                 self.study.tell(trial, state=TrialState.FAIL)
                 reason = str(error)
                 continue
-            shortened = self._fit(config)
+            shortened = self.time.fit(config)
             if shortened is None:
                 self.study.tell(trial, state=TrialState.FAIL)
                 too_slow += 1
@@ -285,7 +238,7 @@ class Sweep:
                     return None
                 continue
             if "seed_of" in trial.user_attrs:
-                self.seeds[_id(trial.number)] = trial.user_attrs["seed_of"]
+                self.seeds[trial_id(trial.number)] = trial.user_attrs["seed_of"]
             trial.set_user_attr("config", shortened.to_dict())
             self.proposed.add(_key(trial.params))
             return trial
@@ -314,45 +267,29 @@ class Sweep:
 
     def _share_used(self) -> float:
         """How much of the budget is used, 0 to 1: of whichever limit is nearest."""
-        shares = [0.0]
-        if self.budget.trials:
-            shares.append(self.counted / self.budget.trials)
-        if self.budget.deadline is not None:
-            start = self._started - self._used
-            shares.append((self.clock() - start) / (self.budget.deadline - start))
-        if self.budget.device_seconds:
-            shares.append(self.device_seconds() / self.budget.device_seconds)
-        return max(shares)
-
-    def _fit(self, config: TrialConfig) -> TrialConfig | None:
-        """The config with as many epochs as the time left allows (its schedule then still ends at zero), or None."""
-        speed, left = self._seconds_per_epoch(config.to_dict()), self.time_left()
-        if left == math.inf or not speed:
-            return config
-        epochs = min(config.epochs, int(left / speed))
-        if epochs < 1:
-            return None
-        values = config.to_dict()
-        return TrialConfig.from_dict({**values, "epochs": epochs, "freeze_epochs": min(config.freeze_epochs, epochs)})
+        return max(self.time.share_used(), self.counted / self.budget.trials if self.budget.trials else 0.0)
 
     # what trials tell
 
     def report(self, id: str, metrics: dict[str, Any]) -> bool:
-        """An epoch's tune scores; True when the trial is to stop: for good, or to wait at a rung."""
+        """An epoch's tune scores; True when the trial is to stop: for good, to wait at a rung, or with the sweep."""
         trial, epoch = self.running[id], int(metrics["epoch"])
         self.board.epoch(id, metrics)
         # a lane that was started again repeats epochs; the first report stands
-        trial.report(float(metrics[self.metric]), epoch)
+        trial.report(float(metrics[self.values.metric]), epoch)
         if epoch >= self.epochs[id]:  # then it is a candidate, and stopping it saves nothing
             return False
-        if self.enough():
+        if self.stopping or self.enough():
             return True
         if id in self.seeds:  # of a configuration that has proved its worth
             return False
         if self.rungs is None:
             return trial.should_prune()
         rung = self.rungs.at(epoch, self.epochs[id])
-        if rung is None or self.rungs.reach(id, rung, self._score(metrics[self.metric])):
+        if rung is None:
+            return False
+        score = self.values.score(metrics[self.values.metric])
+        if self.rungs.reach(id, trial.user_attrs["config"]["backbone"], rung, score):
             return False
         self.waiting[id] = trial
         return True
@@ -361,7 +298,7 @@ class Sweep:
         """Every outcome of a trial, in one place. Called once for each job of `next`."""
         trial = self.running.pop(id)
         outcome = str(result["outcome"])
-        self._device_seconds += self.devices * (self.clock() - self.began.pop(id))
+        self.time.end(id)
         if id in self.waiting:  # also when it was cut or lost just there: the checkpoint is older than the report
             self.tried.add(id)
             self.board.ended(id, "waiting", result)
@@ -384,11 +321,11 @@ class Sweep:
             candidate = Candidate(id, path, read_json(path / "candidate.json"))
             self._learn(candidate)
             self._extend_ensemble(trial, candidate)
-            self._see(self.study.tell(trial, self._value(id, result)))
+            self.values.see(self.study.tell(trial, self.values.of_candidate(id, result)))
         elif outcome == "pruned":
-            self._see(self.study.tell(trial, state=TrialState.PRUNED))
+            self.values.see(self.study.tell(trial, state=TrialState.PRUNED))
         elif outcome in TEACHING_OUTCOMES:
-            self.study.tell(trial, self._worst_value())
+            self.study.tell(trial, self.values.worst())
         else:  # a bug, a lost node that stayed lost, an invalid configuration found late
             self.study.tell(trial, state=TrialState.FAIL)
             self.counted -= outcome == "invalid"  # as if it had been refused at once
@@ -400,111 +337,37 @@ class Sweep:
         """Let the live ensemble see a new candidate, and keep its score with the trial: the curve outlives a kill."""
         if self.live is not None:
             self.live.add(candidate)
-            candidates, accuracy, loss = self.live.curve[-1]
-            self._note_rise(loss, len(self.tried))
-            point = {
-                "candidates": candidates, "tried": len(self.tried), "members": len(self.live.members),
-                "select_accuracy": accuracy, "select_log_loss": loss,
-            }  # fmt: skip
-            trial.set_user_attr("ensemble", point)
+            trial.set_user_attr("ensemble", self.goal.note(len(self.tried)))
         if self.store is not None:
             self.store.trim(set(self.live.members) if self.live is not None else set())
-
-    def _note_rise(self, loss: float, tried: int) -> None:
-        if self.best is None or loss < self.best[0] - RISE:
-            self.best = (loss, tried)
 
     def close(self) -> None:
         """End a sweep that has nothing left to run: trials that still wait, or that time ran out for, are pruned."""
         for trial in [*self.waiting.values(), *self.interrupted]:
             trial.set_user_attr("outcome", "pruned")
             self.study.tell(trial, state=TrialState.PRUNED)
-            remove_checkpoint(self.run, _id(trial.number))
+            remove_checkpoint(self.run, trial_id(trial.number))
         self.waiting, self.interrupted = {}, []
 
     def tick(self) -> None:
         """Called a few times a second while trials run."""
-        now = self.clock()
-        if now - self._saved > SAVE_SECONDS:
-            self._saved = now
-            self.study.set_user_attr(SECONDS_USED, self._used + now - self._started)
-            self.study.set_user_attr(DEVICE_SECONDS, self.device_seconds())
+        self.time.save()
         self.board.refresh()
 
     def remove_stale_checkpoints(self) -> None:
         """Forget checkpoints of trials that have ended: one that was pruned may have written its last too late."""
-        going_on = {_id(t.number) for t in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])}
+        going_on = {trial_id(t.number) for t in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])}
         folder = self.run / "checkpoints"
         for path in folder.iterdir() if folder.exists() else ():
             if path.name not in going_on:
                 remove_checkpoint(self.run, path.name)
-
-    # what the sampler is told
-
-    def _value(self, id: str, metrics: dict[str, Any]) -> float:
-        values = self.contribution.values() if self.contribution is not None else {}
-        return values.get(id, float(metrics[self.metric]))
-
-    def _retold(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-        """The study as samplers shall see it: see view.py."""
-        values = self.contribution.values() if self.contribution is not None else {}
-        told = [self._retell(trial, values) for trial in trials]
-        for number, value in rescaled(told).items():
-            told[number] = copy.copy(told[number])
-            told[number].values = [value]
-        return told
-
-    def _retell(self, trial: FrozenTrial, values: dict[str, float]) -> FrozenTrial:
-        """A candidate with what it is worth to the ensemble now; a trial that has reached a rung and no end as pruned
-        there, the upper rung counting for more."""
-        id = _id(trial.number)
-        told = trial
-        if trial.state == TrialState.COMPLETE:
-            if id in values:
-                told = copy.copy(trial)
-                told.values = [values[id]]
-        elif self.rungs is not None:
-            reached = [rung for rung, scores in self.rungs.scores.items() if id in scores]
-            if reached:
-                told = copy.copy(trial)
-                score = self._score(self.rungs.scores[min(reached)][id])
-                told.state, told.intermediate_values = TrialState.PRUNED, {-min(reached): score}
-        return told
-
-    def _score(self, value: float) -> float:
-        """The study's value as one to be maximised; and back."""
-        return float(value) if self.maximise else -float(value)
-
-    def _see(self, frozen: FrozenTrial) -> None:
-        if frozen.value is not None:
-            worse = min if self.maximise else max
-            self.worst = frozen.value if self.worst is None else worse(self.worst, frozen.value)
-
-    def _worst_value(self) -> float:
-        """What a failure counts as: the worst seen so far, or no better than guessing."""
-        if self.worst is not None:
-            return self.worst
-        return 0.0 if self.maximise else 10.0
-
-    # what is learnt from a candidate
 
     def _learn(self, candidate: Candidate) -> None:
         if self.contribution is not None and (candidate.path / "tune_probs.npy").exists():
             self.contribution.add(candidate.id, candidate.probs("tune"))
         if self.store is not None:
             self.store.add(candidate)
-        # Median seconds of an epoch: the first may have computed what later trials find cached.
-        ends = [float(row["seconds"]) for row in candidate.info.get("curve") or [] if "seconds" in row]
-        if ends and "config" in candidate.info:
-            epochs = [after - before for before, after in pairwise([0.0, *ends])]
-            self.seconds_per_epoch[_speed_key(candidate.info["config"])] = statistics.median(epochs)
-            self.seconds_of_trials.append(ends[-1])
-
-    def _seconds_per_epoch(self, config: dict[str, Any]) -> float:
-        """As measured, else of the slowest trial of its family so far; 0 when none is known."""
-        family, exact = _speed_key(config)
-        known = [speed for key, speed in self.seconds_per_epoch.items() if key[0] == family]
-        return self.seconds_per_epoch.get((family, exact), max(known, default=0.0))
+        self.time.learn(candidate)
 
 
 def _epochs(trial: FrozenTrial) -> int:
@@ -514,13 +377,3 @@ def _epochs(trial: FrozenTrial) -> int:
 
 def _key(params: dict[str, Any]) -> str:
     return json.dumps(params, sort_keys=True, default=str)
-
-
-def _id(number: int) -> str:
-    return f"{number:04d}"
-
-
-def _speed_key(config: dict[str, Any]) -> tuple[str, str]:
-    """What an epoch's seconds depend on: much (the first part), and a little (the second)."""
-    frozen = config["freeze_epochs"] >= config["epochs"]
-    return f"{config['backbone']} {frozen}", f"{config['image_size']} {config['width']:.2f} {config['stem']}"

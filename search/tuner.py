@@ -6,9 +6,9 @@ own experiment state goes to a temporary folder: what matters lies in the study 
 
 import json
 import logging
-import math
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -24,8 +24,9 @@ from ray.tune.search import Searcher
 from trainables.worker import LaneSpec, Metrics, Target, run_in_lane
 
 TICK_S = 0.5
-GRACE_S = 10.0  # for running trials to reach the end of their epoch when the sweep stops
 MAX_FAILURES = 3  # Tune actors lost under one job
+
+STOPPING = "stopping when the running epochs have ended; Ctrl-C again: at once"
 
 TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a header box even when silent
@@ -38,7 +39,7 @@ TUNE_ENVIRONMENT = {
 class Sweep(Protocol):
     """What is searched, and how; see search/sweep.py. All of it is called from the thread of run_trials."""
 
-    stopping: bool  # True, also set by Ctrl-C: nothing new is started and running trials end
+    stopping: bool  # True, also set by Ctrl-C: nothing new is started, and `report` stops the running trials
 
     def next(self) -> dict[str, Any] | None:
         """The next job: JSON-able, with at least "id". None: nothing to start now. An id may come again after its end,
@@ -48,7 +49,8 @@ class Sweep(Protocol):
         """Whether `next` may have something, now or when a running job has ended."""
 
     def report(self, id: str, metrics: Metrics) -> bool:
-        """An epoch's metrics; True stops the trial. An epoch may be reported again after a fault."""
+        """An epoch's metrics; True stops the trial: for its scores, or because the sweep is stopping and the trial has
+        not just ended its last epoch. An epoch may be reported again after a fault."""
 
     def finish(self, id: str, result: dict[str, Any]) -> None:
         """A job's end, told exactly once; `result` always has an "outcome"."""
@@ -61,11 +63,11 @@ def run_trials(sweep: Sweep, target: Target, spec: LaneSpec, lanes: int) -> None
     """Run the sweep's jobs in `lanes` lanes of size `spec` until it has no more; Ray must be connected.
 
     Besides the target's own outcomes (see run_in_lane) a job can end as "pruned": the sweep stopped it; "interrupted":
-    the sweep is stopping, its checkpoint stays; "lost node": its Tune actor died again and again. A stopping sweep's
-    trials get to the end of their epoch, if that comes within 10 s.
+    the sweep is stopping, its checkpoint stays; "lost node": its Tune actor died again and again.
 
-    The first Ctrl-C sets `sweep.stopping`, the second raises KeyboardInterrupt at once. An exception of the sweep ends
-    the run as a stop does, and is raised here unchanged.
+    The first Ctrl-C sets `sweep.stopping`: running trials get to the end of their epoch, however long that takes. The
+    second raises KeyboardInterrupt at once. An exception of the sweep ends all trials at once, and is raised here
+    unchanged.
     """
 
     def train_trial(config: dict[str, Any]) -> None:
@@ -114,7 +116,7 @@ class _Bridge:
         self.running: dict[str, str] = {}  # Tune's trial id -> the job's
         self.error: Exception | None = None
         self.ticked = 0.0
-        self.stop_at = math.inf
+        self.told = False  # that it is stopping
 
     def next(self, trial_id: str) -> dict[str, Any] | None:
         job = None if self.sweep.stopping else self._ask(self.sweep.next)
@@ -132,24 +134,22 @@ class _Bridge:
         if "result" in message:
             self.finish(trial_id, message["result"])
         elif self._ask(self.sweep.report, self.running[trial_id], message["metrics"]):
-            self.finish(trial_id, {"outcome": "pruned"})
-        elif self.sweep.stopping:
-            self.finish(trial_id, {"outcome": "interrupted"})
+            self.finish(trial_id, {"outcome": "interrupted" if self.sweep.stopping else "pruned"})
         return trial_id not in self.running
 
     def finish(self, trial_id: str, result: dict[str, Any]) -> None:
         if trial_id in self.running:
             self._ask(self.sweep.finish, self.running.pop(trial_id), result)
 
-    def tick(self) -> bool:
-        """Called at every step of Tune's loop; True when the trials still running have had their time to stop."""
+    def tick(self) -> None:
+        """Called at every step of Tune's loop."""
         now = time.monotonic()
         if now - self.ticked > TICK_S:
             self.ticked = now
             self._ask(self.sweep.tick)
-        if self.sweep.stopping:
-            self.stop_at = min(self.stop_at, now + GRACE_S)
-        return now > self.stop_at
+        if self.sweep.stopping and not (self.told or self.error):
+            self.told = True
+            print(STOPPING, file=sys.stderr, flush=True)
 
     def _ask(self, method: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -192,9 +192,12 @@ class _Scheduler(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Called at every step of Tune's loop, which takes at most 0.1 s; Tune starts pending trials by itself."""
-        if self.bridge.tick():
-            for trial in [trial for trial in tune_controller.get_live_trials() if not trial.is_finished()]:
-                tune_controller.stop_trial(trial)
+        self.bridge.tick()
+        if self.bridge.sweep.stopping:
+            for trial in list(tune_controller.get_live_trials()):
+                begun = trial.status != Trial.PENDING  # one that waits for its place has no epoch to end
+                if not trial.is_finished() and (self.bridge.error or not begun):
+                    tune_controller.stop_trial(trial)
         return None
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from search.live import EnsembleSoFar
 from search.objective import Contribution
 from search.spaces import load_space
 from search.study import open_study
-from search.sweep import SECONDS_USED, Sweep
+from search.sweep import Sweep
+from search.timing import SECONDS_USED
 from trainables.backbones import WeightSource
-from trainables.candidate import list_candidates, write_array, write_candidate, write_json
+from trainables.candidate import list_candidates, remove_temporaries, write_array, write_candidate, write_json
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 
@@ -223,15 +225,15 @@ def test_the_last_trials_are_shortened_to_the_time_left(tmp_path: Path) -> None:
     assert job is not None
     assert job["config"]["epochs"] == 3
     finish(s, job, seconds=3 * 300.0)
-    s.budget = Budget(deadline=time.time() + 100)  # not even one
+    s.time.budget = Budget(deadline=time.time() + 100)  # not even one
     assert s.next() is None
     assert not s.has_more()
 
 
 def test_time_is_counted_over_processes(tmp_path: Path) -> None:
     first = sweep(tmp_path)
-    first._started -= 100
-    first._saved -= 100
+    first.time._started -= 100
+    first.time._saved -= 100
     first.tick()
     assert sweep(tmp_path).study.user_attrs[SECONDS_USED] >= 100
 
@@ -317,91 +319,98 @@ def two_rungs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(promotion, "FACTOR", 3)
 
 
-def test_one_in_four_goes_on_from_the_one_early_rung(tmp_path: Path) -> None:
+def wait_higher_up(s: Sweep, job: dict[str, Any]) -> None:
+    """Reach the lower of two rungs with a good score, and the upper one with a bad one."""
+    assert not s.report(job["id"], scores(0.9, 1))
+    assert s.report(job["id"], scores(0.4, 2))
+    s.finish(job["id"], {"outcome": "pruned"})
+
+
+def test_the_best_of_its_kind_and_one_in_four_go_on_from_the_one_early_rung(tmp_path: Path) -> None:
     assert [promotion.rung_epochs(epochs) for epochs in (1, 2, 9, 10, 30)] == [[], [1], [1], [2], [4]]
-    s = sweep(tmp_path, trials=5, pruner="promote")
-    for accuracy in (0.5, 0.9, 0.3):
-        assert climb(s, take(s), accuracy) == 1
-    assert climb(s, take(s), 0.8) == 1  # of four only the best
+    s = sweep(tmp_path, trials=12, pruner="promote")
+    ends = [climb(s, take(s), accuracy) for accuracy in (0.5, 0.4, 0.9, 0.45, *[0.1] * 7)]
+    assert ends == [6, 1, 6, 1, *[1] * 7]
+    assert climb(s, take(s), 0.1) == 1
     job = take(s)
-    assert job["id"] == "0001"
-    assert climb(s, job, 0.9, first=2) == 6  # to the end
+    assert job["id"] == "0003"  # of twelve the third best
+    assert climb(s, job, 0.45, first=2) == 6
+
+
+def test_the_best_of_every_backbone_goes_on_once_there_are_four(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=6, pruner="promote")
+    s.propose_with(lambda trial: replace(suggest(trial), backbone="speednet" if trial.number < 2 else "vit_scratch"))
+    assert [climb(s, take(s), accuracy) for accuracy in (0.9, 0.8, 0.2, 0.3, 0.1)] == [6, 1, 1, 1, 1]
+    assert climb(s, take(s), 0.1) == 1
+    job = take(s)
+    assert job["id"] == "0003"  # worse than all of the other backbone
+    assert climb(s, job, 0.3, first=2) == 6
 
 
 @pytest.mark.usefixtures("two_rungs")
 def test_trials_wait_at_a_rung_and_the_best_of_it_are_promoted(tmp_path: Path) -> None:
     s = sweep(tmp_path, trials=9, pruner="promote")  # six epochs: rungs after 1 and 2
-    for accuracy in (0.5, 0.9):
-        assert climb(s, take(s), accuracy) == 1
-    assert climb(s, take(s), 0.3) == 1
-    job = take(s)  # three have reached the rung, so the best of them goes on: with its own number
-    assert job["id"] == "0001"
-    assert climb(s, job, 0.9, first=2) == 2  # the only one at the second rung
-    for accuracy in (0.4, 0.2):
-        assert climb(s, take(s), accuracy) == 1
-    assert climb(s, take(s), 0.95) == 2  # in the best third at once, so it need not wait
+    ends = [climb(s, take(s), accuracy) for accuracy in (0.5, 0.4, 0.9, 0.3, 0.2, 0.1, 0.1, 0.1)]
+    assert ends == [6, 1, 6, 1, 1, 1, 1, 1]
     assert s.has_more()
-    for accuracy in (0.1, 0.1, 0.1):
-        climb(s, take(s), accuracy)
-    assert take(s)["id"] == "0000"  # of nine the third best
-    assert climb(s, {"id": "0000", "config": {"epochs": 6}}, 0.5, first=2) == 2
-    assert climb(s, take(s), 0.95, first=3) == 6  # three at the second rung
+    assert climb(s, take(s), 0.1) == 1
+    job = take(s)  # nine have reached the rung, so the best three go on: with its own number
+    assert job["id"] == "0001"
+    assert climb(s, job, 0.4, first=2) == 2  # the third at the second rung
     assert s.next() is None
     assert not s.has_more()
     s.close()
-    assert sorted(states(s)) == ["COMPLETE"] + ["PRUNED"] * 8
+    assert sorted(states(s)) == ["COMPLETE"] * 2 + ["PRUNED"] * 7
     assert not s.waiting
 
 
 @pytest.mark.usefixtures("two_rungs")
 def test_the_sampler_sees_a_waiting_trial_as_pruned_at_its_rung(tmp_path: Path) -> None:
     s = sweep(tmp_path, trials=9, pruner="promote", objective="log_loss")
-    for accuracy in (0.5, 0.9, 0.3):
-        climb(s, take(s), accuracy)
-    climb(s, take(s), 0.9, first=2)
+    climb(s, take(s), 0.5)
+    wait_higher_up(s, take(s))
+    climb(s, take(s), 0.3)
     cut = take(s)
     seen = {t.number: t for t in s.study.sampler.view.get_trials()}  # type: ignore[attr-defined]
-    assert [seen[n].state.name for n in range(4)] == ["PRUNED"] * 3 + ["RUNNING"]
+    assert [seen[n].state.name for n in range(4)] == ["COMPLETE", "PRUNED", "PRUNED", "RUNNING"]
     # lower rungs count for less: samplers rank pruned trials by step first
-    assert [seen[n].intermediate_values for n in range(3)] == [{-2: 0.5}, {-1: pytest.approx(0.1)}, {-2: 0.7}]
-    assert [t.state.name for t in s.study.trials] == ["RUNNING"] * 4
+    assert [seen[n].intermediate_values for n in (1, 2)] == [{-1: pytest.approx(0.6)}, {-2: 0.7}]
+    assert [t.state.name for t in s.study.trials] == ["COMPLETE"] + ["RUNNING"] * 3
     assert cut["id"] == "0003"
 
 
 @pytest.mark.usefixtures("two_rungs")
 def test_waiting_trials_survive_a_kill(tmp_path: Path) -> None:
     first = sweep(tmp_path, trials=9, pruner="promote")
-    for accuracy in (0.5, 0.9, 0.3):
-        climb(first, take(first), accuracy)
-    job = take(first)
-    assert job["id"] == "0001"
-    climb(first, job, 0.9, first=2)
+    climb(first, take(first), 0.5)
+    wait_higher_up(first, take(first))
+    climb(first, take(first), 0.3)
     cut = take(first)  # never heard of again
 
     second = sweep(tmp_path, trials=9, pruner="promote")
     assert second.rungs is not None
     assert first.rungs is not None
     assert second.rungs.scores == first.rungs.scores
-    assert second.rungs.waiting == first.rungs.waiting == {"0000": 2, "0001": 1, "0002": 2}
+    assert second.rungs.waiting == first.rungs.waiting == {"0001": 1, "0002": 2}
     assert take(second)["id"] == cut["id"]
     assert second.counted == 4
     # another pruner takes them for interrupted ones: nothing is lost
     third = sweep(tmp_path, trials=4, pruner="none")
-    for _ in range(4):
+    for _ in range(3):
         finish(third, take(third))
     assert states(third) == ["COMPLETE"] * 4
 
 
-@pytest.mark.usefixtures("two_rungs")
 def test_when_time_runs_short_the_best_waiting_trial_goes_on(tmp_path: Path) -> None:
     s = sweep(tmp_path, trials=None, deadline=time.time() + 10_000, pruner="promote")
-    for accuracy in (0.5, 0.9, 0.3):
-        climb(s, take(s), accuracy)
     job = take(s)
+    assert not s.report(job["id"], scores(0.9))
     finish(s, job, 0.9, seconds=6 * 100.0)
-    s.budget = Budget(deadline=time.time() + 550)  # not enough for a whole trial, but for the epochs that 0000 lacks
-    assert take(s)["id"] == "0000"
-    s.budget = Budget(deadline=time.time() + 250)
+    for accuracy in (0.3, 0.5):
+        assert climb(s, take(s), accuracy) == 1
+    s.time.budget = Budget(deadline=time.time() + 550)  # no whole trial fits, but what 0002 still lacks
+    assert take(s)["id"] == "0002"
+    s.time.budget = Budget(deadline=time.time() + 250)
     assert take(s)["config"]["epochs"] == 2  # no waiting trial could end: a new one is shortened
 
 
@@ -448,19 +457,19 @@ def test_it_ends_at_the_target(tmp_path: Path) -> None:
 def test_device_seconds_are_counted_over_processes(tmp_path: Path) -> None:
     now = [time.time()]
     s = sweep(tmp_path, trials=None, device_seconds=1000)
-    s.clock = lambda: now[0]
-    s.place(lanes=2, devices=2)
+    s.time.clock = lambda: now[0]
+    s.time.place(lanes=2, devices=2)
     first, _second = take(s), take(s)
     now[0] += 100
-    assert s.device_seconds() == 400
-    assert s.time_left() == 150  # four devices are busy
+    assert s.time.device_seconds() == 400
+    assert s.time.left() == 150  # four devices are busy
     s.finish(first["id"], {"outcome": "pruned"})
     now[0] += 100
-    assert s.device_seconds() == 600
+    assert s.time.device_seconds() == 600
     s.tick()
     s = sweep(tmp_path, trials=None, device_seconds=1000)
-    assert s.device_seconds() == 600
-    assert s.time_left() == 400
+    assert s.time.device_seconds() == 600
+    assert s.time.left() == 400
 
 
 def test_the_last_part_goes_to_new_seeds_of_the_members(tmp_path: Path) -> None:
@@ -581,3 +590,46 @@ def test_the_first_configurations_of_a_space_are_whole_and_come_first(tmp_path: 
     without = optuna.create_study()
     enqueue_first(without, space.first, ["speednet"])
     assert len(without.trials) == 1
+
+
+def test_an_enqueued_configuration_outlives_a_kill_before_it_is_known(tmp_path: Path) -> None:
+    first = sweep(tmp_path, trials=1)
+    first.study.enqueue_trial({"lr": 0.02}, user_attrs={"why": "a guess"})
+    first.study.ask()  # and never heard of again
+    second = sweep(tmp_path, trials=1)
+    job = take(second)
+    assert (job["id"], job["config"]["lr"]) == ("0001", 0.02)
+    assert second.study.trials[1].user_attrs["why"] == "a guess"
+    assert [trial.state.name for trial in second.study.trials] == ["FAIL", "RUNNING"]
+    assert second.next() is None
+
+
+def test_a_trial_that_came_to_a_better_end_after_a_kill_is_no_failure(tmp_path: Path) -> None:
+    first = sweep(tmp_path, trials=1)
+    job = take(first)
+    first.running[job["id"]].set_user_attr("outcome", "diverged")
+    first.running[job["id"]].set_user_attr("error", "nan")  # killed before the study was told
+    second = sweep(tmp_path, trials=1)
+    finish(second, take(second))
+    assert second.failures() == []
+
+
+def test_a_sweep_that_is_stopping_ends_trials_after_their_epoch_but_for_the_last(tmp_path: Path) -> None:
+    s = sweep(tmp_path)
+    job = take(s)
+    assert not s.report(job["id"], scores(0.5, 4))
+    s.stopping = True
+    assert s.report(job["id"], scores(0.5, 5))
+    assert not s.report(job["id"], scores(0.5, 6))  # only its predictions are still to be made
+    finish(s, job)
+    assert states(s) == ["COMPLETE"]
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    s = sweep(tmp_path)
+    finish(s, take(s))
+    kept = {path for path in tmp_path.rglob("*") if path.is_file()}
+    for folder in (tmp_path, tmp_path / "candidates" / "0000"):
+        (folder / ".weights.safetensors.0123abcd.tmp").write_bytes(b"half")
+    remove_temporaries(UPath(tmp_path))
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == kept

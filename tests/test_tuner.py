@@ -36,6 +36,8 @@ def count_epochs(job, report):
     checkpoint = Path(job["checkpoint"]) if "checkpoint" in job else None
     first = int(checkpoint.read_text()) if checkpoint and checkpoint.exists() else 0
     for epoch in range(first, job["epochs"]):
+        while epoch == job.get("held_epoch") and not Path(job["held_until"]).exists():
+            time.sleep(0.05)
         if checkpoint:
             checkpoint.write_text(str(epoch + 1))
         if report({"epoch": epoch, "pid": os.getpid()}):
@@ -73,7 +75,7 @@ class Sweep:
         if (id, metrics["epoch"]) == self.at:
             self.at = None
             self.do()
-        return metrics["epoch"] == self.prune_at.get(id)
+        return self.stopping or metrics["epoch"] == self.prune_at.get(id)
 
     def finish(self, id, result):
         assert id not in self.results
@@ -139,19 +141,6 @@ def test_nothing_to_do_needs_no_lane(ray_cluster):
 
 
 @pytest.mark.slow
-def test_an_epoch_that_does_not_end_is_cut_after_the_grace(ray_cluster, monkeypatch):
-    monkeypatch.setattr(tuner, "GRACE_S", 1.0)
-    sweep = Sweep([{"epochs": 2, "epoch_s": 600}], at=("0000", 0))
-    sweep.do = lambda: signal.setitimer(signal.ITIMER_REAL, 1)
-    before = signal.signal(signal.SIGALRM, lambda *_: setattr(sweep, "stopping", True))
-    try:
-        run_trials(sweep, count_epochs, LANE, lanes=1)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert sweep.outcomes == ["interrupted"]
-
-
-@pytest.mark.slow
 def test_an_exception_of_the_sweep_comes_out_unchanged(ray_cluster):
     def fail():
         raise KeyError("no such trial")
@@ -177,28 +166,57 @@ from search.tuner import run_trials
 from test_tuner import LANE, Sweep, count_epochs
 
 connect(cpus=1)
-jobs = [{"epochs": 10_000, "epoch_s": 0.1}, {"epochs": 1}]
-sweep = Sweep(jobs, at=("0000", 2), do=lambda: print("ready", flush=True))
+job = {"epochs": 10_000, "checkpoint": sys.argv[1] + "/epoch", "held_epoch": 3, "held_until": sys.argv[1] + "/go"}
+sweep = Sweep([job, {"epochs": 1}], at=("0000", 2), do=lambda: print("ready", flush=True))
 try:
     run_trials(sweep, count_epochs, LANE, lanes=1)
 finally:
     disconnect()
-print(sweep.outcomes, sweep.stopping)
+    print(sweep.outcomes, sweep.stopping, sweep.pids[0])
 """
+LONG = 12  # seconds that the epoch goes on after the first Ctrl-C
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_ctrl_c_and_sigterm_end_the_sweep_in_order(sign, tmp_path):
+@pytest.fixture
+def driver(tmp_path):
+    """A driver whose only trial is held in its fourth epoch until the file "go" appears."""
     # Its own process group, all of which gets the signal, as a terminal's Ctrl-C does.
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER],
+        [sys.executable, "-c", DRIVER, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": IMPORTABLE},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path,
     )  # fmt: skip
     try:
         assert driver.stdout.readline() == "ready\n", driver.communicate()
-        (os.killpg if sign == signal.SIGINT else os.kill)(driver.pid, sign)
-        out, err = driver.communicate(timeout=60)
+        yield driver
     finally:
         driver.kill()
-    assert (driver.returncode, out, err) == (0, "['interrupted'] True\n", "")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_one_ctrl_c_or_sigterm_ends_the_sweep_when_the_running_epoch_has_ended(driver, sign, tmp_path):
+    (os.killpg if sign == signal.SIGINT else os.kill)(driver.pid, sign)
+    assert driver.stderr.readline() == tuner.STOPPING + "\n"
+    time.sleep(LONG)
+    assert driver.poll() is None
+    assert (tmp_path / "epoch").read_text() == "3"
+    (tmp_path / "go").touch()
+    out, err = driver.communicate(timeout=60)
+    assert (driver.returncode, err) == (0, "")
+    assert out.startswith("['interrupted'] True")
+    assert (tmp_path / "epoch").read_text() == "4"
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_does_not_wait_for_the_epoch(driver, tmp_path):
+    os.killpg(driver.pid, signal.SIGINT)
+    assert driver.stderr.readline() == tuner.STOPPING + "\n"
+    os.killpg(driver.pid, signal.SIGINT)
+    out, err = driver.communicate(timeout=60)
+    assert "KeyboardInterrupt" in err
+    assert driver.returncode != 0
+    outcome, stopping, pid = out.split()
+    assert (outcome, stopping) == ("['interrupted']", "True")
+    assert (tmp_path / "epoch").read_text() == "3"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)

@@ -143,6 +143,13 @@ def remove_checkpoint(run: UPath, id: str) -> None:
         path.rmdir(recursive=True)
 
 
+def remove_temporaries(run: UPath) -> None:
+    """Remove what processes that were killed in the middle of `write_bytes` have left of a run's candidates."""
+    if _is_local(run):
+        for path in [*run.glob(".*.tmp"), *run.glob("candidates/*/.*.tmp")]:
+            path.unlink(missing_ok=True)
+
+
 def write_bytes(path: UPath, data: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

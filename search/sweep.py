@@ -28,7 +28,7 @@ from trainables.errors import UserError
 
 CANDIDATE_OUTCOMES = ("finished", "time")  # the trial left a candidate
 TEACHING_OUTCOMES = ("diverged", "out of memory")  # told to the sampler as the worst value seen
-RETRIES = {"bug": 1, "lost node": 5}  # how often a trial is run again
+RETRIES = {"bug": 1}  # how often a trial is run again; lost nodes are the tuner's matter
 MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
 MOST_TOO_SLOW = 5  # proposals in a row that do not fit into the time left
 

@@ -5,6 +5,7 @@ This is what a lane runs (see worker.py). It knows the run directory; it knows n
 
 import dataclasses
 import functools
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ def run_trial(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> 
 
     `job` is JSON-able: `id`, `config` (TrialConfig as a dict), `run` (path of the run directory), `data` ({"path",
     "name", "data_dir", "size"}), `weights` (WeightSource as a dict, or None), `gpus` (of this lane), `deadline`
-    (time.time(), or None).
+    (time.time(), or None), `node` (where it runs, for candidate.json; optional).
 
     Returns plain JSON: `outcome` is "finished", "time" (cut at the deadline, still a candidate), "pruned",
     "interrupted" (no time left to begin), "out of memory", "diverged" or "invalid"; with it the scores, or
@@ -53,7 +54,7 @@ def run_trial(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> 
         trained = _train_within_memory(config, data, splits, report, weights, run, job)
         result: dict[str, Any] = {"outcome": trained.outcome, **trained.metrics, "seconds": trained.seconds}
         if trained.outcome != "pruned" and rank == 0:
-            _write(run, job["id"], config, data, splits, trained)
+            _write(run, job, config, data, splits, trained)
     except Diverged as error:
         result = {"outcome": "diverged", "error": str(error)}
     except UserError as error:
@@ -111,10 +112,12 @@ def _open(run: str, *where: tuple[str, Any]) -> tuple[Data, Splits]:
     return data, load_splits(UPath(run))
 
 
-def _write(run: UPath, id: str, config: TrialConfig, data: Data, splits: Splits, trained: Trained) -> None:
+def _write(
+    run: UPath, job: dict[str, Any], config: TrialConfig, data: Data, splits: Splits, trained: Trained
+) -> None:
     state = {k: v.detach().cpu().contiguous() for k, v in trained.model.state_dict().items()}
     info = {
-        "id": id,
+        "id": job["id"],
         "config": {**config.to_dict(), "accumulate": trained.accumulate},
         "num_classes": len(data.classes),
         "mean": trained.pixels.mean.flatten().tolist(),
@@ -128,6 +131,7 @@ def _write(run: UPath, id: str, config: TrialConfig, data: Data, splits: Splits,
         "params": sum(p.numel() for p in trained.model.parameters()),
         **_cost(trained.model, trained.pixels.mean.device, config.image_size),
         "seconds": round(trained.seconds, 3),
+        "node": job.get("node", platform.node()),
         "resumed_after_epochs": trained.resumed,
         "split_fingerprint": splits.fingerprint,
         "finished": time.time(),

@@ -15,6 +15,7 @@ test-slow: setup        ## fault tests that take minutes
 	$(VENV)/bin/python -m pytest -m slow
 
 test-cluster: setup     ## several Ray nodes on this machine: jobs, lost nodes, shared storage, launcher files
+	command -v slurmd >/dev/null || (apt-get update && apt-get install -y slurm-wlm munge)
 	$(VENV)/bin/python -m pytest -m cluster
 
 test-browser: setup     ## the pages in a real, headless Chromium; installs Debian's if there is none

@@ -73,6 +73,7 @@ class LocalCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_ADDRESS": self.dashboard_url,  # of the clients
+            "RAY_worker_maximum_startup_concurrency": "8",  # else one at a time on a head without CPU slots
         }
 
     def __enter__(self) -> "LocalCluster":
@@ -89,7 +90,6 @@ class LocalCluster:
         return self._start(
             "--head", f"--port={self.port}", "--num-cpus=0", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={free_port()}",
-            f"--temp-dir={self.folder}",
         )  # fmt: skip
 
     def add_node(self, cpus: int = 1) -> LocalNode:
@@ -109,6 +109,7 @@ class LocalCluster:
             f"--node-ip-address=127.0.0.{number + 1 if '--head' not in arguments else 1}",
             f"--dashboard-agent-listen-port={free_port()}", f"--object-store-memory={OBJECT_STORE_BYTES}",
             "--min-worker-port=0", "--max-worker-port=0",
+            f"--temp-dir={self.folder / str(number)}",  # nodes of one machine would delete each other's job sources
         ]  # fmt: skip
         env = {key: value for key, value in self.env.items() if key != "RAY_ADDRESS"}
         self.nodes.append(LocalNode([*arguments, *common], env, self.folder / f"node{number}.log"))

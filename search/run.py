@@ -34,16 +34,17 @@ from search.lanes import Lanes
 from search.live import EnsembleSoFar, LiveBoard
 from search.objective import Contribution
 from search.spaces import Space, load_space
-from search.study import open_study
+from search.study import fetch_study, open_study, store_study
 from search.sweep import Sweep
 from search.timing import SECONDS_USED
 from search.tuner import run_trials
 from trainables.backbones import WeightSource, check_backbone, check_image_size, find_weights
-from trainables.candidate import RUNS, list_candidates, read_json, write_array, write_json
+from trainables.candidate import RUNS, is_local, list_candidates, reach, read_json, write_array, write_json
 from trainables.classic import NETWORKS
 from trainables.config import TrialConfig
 from trainables.data import Data, prepare
 from trainables.errors import UserError, exit_on_user_error
+from trainables.share import share_data
 from trainables.splits import Splits, make_splits, save_splits
 from trainables.trial import run_trial
 
@@ -85,7 +86,8 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         open_study(config.storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
     _open_run(plan, config)
     lock = _lock(plan.run)
-    storage = config.storage or f"sqlite:///{plan.run / 'study.db'}"
+    file = None if config.storage else fetch_study(plan.run)
+    storage = config.storage or f"sqlite:///{file}"
     study = open_study(storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
     add_earlier(study, plan.earlier)
     enqueue_first(study, plan.space.first, list(plan.backbones))
@@ -116,6 +118,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         promote=config.pruner == "promote", live=live,
         contribution=Contribution(tune_labels, config.top_k) if config.objective == "ensemble" else None,
         store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
+        save=(lambda: store_study(plan.run, file)) if file and not is_local(plan.run) else lambda: None,
     )  # fmt: skip
     if going.has_more():
         _print_start(console, plan, config, going)
@@ -139,7 +142,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
                     run_trials(going, run_trial, spec, lanes_now)
         finally:
             disconnect()
-            going.remove_stale_checkpoints()
+        going.remove_stale_checkpoints()
     if not going.stopping:
         going.close()
     ensemble = _conclude(console, plan, config, going, began)
@@ -171,7 +174,7 @@ def _plan(config: SearchConfig) -> _Plan:
     data = prepare(config.data, config.data_dir, size=config.stored_size)
     splits = make_splits(data.labels, data.fingerprint, config.split_seed)
     _check_space(space, backbones, data, splits, config)
-    run = UPath(config.run or f"{RUNS}/{config.data}-{space.name}")
+    run = reach(config.run or f"{RUNS}/{config.data}-{space.name}")
     if in_cluster() and not run.is_absolute():
         raise UserError(
             f"run directory {run} would lie in the job's copy of the sources, which is deleted; "
@@ -237,7 +240,8 @@ def _open_run(plan: _Plan, config: SearchConfig) -> None:
             )
         return
     splits, data = plan.splits, plan.data
-    plan.run.mkdir(parents=True, exist_ok=True)
+    if in_cluster() or not is_local(plan.run):
+        share_data(plan.run, data)
     save_splits(plan.run, splits)
     write_array(plan.run / "select_labels.npy", np.asarray(data.labels)[splits.select])
     write_json(
@@ -266,7 +270,7 @@ def _open_run(plan: _Plan, config: SearchConfig) -> None:
 
 def _lock(run: UPath) -> FileLock | None:
     """Held until this process ends: two sweeps in one run directory would train the same trials."""
-    if run.protocol not in ("", "file"):
+    if not is_local(run):
         return None  # object stores have no locks
     lock = FileLock(str(run / ".lock"))
     try:

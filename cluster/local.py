@@ -61,7 +61,7 @@ class LocalCluster:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path has at most 107 characters
-        self.port, self.dashboard_port = free_port(), free_port()
+        self.port, self.dashboard_port, self.metrics_port = free_port(), free_port(), free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.dashboard_url = f"http://127.0.0.1:{self.dashboard_port}"
         self.token = secrets.token_hex(32)
@@ -89,7 +89,8 @@ class LocalCluster:
         """Also to start it again, on the same ports, after it was killed."""
         return self._start(
             "--head", f"--port={self.port}", "--num-cpus=0", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={free_port()}",
+            f"--dashboard-port={self.dashboard_port}", f"--metrics-export-port={self.metrics_port}",
+            f"--ray-client-server-port={free_port()}",
         )  # fmt: skip
 
     def add_node(self, cpus: int = 1) -> LocalNode:

@@ -23,6 +23,7 @@ from rich.table import Table
 from upath import UPath
 
 from cluster.connect import connect, disconnect, in_cluster
+from cluster.metrics import SweepMetrics
 from ensemble.ensemble import Ensemble, write_ensemble
 from ensemble.report import PAGE, summary, write_report
 from ensemble.select import Select, choose_from, open_pool, show
@@ -136,7 +137,9 @@ def sweep(config: SearchConfig) -> Ensemble | None:
             task = _task(plan.backbones, plan.data, plan.splits, config, "cuda" if spec.gpus else "cpu")
             going.propose_with(lambda trial: _checked(plan.space.suggest(trial, task), task))
             board.links = [f"Ray dashboard {dashboard}"] if dashboard else []
-            console.print(f"{_at_a_time(lanes)}; {' '.join(board.links)}")
+            board.links.append(f"study: optuna-dashboard {storage if file else '(as in --storage)'}")
+            board.metrics = SweepMetrics(plan.run.name)
+            console.print("\n".join([_at_a_time(lanes), *board.links]), markup=False)
             with board:
                 while going.has_more() and not going.stopping:
                     run_trials(going, run_trial, spec, lanes_now)

@@ -2,6 +2,7 @@
 
 import json
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -114,8 +115,9 @@ def test_nodes_leave_and_join_and_the_head_is_replaced(cluster: LocalCluster, tm
     nodes = [cluster.add_node(cpus=1) for _ in range(2)]
     cluster.ray(*submission(run, space, "--no-wait", "--submission-id", "first"))
     wait_until(lambda: len(list(run.glob("checkpoints/*/state.pt"))) == 2, "two trials")
+    wait_until(lambda: 'ray_ninefold_trials{' in metrics(cluster), "the sweep among the metrics")
+    assert 'state="running"' in metrics(cluster)
     nodes[0].kill()  # 127.0.0.2
-    killed = time.time()
 
     def finished() -> dict[str, dict]:
         return {candidate.id: candidate.info for candidate in list_candidates(UPath(run))}
@@ -142,4 +144,29 @@ def test_nodes_leave_and_join_and_the_head_is_replaced(cluster: LocalCluster, tm
     assert len(lost) == 1, "one of the first two was on the node that was killed"
     for info in after.values():
         assert [row["epoch"] for row in info["curve"]] == list(range(1, 61))
-    assert time.time() > killed
+
+
+def metrics(cluster: LocalCluster) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{cluster.metrics_port}/metrics") as answer:
+        return answer.read().decode()
+
+
+@pytest.mark.cluster
+def test_a_trial_on_two_nodes_reaches_what_it_does_on_one(cluster: LocalCluster, tmp_path: Path) -> None:
+    space = tmp_path / "tiny.py"
+    # nothing is left to the sampler: both runs train the same configuration
+    text = SPACE.format(trials=1, epochs=8).replace('trial.suggest_float("lr", 3e-3, 3e-2, log=True)', "1e-2")
+    space.write_text(text)
+    for _ in range(2):
+        cluster.add_node(cpus=1)
+    found = {}
+    for workers in (1, 2):
+        run = tmp_path / f"run{workers}"
+        output = cluster.ray(*submission(run, space), "--workers-per-trial", str(workers)).stdout
+        (found[workers],) = list_candidates(UPath(run))
+        assert ("2 x 1 CPUs each" in output) == (workers == 2)
+    one, two = (found[workers].info["metrics"] for workers in (1, 2))
+    images = one["select_images"]
+    noise = (2 * one["select_accuracy"] * (1 - one["select_accuracy"]) / images) ** 0.5  # of a difference, one sigma
+    assert abs(one["select_accuracy"] - two["select_accuracy"]) < 3 * max(noise, 1 / images)
+    assert one["select_accuracy"] > 0.9

@@ -1,5 +1,6 @@
 """The files in cluster/ that start a cluster: their schemas, their commands, no secrets; and Slurm for real."""
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from ray.runtime_env import RuntimeEnv
 from upath import UPath
 
 from cluster.connect import free_port
+from cluster.metrics import GAUGES
 from trainables.candidate import list_candidates
 
 ROOT = Path(__file__).parent.parent
@@ -126,6 +128,13 @@ def test_the_kubernetes_file_has_what_the_operator_asks_for() -> None:
     assert job["clusterSelector"] == {"ray.io/cluster": by_kind["RayCluster"]["metadata"]["name"]}
     RuntimeEnv(**yaml.safe_load(job["runtimeEnvYAML"]))
     pod(job["submitterPodTemplate"], claims)
+
+
+def test_the_grafana_dashboard_asks_for_every_gauge_that_there_is() -> None:
+    dashboard = json.loads((FOLDER / "grafana.json").read_text())
+    queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    assert set(re.findall(r"ray_(ninefold_\w+)", queries)) == set(GAUGES)
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) >= 6
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ not. Expected: 3.6 to 4 times the throughput of one node. Takes about five minut
 
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,25 +95,36 @@ class Sweep:
 
 
 def measure(nodes: int, args: Nodes) -> dict[str, Any]:
+    """Start the nodes, and the sweep's driver in a process of its own: Ray reads the token while it is imported."""
+    os.environ["PYTHONPATH"] = os.getcwd()  # the nodes' workers import this module
     with LocalCluster() as cluster:
         for _ in range(nodes):
             cluster.add_node(cpus=1)
-        folder = cluster.folder / "meet"
-        folder.mkdir()
-        before = dict(os.environ)
-        os.environ.update({**cluster.env, "RAY_ADDRESS": cluster.address})
-        try:
-            connect()
-            called = time.monotonic()
-            sweep = Sweep(nodes, args.trials, args.seconds, folder)
-            run_trials(sweep, sleep, LaneSpec(), nodes)
-        finally:
-            disconnect()
-            os.environ.clear()
-            os.environ.update(before)
-    assert len(sweep.nodes) == nodes
+        (cluster.folder / "meet").mkdir()
+        call = f"drive({nodes}, {args.trials}, {args.seconds}, {str(cluster.folder / 'meet')!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", f"from benchmarks.nodes import drive; {call}"],
+            env={**cluster.env, "RAY_ADDRESS": cluster.address},
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+    row = json.loads(done.stdout.splitlines()[-1])
+    if row["seen"] != nodes:
+        raise RuntimeError(f"trials ran on {row['seen']} of {nodes} nodes")
+    return row
+
+
+def drive(nodes: int, trials: int, seconds: float, meet: str) -> None:
+    """Run the sweep on the cluster in RAY_ADDRESS and print its row as JSON."""
+    connect()
+    try:
+        called = time.monotonic()
+        sweep = Sweep(nodes, trials, seconds, Path(meet))
+        run_trials(sweep, sleep, LaneSpec(), nodes)
+    finally:
+        disconnect()
     took = sweep.ended[-1] - sweep.began
-    return {"nodes": nodes, "start_s": sweep.began - called, "took_s": took, "trials_per_s": args.trials / took}
+    row = {"nodes": nodes, "start_s": sweep.began - called, "took_s": took, "trials_per_s": trials / took}
+    print(json.dumps({**row, "seen": len(sweep.nodes)}))
 
 
 def main() -> None:

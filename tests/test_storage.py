@@ -137,10 +137,10 @@ def test_a_node_copies_the_prepared_data_once(
 ) -> None:
     data = open_data(read_json(small_run / "run.json")["data"]["path"])
     run = UPath("s3://bucket/shared")
+    monkeypatch.setenv("NINEFOLD_CACHE", str(tmp_path / "node"))
     with pytest.raises(UserError, match="no prepared data set"):
         open_shared(run, tmp_path / "elsewhere" / data.path.name)
     share_data(run, data)
-    monkeypatch.setenv("NINEFOLD_CACHE", str(tmp_path / "node"))
     there = open_shared(run, tmp_path / "elsewhere" / data.path.name)
     assert there.fingerprint == data.fingerprint
     assert there.path.parent == tmp_path / "node" / "data"

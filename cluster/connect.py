@@ -8,7 +8,13 @@ import threading
 from dataclasses import dataclass
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray._private.state import available_resources_per_node
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 OBJECT_STORE_BYTES = 256 * 2**20  # images travel as memory-mapped files, so Ray's third of the memory is not needed
 MOST_DEMANDED = 16  # places at a time; when they have come, the next
@@ -77,23 +83,29 @@ class Demand:
     """What an autoscaler acts on: placement groups for which there is no room.
 
     Unlike `ray.autoscaler.sdk.request_resources` they end with this process, however it ends: no machine is kept (and
-    paid for) because a driver was killed. One that finds room is given back at once; the room is for a lane.
+    paid for) because a driver was killed. As soon as there is room they are given up, for it is the lanes'.
     """
 
     def __init__(self) -> None:
         self.waiting: list[PlacementGroup] = []
 
-    def keep(self, cpus: float, gpus: float, count: int) -> None:
-        """From now on demand `count` (but 16 at most) places of that size beyond what the cluster has."""
+    def keep(self, cpus: float, gpus: float, workers: int, lanes: int) -> None:
+        """From now on demand so many lanes, of `workers` places of that size each, beyond what the cluster has."""
         if not in_cluster():
             return
-        placed = [group for group in self.waiting if group.wait(0)]
-        count = min(count, MOST_DEMANDED)
-        for group in [*placed, *self.waiting[count:]]:
+        free = [_holds(has, cpus, gpus) for has in available_resources_per_node().values()]
+        placed = [group for group in self.waiting if placement_group_table(group).get("state") == "CREATED"]
+        count = 0 if placed or sum(free) >= workers else min(workers * lanes, MOST_DEMANDED)
+        for group in self.waiting[count:]:
             remove_placement_group(group)
-        self.waiting = [group for group in self.waiting[:count] if group not in placed]
         bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+        self.waiting = self.waiting[:count]
         self.waiting += [placement_group([bundle]) for _ in range(count - len(self.waiting))]
+
+
+def _holds(resources: dict[str, float], cpus: float, gpus: float) -> int:
+    places = int(resources.get("CPU", 0.0) / cpus)
+    return min(places, int(resources.get("GPU", 0.0) / gpus)) if gpus else places
 
 
 def disconnect() -> None:

@@ -34,14 +34,15 @@ class Lanes:
                 if not told:
                     say(f"waiting for machines: {error}")
                     told = True
-            self.demand.keep(config.cpus_per_trial or 1.0, config.gpus_per_trial or 0.0, config.workers_per_trial)
+            cpus, gpus = config.cpus_per_trial or 1.0, config.gpus_per_trial or 0.0
+            self.demand.keep(cpus, gpus, config.workers_per_trial, lanes=1)
             time.sleep(LOOK_S)
 
     def now(self, wanted: int | None) -> int:
         """How many there are; of an autoscaler those that `wanted` (None: any number of) trials lack are asked for."""
         self.count = count_lanes(nodes(), self.spec)
-        lacking = sys.maxsize if wanted is None else wanted - self.count
-        self.demand.keep(self.spec.cpus, self.spec.gpus, self.spec.workers * max(0, lacking))
+        lacking = sys.maxsize if wanted is None else max(0, wanted - self.count)
+        self.demand.keep(self.spec.cpus, self.spec.gpus, self.spec.workers, lacking)
         return self.count
 
 

@@ -58,14 +58,13 @@ def sleep(job: dict[str, Any], report: Any) -> dict[str, Any]:
 
 
 class Sweep:
-    """One warm-up trial a lane, and then, once all have ended, the sleeping ones."""
+    """One warm-up trial a lane, which all end together, and then the sleeping ones."""
 
     stopping = False
 
     def __init__(self, lanes: int, trials: int, seconds: float, folder: Path) -> None:
         self.warm = [{"id": f"warm{n}", "meet": str(folder), "of": lanes} for n in range(lanes)]
         self.waiting = [{"id": f"{n:04d}", "seconds": seconds} for n in range(trials)]
-        self.warming = lanes
         self.began = 0.0
         self.ended: list[float] = []
         self.nodes: set[str] = set()
@@ -73,7 +72,7 @@ class Sweep:
     def next(self) -> dict[str, Any] | None:
         if self.warm:
             return self.warm.pop(0)
-        return self.waiting.pop(0) if self.waiting and not self.warming else None
+        return self.waiting.pop(0) if self.waiting else None
 
     def has_more(self) -> bool:
         return bool(self.warm or self.waiting)
@@ -84,8 +83,7 @@ class Sweep:
     def finish(self, id: str, result: dict[str, Any]) -> None:
         assert result["outcome"] == "finished", result
         if id.startswith("warm"):
-            self.warming -= 1
-            self.began = time.monotonic()
+            self.began = self.began or time.monotonic()
         else:
             self.ended.append(time.monotonic())
             self.nodes.add(result["node"])

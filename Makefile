@@ -3,7 +3,7 @@ VENV   := .venv
 PYTHON ?= python3
 STAMP  := $(VENV)/.installed
 
-.PHONY: dry-run test test-slow test-browser test-storage lint setup clean
+.PHONY: dry-run test test-slow test-cluster test-browser test-storage lint setup clean
 
 dry-run: setup          ## the main job: sweep the embedded digits, end in an ensemble
 	$(VENV)/bin/python -m search.run
@@ -13,6 +13,10 @@ test: lint              ## everything that takes seconds, with real Ray
 
 test-slow: setup        ## fault tests that take minutes
 	$(VENV)/bin/python -m pytest -m slow
+
+test-cluster: setup     ## several Ray nodes on this machine: jobs, lost nodes, shared storage, launcher files
+	command -v slurmd >/dev/null || (apt-get update && apt-get install -y slurm-wlm munge)
+	$(VENV)/bin/python -m pytest -m cluster
 
 test-browser: setup     ## the pages in a real, headless Chromium; installs Debian's if there is none
 	command -v chromedriver >/dev/null || (apt-get update && apt-get install -y chromium chromium-driver)

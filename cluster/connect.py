@@ -8,8 +8,16 @@ import threading
 from dataclasses import dataclass
 
 import ray
+from ray._private.state import available_resources_per_node
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 OBJECT_STORE_BYTES = 256 * 2**20  # images travel as memory-mapped files, so Ray's third of the memory is not needed
+MOST_DEMANDED = 16  # places at a time; when they have come, the next
 DASHBOARD = "RAY_API_SERVER_ADDRESS"
 ENVIRONMENT = {  # a local cluster hands these on to all its processes
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home, and there is no notice about it
@@ -18,17 +26,17 @@ ENVIRONMENT = {  # a local cluster hands these on to all its processes
 
 
 @dataclass(frozen=True)
-class Offer:
-    """What the cluster has: CPU slots, GPUs, live nodes, and the dashboard's address ("" when there is none)."""
+class Node:
+    """A machine of the cluster: its CPU slots and GPUs."""
 
     cpus: float
-    gpus: float
-    nodes: int
-    dashboard_url: str
+    gpus: float = 0.0
 
 
-def connect(cpus: int | None = None) -> Offer:
+def connect(cpus: int | None = None) -> str:
     """Join the cluster when this process runs as its job (RAY_ADDRESS is set), else start a local one.
+
+    Returns the dashboard's address, "" when there is none.
 
     `cpus` is the number of CPU slots of a local cluster (default: the machine's cores); a cluster has its own number.
     The dashboard's processes are part of a local cluster, on the loopback interface alone: without them Ray Train never
@@ -38,10 +46,10 @@ def connect(cpus: int | None = None) -> Offer:
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    if os.environ.get("RAY_ADDRESS"):
+    if in_cluster():
         context = ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
-        port = _free_port()
+        port = free_port()
         # Ray Train's cleaner looks for its dashboard by itself, and dies when a second Ray runs on the machine.
         os.environ[DASHBOARD] = f"http://127.0.0.1:{port}"
         context = ray.init(
@@ -57,13 +65,47 @@ def connect(cpus: int | None = None) -> Offer:
     if threading.current_thread() is threading.main_thread():
         # Ray installs its own SIGTERM handler in init, which ends the process at once: replace it afterwards.
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    resources = ray.cluster_resources()
-    return Offer(
-        cpus=resources.get("CPU", 0.0),
-        gpus=resources.get("GPU", 0.0),
-        nodes=sum(node["Alive"] for node in ray.nodes()),
-        dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else "",
-    )
+    return f"http://{context.dashboard_url}" if context.dashboard_url else ""
+
+
+def nodes() -> tuple[Node, ...]:
+    """The machines that the cluster has now: others may join and leave at any time."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return tuple(Node(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive)
+
+
+def in_cluster() -> bool:
+    """Whether this process runs as a job of a cluster, or was told of one; `connect` then joins it."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+class Demand:
+    """What an autoscaler acts on: placement groups for which there is no room.
+
+    Unlike `ray.autoscaler.sdk.request_resources` they end with this process, however it ends: no machine is kept (and
+    paid for) because a driver was killed. As soon as there is room they are given up, for it is the lanes'.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[PlacementGroup] = []
+
+    def keep(self, cpus: float, gpus: float, workers: int, lanes: int) -> None:
+        """From now on demand so many lanes, of `workers` places of that size each, beyond what the cluster has."""
+        if not in_cluster():
+            return
+        free = [_holds(has, cpus, gpus) for has in available_resources_per_node().values()]
+        placed = [group for group in self.waiting if placement_group_table(group).get("state") == "CREATED"]
+        count = 0 if placed or sum(free) >= workers else min(workers * lanes, MOST_DEMANDED)
+        for group in self.waiting[count:]:
+            remove_placement_group(group)
+        bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+        self.waiting = self.waiting[:count]
+        self.waiting += [placement_group([bundle]) for _ in range(count - len(self.waiting))]
+
+
+def _holds(resources: dict[str, float], cpus: float, gpus: float) -> int:
+    places = int(resources.get("CPU", 0.0) / cpus)
+    return min(places, int(resources.get("GPU", 0.0) / gpus)) if gpus else places
 
 
 def disconnect() -> None:
@@ -74,7 +116,7 @@ def disconnect() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -22,8 +22,9 @@ from ensemble.predict import candidate_predictor
 from ensemble.select import best_single
 from ensemble.trials import list_trials, load_study, read_study
 from trainables.candidate import Candidate, open_run, read_run, write_bytes, write_json
-from trainables.data import Data, open_data, open_test
+from trainables.data import Data, open_test
 from trainables.errors import UserError, exit_on_user_error
+from trainables.share import open_shared
 from trainables.splits import load_splits
 
 PAGE, NUMBERS = "report.html", "report.json"
@@ -56,7 +57,7 @@ def write_report(run: UPath, ensemble: Ensemble, study: optuna.Study | None = No
     missing: dict[str, str] = {}
     data = None
     try:
-        data = _data(info)
+        data = _data(run, info)
     except UserError as error:
         missing["images"] = str(error)
     evidence = None
@@ -119,11 +120,11 @@ def _has_test(info: dict[str, Any]) -> bool:
     return bool(section(info, "splits").get("test"))
 
 
-def _data(info: dict[str, Any]) -> Data:
+def _data(run: UPath, info: dict[str, Any]) -> Data:
     spec = section(info, "data")
     if "path" not in spec:
         raise UserError("run.json does not say where the images lie")
-    data = open_data(spec["path"])
+    data = open_shared(run, spec["path"])
     if data.fingerprint != spec.get("fingerprint", data.fingerprint):
         raise UserError(f"{spec['path']} holds other images than this run's; prepare them again")
     return data
@@ -135,7 +136,7 @@ def _report_refit(run: UPath, info: dict[str, Any], ensemble: Ensemble) -> dict[
             f"{run} is a refit and its data set has no test part, so no labelled image is left to report on"
         )
     single = Member(str(ensemble.scores["best_single"]["id"]), 1.0).candidate(run)
-    evidence = _on_test(run, ensemble, single, _data(info))
+    evidence = _on_test(run, ensemble, single, _data(run, info))
     found = {
         "run": run.name, "created": time.time(), "refit_of": info["refit_of"],
         "test": test_scores(ensemble, single.id, evidence),

@@ -16,7 +16,6 @@ images (Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima"): those 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -31,9 +30,10 @@ from trainables.augment import Pixels
 from trainables.backbones import load_model
 from trainables.candidate import Candidate, list_candidates, open_run, read_run, write_candidate
 from trainables.config import TrialConfig
-from trainables.data import Data, open_data
+from trainables.data import Data
 from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import pick_device, predict_probs, scores
+from trainables.share import open_shared
 from trainables.splits import Splits, load_splits
 
 State = dict[str, Tensor]
@@ -194,7 +194,7 @@ def main() -> None:
             raise UserError(
                 f"{run} has no two pretrained candidates of one architecture with weights; nothing to merge"
             )
-        data, splits = open_data(Path(read_run(run)["data"]["path"])), load_splits(run)
+        data, splits = open_shared(run, read_run(run)["data"]["path"]), load_splits(run)
         for group in groups:
             soup = cook(run, group, data, splits, pick_device(args.device))
             told = f"{soup.backbone}: best single tune log-loss {soup.best_single_log_loss:.4f}"

@@ -2,12 +2,13 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from upath import UPath
 
 from search.live import EnsembleSoFar
-from trainables.candidate import Candidate, read_json
+from trainables.candidate import Candidate, exists, list_folder, patiently, read_json
 from trainables.errors import UserError
 
 RISE = 1e-4  # nats by which the live ensemble's log-loss must fall to count as better
@@ -108,8 +109,9 @@ class WeightStore:
     def add(self, candidate: Candidate) -> None:
         loss = candidate.info.get("metrics", {}).get("select_log_loss")
         path = candidate.path / "weights.safetensors"
-        if loss is not None and path.exists():  # what other tools have added is theirs
-            self.kept[candidate.id] = (float(loss), path.stat().st_size)
+        if loss is not None and exists(path):  # what other tools have added is theirs
+            size = patiently(path, lambda: path.stat().st_size)
+            self.kept[candidate.id] = (float(loss), size)
 
     def trim(self, members: set[str]) -> list[str]:
         """Delete weights until the limit is kept, the worst by select log-loss first; returns whose.
@@ -122,7 +124,8 @@ class WeightStore:
         gone = []
         for id in sorted(self.kept, key=lambda id: self.kept[id], reverse=True):
             if id not in safe and self._too_many():
-                (self.run / "candidates" / id / "weights.safetensors").unlink(missing_ok=True)
+                path = self.run / "candidates" / id / "weights.safetensors"
+                patiently(path, partial(path.unlink, missing_ok=True))
                 del self.kept[id]
                 gone.append(id)
         return gone
@@ -135,6 +138,5 @@ class WeightStore:
 
 def saved_members(run: UPath) -> set[str]:
     """Ids of all candidates of this run that a saved ensemble consists of."""
-    folder = run / "ensembles"
-    files = list(folder.glob("*.json")) if folder.exists() else []
+    files = [file for file in list_folder(run / "ensembles") if file.suffix == ".json"]
     return {member["id"] for file in files for member in read_json(file).get("members", []) if not member.get("run")}

@@ -1,12 +1,12 @@
 """The live board: what runs, what has finished, the best single model and the ensemble so far.
 
 On a terminal it is one screen that is redrawn at most twice a second; elsewhere (a job's log, CI) one plain line per
-finished trial.
+finished trial, and one a minute on how all of it stands.
 """
 
 import time
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console, Group
@@ -23,7 +23,12 @@ from ensemble.selection import greedy
 from trainables.candidate import Candidate, list_candidates, select_labels
 from trainables.config import TrialConfig
 
+if TYPE_CHECKING:  # it imports Ray
+    from cluster.metrics import SweepMetrics
+
 REDRAW_SECONDS = 0.5
+PLAIN_SECONDS = 60.0
+PUBLISH_SECONDS = 5.0
 LIVE_POOL = 60  # the ensemble so far is chosen among that many best candidates, to keep a step cheap
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -69,7 +74,9 @@ class LiveBoard:
         self.console = Console(highlight=False)
         self.ensemble, self.trials, self.deadline, self.shared = ensemble, trials, deadline, shared
         self.links: list[str] = []
-        self.began, self.drawn = time.time(), 0.0
+        self.metrics: SweepMetrics | None = None
+        self.published = 0.0
+        self.began = self.drawn = time.time()
         self.running: dict[str, tuple[TrialConfig, float, dict[str, Any]]] = {}
         self.recent: list[str] = []
         self.outcomes: Counter[str] = Counter()
@@ -113,9 +120,26 @@ class LiveBoard:
         self.recent = [*self.recent, line][-6:]
 
     def refresh(self) -> None:
-        if self.live is not None and time.time() - self.drawn > REDRAW_SECONDS:
-            self.drawn = time.time()
+        self._publish()
+        if time.time() - self.drawn < (PLAIN_SECONDS if self.live is None else REDRAW_SECONDS):
+            return
+        self.drawn = time.time()
+        if self.live is None:
+            print(self._summary().replace("\n", "; "), flush=True)
+        else:
             self.live.update(self._screen(), refresh=True)
+
+    def _publish(self) -> None:
+        if self.metrics is None or time.time() - self.published < PUBLISH_SECONDS:
+            return
+        self.published = time.time()
+        best, curve = self.ensemble.best_single, self.ensemble.curve
+        self.metrics.publish(
+            {**self.outcomes, "running": len(self.running)},
+            best_select_accuracy=best[1] if best else None,
+            ensemble_select_accuracy=curve[-1][1] if curve else None,
+            images_per_second=sum(metrics.get("images_per_second", 0.0) for *_, metrics in self.running.values()),
+        )
 
     def _screen(self) -> Group:
         running = Table(title="running", title_justify="left", expand=False)

@@ -24,7 +24,7 @@ from ensemble.ensemble import Ensemble, Member, read_ensemble, write_ensemble
 from ensemble.report import summary, write_report
 from ensemble.show import make_console
 from search.config import SearchConfig
-from search.run import lanes_for
+from search.lanes import Lanes
 from search.tuner import run_trials
 from trainables.backbones import find_weights
 from trainables.candidate import open_run, read_json, read_run, write_json
@@ -101,14 +101,14 @@ def refit(args: Refit) -> tuple[UPath, Ensemble]:
 
 
 def _train(jobs: list[dict[str, Any]], config: SearchConfig, progress: Progress) -> None:
-    offer = connect()
+    connect()
     try:
-        spec, lanes = lanes_for(offer, config)
+        lanes = Lanes(config)
         for job in jobs:
-            job["gpus"] = spec.gpus
+            job["gpus"] = lanes.spec.gpus
         with progress:
             going = Jobs(jobs, progress)
-            run_trials(going, run_trial, spec, lanes)
+            run_trials(going, run_trial, lanes.spec, lambda: lanes.now(wanted=len(jobs)))
     finally:
         disconnect()
     if going.stopping:

@@ -5,7 +5,6 @@ parse -> prepare the data -> open the run directory -> connect -> sweep -> leade
 
 import importlib.metadata
 import inspect
-import os
 import shlex
 import sys
 import time
@@ -23,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from upath import UPath
 
-from cluster.connect import Offer, connect, disconnect
+from cluster.connect import connect, disconnect, in_cluster
+from cluster.metrics import SweepMetrics
 from ensemble.ensemble import Ensemble, write_ensemble
 from ensemble.report import PAGE, summary, write_report
 from ensemble.select import Select, choose_from, open_pool, show
@@ -31,25 +31,34 @@ from ensemble.show import make_console
 from search.budget import Budget, WeightStore, parse_keep
 from search.config import SearchConfig, Task
 from search.knowledge import add_earlier, enqueue_first, read_earlier
+from search.lanes import Lanes
 from search.live import EnsembleSoFar, LiveBoard
 from search.objective import Contribution
 from search.spaces import Space, load_space
-from search.study import open_study
+from search.study import fetch_study, open_study, store_study
 from search.sweep import Sweep
 from search.timing import SECONDS_USED
 from search.tuner import run_trials
 from trainables.backbones import WeightSource, check_backbone, check_image_size, find_weights
-from trainables.candidate import RUNS, list_candidates, read_json, remove_temporaries, write_array, write_json
+from trainables.candidate import (
+    RUNS,
+    is_local,
+    list_candidates,
+    reach,
+    read_json,
+    remove_temporaries,
+    write_array,
+    write_json,
+)
 from trainables.classic import NETWORKS
 from trainables.config import TrialConfig
 from trainables.data import Data, prepare
 from trainables.errors import UserError, exit_on_user_error
+from trainables.share import share_data
 from trainables.splits import Splits, make_splits, save_splits
 from trainables.trial import run_trial
-from trainables.worker import LaneSpec
 
 LIBRARIES = ("torch", "timm", "ray", "optuna")
-MOST_CPU_LANES = 8  # without GPUs; each lane is a process of its own with a copy of torch
 # Share of --minutes, and most seconds, kept for predictions, selection and summary: without and with a test part
 RESERVES = ((0.05, 60.0), (0.15, 300.0))
 LEADERBOARD_ROWS = 10
@@ -88,7 +97,8 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     _open_run(plan, config)
     lock = _lock(plan.run)
     remove_temporaries(plan.run)
-    storage = config.storage or f"sqlite:///{plan.run / 'study.db'}"
+    file = None if config.storage else fetch_study(plan.run)
+    storage = config.storage or f"sqlite:///{file}"
     study = open_study(storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
     add_earlier(study, plan.earlier)
     enqueue_first(study, plan.space.first, list(plan.backbones))
@@ -119,24 +129,33 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         promote=config.pruner == "promote", live=live,
         contribution=Contribution(tune_labels, config.top_k) if config.objective == "ensemble" else None,
         store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
+        save=(lambda: store_study(plan.run, file)) if file and not is_local(plan.run) else lambda: None,
     )  # fmt: skip
     if going.has_more():
         _print_start(console, plan, config, going)
-        offer = connect()
+        dashboard = connect()
         try:
-            spec, lanes = lanes_for(offer, config)
+            lanes = Lanes(config, console.print)
+            spec = lanes.spec
             job["gpus"] = spec.gpus
-            going.time.place(lanes, devices=spec.workers * (spec.gpus or 1))
+
+            def lanes_now() -> int:
+                count = lanes.now(wanted=plan.trials and plan.trials - len(going.tried))
+                going.time.place(max(1, count), devices=spec.workers * (spec.gpus or 1))
+                return count
+
             task = _task(plan.backbones, plan.data, plan.splits, config, "cuda" if spec.gpus else "cpu")
             going.propose_with(lambda trial: _checked(plan.space.suggest(trial, task), task))
-            board.links = [f"Ray dashboard {offer.dashboard_url}"] if offer.dashboard_url else []
-            console.print(f"{lanes} trial{'s' * (lanes > 1)} at a time, {_spec(spec)}; {' '.join(board.links)}")
+            board.links = [f"Ray dashboard {dashboard}"] if dashboard else []
+            board.links.append(f"study: optuna-dashboard {storage if file else '(as in --storage)'}")
+            board.metrics = SweepMetrics(plan.run.name)
+            console.print("\n".join([_at_a_time(lanes), *board.links]), markup=False)
             with board:
                 while going.has_more() and not going.stopping:
-                    run_trials(going, run_trial, spec, lanes)
+                    run_trials(going, run_trial, spec, lanes_now)
         finally:
             disconnect()
-            going.remove_stale_checkpoints()
+        going.remove_stale_checkpoints()
     if not going.stopping:
         going.close()
     ensemble = _conclude(console, plan, config, going, began)
@@ -168,7 +187,13 @@ def _plan(config: SearchConfig) -> _Plan:
     data = prepare(config.data, config.data_dir, size=config.stored_size)
     splits = make_splits(data.labels, data.fingerprint, config.split_seed)
     _check_space(space, backbones, data, splits, config)
-    run = UPath(config.run or f"{RUNS}/{config.data}-{space.name}").absolute()
+    run = reach(config.run or f"{RUNS}/{config.data}-{space.name}")
+    if in_cluster() and not run.is_absolute():
+        raise UserError(
+            f"run directory {run} would lie in the job's copy of the sources, which is deleted; "
+            "name one that all nodes see: --run /shared/NAME or --run s3://BUCKET/NAME"
+        )
+    run = run.absolute()
     other_budget = config.minutes or config.device_hours or config.target_accuracy or config.stop_on_plateau
     trials = config.trials or (None if other_budget else space.trials)
     metric = "tune_accuracy" if config.objective == "accuracy" else "tune_log_loss"
@@ -206,7 +231,7 @@ def _task(
 def _auto_space(data: str) -> str:
     if data == "digits":
         return "dry_run"
-    has_gpus = torch.cuda.is_available() or "RAY_ADDRESS" in os.environ  # a cluster is joined for its GPUs
+    has_gpus = torch.cuda.is_available() or in_cluster()  # a cluster is joined for its GPUs
     return "default" if has_gpus else "laptop"
 
 
@@ -228,7 +253,8 @@ def _open_run(plan: _Plan, config: SearchConfig) -> None:
             )
         return
     splits, data = plan.splits, plan.data
-    plan.run.mkdir(parents=True, exist_ok=True)
+    if in_cluster() or not is_local(plan.run):
+        share_data(plan.run, data)
     save_splits(plan.run, splits)
     write_array(plan.run / "select_labels.npy", np.asarray(data.labels)[splits.select])
     write_json(
@@ -257,7 +283,7 @@ def _open_run(plan: _Plan, config: SearchConfig) -> None:
 
 def _lock(run: UPath) -> FileLock | None:
     """Held until this process ends: two sweeps in one run directory would train the same trials."""
-    if run.protocol not in ("", "file"):
+    if not is_local(run):
         return None  # object stores have no locks
     lock = FileLock(str(run / ".lock"))
     try:
@@ -275,23 +301,6 @@ def _checked(trial: TrialConfig, task: Task) -> TrialConfig:
         raise UserError(f"{trial.backbone} is to start from pretrained weights, but none were asked for or found")
     check_image_size(trial)
     return trial
-
-
-def lanes_for(offer: Offer, config: SearchConfig) -> tuple[LaneSpec, int]:
-    """What one lane takes and how many lanes the cluster holds; raises UserError when it holds none."""
-    gpus = config.gpus_per_trial if config.gpus_per_trial is not None else (1.0 if offer.gpus else 0.0)
-    workers = config.workers_per_trial
-    places = int(offer.gpus / gpus) if gpus else max(workers, min(int(offer.cpus), MOST_CPU_LANES))
-    cpus = config.cpus_per_trial or max(1.0, float(int(offer.cpus / max(1, places))))
-    lanes = int(offer.cpus / cpus) // workers
-    if gpus:
-        lanes = min(lanes, int(offer.gpus / gpus) // workers)
-    if lanes < 1:
-        raise UserError(
-            f"a trial needs {workers} x ({cpus:g} CPUs, {gpus:g} GPUs), but there are {offer.cpus:g} CPUs and "
-            f"{offer.gpus:g} GPUs; lower --cpus-per-trial, --gpus-per-trial or --workers-per-trial"
-        )
-    return LaneSpec(workers=workers, cpus=cpus, gpus=gpus), lanes
 
 
 def _conclude(console: Console, plan: _Plan, config: SearchConfig, going: Sweep, began: float) -> Ensemble | None:
@@ -365,9 +374,11 @@ def _print_leaderboard(console: Console, run: UPath) -> None:
     console.print(table)
 
 
-def _spec(spec: LaneSpec) -> str:
+def _at_a_time(lanes: Lanes) -> str:
+    spec = lanes.spec
     each = f"{spec.cpus:g} CPUs" + (f" and {spec.gpus:g} GPUs" if spec.gpus else "")
-    return f"{spec.workers} x {each} each" if spec.workers > 1 else f"{each} each"
+    each = f"{spec.workers} x {each} each" if spec.workers > 1 else f"{each} each"
+    return f"{lanes.count} trial{'s' * (lanes.count > 1)} at a time, {each}"
 
 
 def _shown(run: UPath) -> str:

@@ -1,13 +1,20 @@
 """The Optuna study of a sweep: opened by its storage, with samplers and pruners by name."""
 
+import contextlib
+import hashlib
+import sqlite3
+import tempfile
 import warnings
 from pathlib import Path
 
 import optuna
 from optuna.storages import RDBStorage
+from upath import UPath
 
 from search.config import Objective, Pruner, Sampler
 from search.storage import OneWriter
+from trainables.candidate import exists, is_local, read_bytes, write_bytes
+from trainables.data import default_cache
 from trainables.errors import UserError
 
 SQLITE = "sqlite:///"  # and then a file's path
@@ -48,6 +55,28 @@ def _open_storage(storage: str) -> OneWriter:
     _create_file(storage)
     # a database server may have closed an idle connection since: ask before use
     return OneWriter(RDBStorage(storage, engine_kwargs={} if storage.startswith(SQLITE) else {"pool_pre_ping": True}))
+
+
+def fetch_study(run: UPath) -> Path:
+    """Where the study of a run lies on this machine: study.db itself, or for a remote run a copy in the cache."""
+    if is_local(run):
+        return Path(str(run)) / "study.db"
+    copy = default_cache() / "studies" / f"{hashlib.sha256(str(run).encode()).hexdigest()[:20]}.db"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.unlink(missing_ok=True)
+    if exists(run / "study.db"):
+        write_bytes(UPath(copy), read_bytes(run / "study.db"))
+    return copy
+
+
+def store_study(run: UPath, copy: Path) -> None:
+    """Write the copy that `fetch_study` made back to the remote run; whole, whatever is being written to it."""
+    with tempfile.TemporaryDirectory() as folder:
+        snapshot = Path(folder) / "study.db"
+        source, target = sqlite3.connect(copy), sqlite3.connect(snapshot)
+        with contextlib.closing(source), contextlib.closing(target):
+            source.backup(target)
+        write_bytes(run / "study.db", snapshot.read_bytes())
 
 
 def _create_file(storage: str) -> None:

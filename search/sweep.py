@@ -22,13 +22,21 @@ from search.promotion import Rungs
 from search.timing import Timing
 from search.values import Values, trial_id
 from search.view import ViewSampler
-from trainables.candidate import Candidate, list_candidates, read_json, remove_checkpoint
+from trainables.candidate import (
+    Candidate,
+    StorageLost,
+    exists,
+    list_candidates,
+    list_folder,
+    read_json,
+    remove_checkpoint,
+)
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 
 CANDIDATE_OUTCOMES = ("finished", "time")  # the trial left a candidate
 TEACHING_OUTCOMES = ("diverged", "out of memory")  # told to the sampler as the worst value seen
-RETRIES = {"bug": 1, "lost node": 5}  # how often a trial is run again
+RETRIES = {"bug": 1}  # how often a trial is run again; lost nodes are the tuner's matter
 MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
 MOST_TOO_SLOW = 5  # proposals in a row that do not fit into the time left
 
@@ -56,6 +64,7 @@ class Sweep:
         live: the ensemble so far, which gets every candidate; needed by the budget's target, plateau and final seeds.
         contribution: values candidates by what they add to an ensemble; None: by their own score.
         store: deletes weights beyond the disk budget.
+        save: puts the study where the next process finds it; called before a trial starts and after it has ended.
         clock: time.time(), or a simulation's.
 
     `propose_with` must be called before the first `next`, and `close` when nothing is left to run.
@@ -65,10 +74,11 @@ class Sweep:
         self, study: optuna.Study, run: UPath, job: dict[str, Any], budget: Budget, weights: dict[str, Any],
         board: Board, promote: bool = False, live: EnsembleSoFar | None = None,
         contribution: Contribution | None = None, store: WeightStore | None = None,
-        clock: Callable[[], float] = time.time,
+        save: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self.study, self.run, self.job, self.budget, self.weights = study, run, job, budget, weights
         self.board, self.live, self.contribution, self.store = board, live, contribution, store
+        self.save = save
         self.suggest: Callable[[Trial], TrialConfig] | None = None
         self.time, self.goal = Timing(study, budget, clock), Goal(budget, live)
         self.rungs = Rungs() if promote else None
@@ -187,6 +197,7 @@ class Sweep:
         weights = self.weights.get(config.backbone) if config.pretrained else None
         left = self.time.left()
         deadline = None if left == math.inf else self.time.clock() + left
+        self.save()
         return {**self.job, "id": id, "config": config.to_dict(), "weights": weights, "deadline": deadline}
 
     def _wants_new(self) -> bool:
@@ -303,6 +314,9 @@ class Sweep:
             self.tried.add(id)
             self.board.ended(id, "waiting", result)
             return
+        if outcome == "storage lost":  # there is nothing that could go on
+            self.interrupted.append(trial)
+            raise StorageLost(result["error"])
         if outcome == "interrupted" or (outcome in RETRIES and self.retried.get(id, 0) < RETRIES[outcome]):
             # it stays RUNNING in the study, and its checkpoint stays on disk
             if outcome != "interrupted":
@@ -331,6 +345,7 @@ class Sweep:
             self.counted -= outcome == "invalid"  # as if it had been refused at once
         if outcome not in CANDIDATE_OUTCOMES:
             remove_checkpoint(self.run, id)
+        self.save()
         self.board.ended(id, outcome, result)
 
     def _extend_ensemble(self, trial: Trial, candidate: Candidate) -> None:
@@ -348,6 +363,7 @@ class Sweep:
             self.study.tell(trial, state=TrialState.PRUNED)
             remove_checkpoint(self.run, trial_id(trial.number))
         self.waiting, self.interrupted = {}, []
+        self.save()
 
     def tick(self) -> None:
         """Called a few times a second while trials run."""
@@ -357,13 +373,12 @@ class Sweep:
     def remove_stale_checkpoints(self) -> None:
         """Forget checkpoints of trials that have ended: one that was pruned may have written its last too late."""
         going_on = {trial_id(t.number) for t in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])}
-        folder = self.run / "checkpoints"
-        for path in folder.iterdir() if folder.exists() else ():
+        for path in list_folder(self.run / "checkpoints"):
             if path.name not in going_on:
                 remove_checkpoint(self.run, path.name)
 
     def _learn(self, candidate: Candidate) -> None:
-        if self.contribution is not None and (candidate.path / "tune_probs.npy").exists():
+        if self.contribution is not None and exists(candidate.path / "tune_probs.npy"):
             self.contribution.add(candidate.id, candidate.probs("tune"))
         if self.store is not None:
             self.store.add(candidate)

@@ -6,12 +6,14 @@ own experiment state goes to a temporary folder: what matters lies in the study 
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -24,7 +26,7 @@ from ray.tune.search import Searcher
 from trainables.worker import LaneSpec, Metrics, Target, run_in_lane
 
 TICK_S = 0.5
-MAX_FAILURES = 3  # Tune actors lost under one job
+MAX_LOSSES = 5  # lanes lost under one job in a row, without an epoch between
 
 STOPPING = "stopping when the running epochs have ended; Ctrl-C again: at once"
 
@@ -33,6 +35,7 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard file per trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours also spares the advice to restore an experiment
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # no snapshots of the experiment
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000000",  # how many trials there are at a time is decided here
 }
 
 
@@ -59,11 +62,14 @@ class Sweep(Protocol):
         """Called about twice a second."""
 
 
-def run_trials(sweep: Sweep, target: Target, spec: LaneSpec, lanes: int) -> None:
-    """Run the sweep's jobs in `lanes` lanes of size `spec` until it has no more; Ray must be connected.
+def run_trials(sweep: Sweep, target: Target, spec: LaneSpec, lanes: int | Callable[[], int]) -> None:
+    """Run the sweep's jobs in lanes of size `spec` until it has no more; Ray must be connected.
+
+    `lanes` is how many there are; a function is asked twice a second, so that machines that join get trials. A job
+    whose lane was lost, alone or with its machine, goes first to whichever lane is free next.
 
     Besides the target's own outcomes (see run_in_lane) a job can end as "pruned": the sweep stopped it; "interrupted":
-    the sweep is stopping, its checkpoint stays; "lost node": its Tune actor died again and again.
+    the sweep is stopping, its checkpoint stays; "lost node": its lanes were lost again and again.
 
     The first Ctrl-C sets `sweep.stopping`: running trials get to the end of their epoch, however long that takes. The
     second raises KeyboardInterrupt at once. An exception of the sweep ends all trials at once, and is raised here
@@ -77,7 +83,7 @@ def run_trials(sweep: Sweep, target: Target, spec: LaneSpec, lanes: int) -> None
         _tell(result=result)
 
     os.environ.update(TUNE_ENVIRONMENT)
-    bridge = _Bridge(sweep)
+    bridge = _Bridge(sweep, lanes if callable(lanes) else lambda: lanes)
     with _ctrl_c_stops(sweep), _quiet(), tempfile.TemporaryDirectory(prefix="tune-") as folder:
         try:
             # tune.run rather than Tuner, which would pickle the sweep for a restore that is never used.
@@ -88,17 +94,14 @@ def run_trials(sweep: Sweep, target: Target, spec: LaneSpec, lanes: int) -> None
                 num_samples=-1,
                 search_alg=_Searcher(bridge),
                 scheduler=_Scheduler(bridge),
-                max_concurrent_trials=lanes,
                 reuse_actors=True,
-                max_failures=MAX_FAILURES,
                 raise_on_failed_trial=False,
                 storage_path=folder,
                 trial_dirname_creator=lambda trial: trial.trial_id,
                 verbose=0,
             )
         finally:
-            for trial_id in list(bridge.running):
-                bridge.finish(trial_id, {"outcome": "interrupted"})
+            bridge.interrupt()
     if bridge.error:
         raise bridge.error
 
@@ -111,35 +114,65 @@ def _tell(**message: Any) -> None:
 class _Bridge:
     """The sweep behind Tune's searcher and scheduler: knows jobs by Tune's trial ids, and never raises into Tune."""
 
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
-        self.running: dict[str, str] = {}  # Tune's trial id -> the job's
+    def __init__(self, sweep: Sweep, lanes: Callable[[], int]) -> None:
+        self.sweep, self.lanes = sweep, lanes
+        self.room, self.counted = 0, -math.inf  # how many lanes there are, and when that was asked
+        self.running: dict[str, dict[str, Any]] = {}  # Tune's trial id -> the job
+        self.again: list[dict[str, Any]] = []  # jobs whose lane was lost
+        self.losses: Counter[str] = Counter()  # by the job's id, since its last epoch
         self.error: Exception | None = None
         self.ticked = 0.0
         self.told = False  # that it is stopping
 
     def next(self, trial_id: str) -> dict[str, Any] | None:
-        job = None if self.sweep.stopping else self._ask(self.sweep.next)
+        now = time.monotonic()
+        if now - self.counted > TICK_S:
+            self.counted, self.room = now, self._ask(self.lanes) or 0
+        if self.sweep.stopping or len(self.running) >= self.room:
+            return None
+        job = self.again.pop(0) if self.again else self._ask(self.sweep.next)
         if job is not None:
-            self.running[trial_id] = job["id"]
+            self.running[trial_id] = job
         return job
 
     def has_more(self) -> bool:
-        return not self.sweep.stopping and bool(self._ask(self.sweep.has_more))
+        if self.sweep.stopping:
+            return False
+        return bool(self.running) or bool(self.again) or bool(self._ask(self.sweep.has_more))
 
     def hear(self, trial_id: str, message: dict[str, Any]) -> bool:
         """A trial's metrics or its result; True ends it."""
         if trial_id not in self.running:
             return True
+        id = self.running[trial_id]["id"]
         if "result" in message:
             self.finish(trial_id, message["result"])
-        elif self._ask(self.sweep.report, self.running[trial_id], message["metrics"]):
+            return True
+        self.losses.pop(id, None)
+        if self._ask(self.sweep.report, id, message["metrics"]):
             self.finish(trial_id, {"outcome": "interrupted" if self.sweep.stopping else "pruned"})
         return trial_id not in self.running
 
     def finish(self, trial_id: str, result: dict[str, Any]) -> None:
         if trial_id in self.running:
-            self._ask(self.sweep.finish, self.running.pop(trial_id), result)
+            self._ask(self.sweep.finish, self.running.pop(trial_id)["id"], result)
+
+    def lose(self, trial_id: str, error: str) -> None:
+        """The lane died, or the Tune actor that owned it."""
+        if trial_id not in self.running:
+            return
+        id = self.running[trial_id]["id"]
+        self.losses[id] += 1
+        if self.losses[id] > MAX_LOSSES:
+            self.finish(trial_id, {"outcome": "lost node", "error": error})
+        else:
+            self.again.append(self.running.pop(trial_id))
+
+    def interrupt(self) -> None:
+        """Whatever has not ended goes on next time."""
+        for job in [*self.running.values(), *self.again]:
+            self._ask(self.sweep.finish, job["id"], {"outcome": "interrupted"})
+        self.running, self.again = {}, []
 
     def tick(self) -> None:
         """Called at every step of Tune's loop."""
@@ -211,11 +244,9 @@ class _Scheduler(FIFOScheduler):
         self.bridge.finish(trial.trial_id, {"outcome": "interrupted"})
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """The Tune actor failed (what the target does wrong comes as a result): Tune tries again, or gives up."""
-        if trial.should_recover():
-            return
+        """The lane was lost, or its Tune actor (what the target does wrong comes as a result)."""
         lines = str(trial.get_error() or "the trial's Tune actor was lost").strip().splitlines()
-        self.bridge.finish(trial.trial_id, {"outcome": "lost node", "error": lines[-1]})
+        self.bridge.lose(trial.trial_id, lines[-1])
 
 
 @contextmanager

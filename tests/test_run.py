@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cluster.connect import Offer
+from cluster.connect import Node
 from search import run as search_run
 from search.config import SearchConfig
-from search.run import lanes_for
+from search.lanes import lanes_for
 from trainables.backbones import build
 from trainables.config import TrialConfig
 from trainables.errors import UserError
@@ -160,22 +160,29 @@ def test_weights_by_name_from_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("offer", "config", "expected"),
+    ("machines", "config", "expected"),
     [
-        (Offer(2, 0, 1, ""), {}, (1, 1.0, 0.0, 2)),
-        (Offer(64, 0, 1, ""), {}, (1, 8.0, 0.0, 8)),
-        (Offer(32, 4, 1, ""), {}, (1, 8.0, 1.0, 4)),
-        (Offer(32, 4, 1, ""), {"gpus_per_trial": 0.5}, (1, 4.0, 0.5, 8)),
-        (Offer(32, 4, 1, ""), {"workers_per_trial": 2}, (2, 8.0, 1.0, 2)),
-        (Offer(2, 0, 1, ""), {"cpus_per_trial": 2.0}, (1, 2.0, 0.0, 1)),
-        (Offer(2, 0, 1, ""), {"workers_per_trial": 2}, (2, 1.0, 0.0, 1)),
+        ([Node(2)], {}, (1, 1.0, 0.0, 2)),
+        ([Node(64)], {}, (1, 8.0, 0.0, 8)),
+        ([Node(32, 4)], {}, (1, 8.0, 1.0, 4)),
+        ([Node(32, 4)], {"gpus_per_trial": 0.5}, (1, 4.0, 0.5, 8)),
+        ([Node(32, 4)], {"workers_per_trial": 2}, (2, 8.0, 1.0, 2)),
+        ([Node(2)], {"cpus_per_trial": 2.0}, (1, 2.0, 0.0, 1)),
+        ([Node(2)], {"workers_per_trial": 2}, (2, 1.0, 0.0, 1)),
+        # several machines: a trial fits into the one with the least room for it
+        ([Node(0), Node(1), Node(1)], {}, (1, 1.0, 0.0, 2)),
+        ([Node(0), Node(1), Node(1)], {"workers_per_trial": 2}, (2, 1.0, 0.0, 1)),
+        ([Node(64), Node(16)], {"cpus_per_trial": 12.0}, (1, 12.0, 0.0, 6)),
+        ([Node(16), Node(4, 1), Node(32, 4)], {}, (1, 4.0, 1.0, 5)),
+        ([Node(3), Node(3)], {"cpus_per_trial": 2.0}, (1, 2.0, 0.0, 2)),
     ],
 )
-def test_lanes_fill_the_cluster(offer: Offer, config: dict, expected: tuple) -> None:
-    spec, lanes = lanes_for(offer, SearchConfig(**config))
+def test_lanes_fill_the_cluster(machines: list[Node], config: dict, expected: tuple) -> None:
+    spec, lanes = lanes_for(machines, SearchConfig(**config))
     assert (spec.workers, spec.cpus, spec.gpus, lanes) == expected
 
 
-def test_a_trial_that_no_node_can_hold() -> None:
+@pytest.mark.parametrize("machines", [[], [Node(2)], [Node(2), Node(2)]])
+def test_a_trial_that_no_node_can_hold(machines: list[Node]) -> None:
     with pytest.raises(UserError, match="lower --cpus-per-trial"):
-        lanes_for(Offer(2, 0, 1, ""), SearchConfig(cpus_per_trial=4))
+        lanes_for(machines, SearchConfig(cpus_per_trial=4))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.connect import connect, disconnect
+from cluster.connect import Node, connect, disconnect, nodes
 from search import tuner
 from search.tuner import run_trials
 from trainables.worker import LaneSpec
@@ -24,9 +24,9 @@ IMPORTABLE = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).par
 def ray_cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", IMPORTABLE)
-        offer = connect(cpus=2)
-    assert (offer.cpus, offer.nodes) == (2, 1)
-    assert offer.dashboard_url.startswith("http://127.0.0.1:")
+        dashboard = connect(cpus=2)
+    assert nodes() == (Node(2),)
+    assert dashboard.startswith("http://127.0.0.1:")
     yield
     disconnect()
 
@@ -38,6 +38,8 @@ def count_epochs(job, report):
     for epoch in range(first, job["epochs"]):
         while epoch == job.get("held_epoch") and not Path(job["held_until"]).exists():
             time.sleep(0.05)
+        if epoch == job.get("die_at"):
+            os.kill(os.getpid(), signal.SIGKILL)
         if checkpoint:
             checkpoint.write_text(str(epoch + 1))
         if report({"epoch": epoch, "pid": os.getpid()}):
@@ -124,6 +126,55 @@ def test_the_job_of_a_killed_tune_actor_goes_on_in_a_new_lane(ray_cluster, tmp_p
     with pytest.raises(ProcessLookupError):  # the orphaned lane does not train on beside the new one
         os.kill(sweep.pids[0], 0)
     assert sweep.epochs["0000"][-1] == 5
+
+
+@pytest.mark.slow
+def test_a_job_under_which_lanes_die_again_and_again_is_given_up(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuner, "MAX_LOSSES", 1)
+    job = {"epochs": 5, "epoch_s": 0.3, "checkpoint": str(tmp_path / "epoch"), "die_at": 2}
+    sweep = Sweep([job, {"epochs": 1}])
+    run_trials(sweep, count_epochs, LANE, lanes=1)
+    assert sweep.outcomes == ["lost node", "finished"]
+    assert sweep.epochs["0000"] == [0, 1]
+    assert len(set(sweep.pids)) == 2  # the first died after two epochs, the second before any, and so did its job
+
+
+def test_what_a_lost_lane_leaves_goes_first_and_the_count_starts_anew_with_every_epoch():
+    sweep = Sweep([{"epochs": 1}] * 3)
+    bridge = tuner._Bridge(sweep, lambda: 2)
+    first, second = bridge.next("a"), bridge.next("b")
+    assert bridge.next("c") is None  # two lanes
+    for _ in range(tuner.MAX_LOSSES):
+        bridge.lose("a", "gone")
+        assert sweep.results == {}
+        assert bridge.next("a") == first
+    assert not bridge.hear("a", {"metrics": {"epoch": 1, "pid": 0}})
+    bridge.lose("a", "gone")
+    assert bridge.next("a") == first
+    bridge.finish("b", {"outcome": "finished"})
+    for _ in range(tuner.MAX_LOSSES - 1):
+        bridge.lose("a", "gone")
+        assert bridge.next("a") == first
+    bridge.lose("a", "gone")
+    assert sweep.results.pop(second["id"]) == {"outcome": "finished"}
+    assert sweep.results.pop(first["id"]) == {"outcome": "lost node", "error": "gone"}
+    last = bridge.next("d")
+    bridge.lose("d", "gone")
+    assert bridge.has_more()
+    bridge.interrupt()
+    assert sweep.results[last["id"]] == {"outcome": "interrupted"}
+
+
+def test_lanes_may_come_and_go():
+    lanes = 0
+    sweep = Sweep([{"epochs": 1}] * 5)
+    bridge = tuner._Bridge(sweep, lambda: lanes)
+    assert bridge.next("a") is None
+    handed_out = []
+    for lanes in (1, 3, 2):
+        bridge.counted = float("-inf")  # the number is looked at twice a second
+        handed_out.append([bridge.next(f"{lanes}{n}") is not None for n in range(3)])
+    assert handed_out == [[True, False, False], [True, True, False], [False, False, False]]
 
 
 @pytest.mark.slow

@@ -12,6 +12,9 @@
       checkpoints/<id>/         latest checkpoint of a trial that has not finished
       ensembles/<name>.json
 
+A run directory may lie on an object store (s3://bucket/run, with s3fs installed). Everything here waits out an outage
+of the store of up to OUTAGE_S seconds; a longer one raises StorageLost.
+
 Only JSON, .npy without pickles, .npz and safetensors are ever read, so opening somebody else's run directory cannot run
 code. Neither torch nor Ray is imported here: listing candidates and reading their predictions takes milliseconds.
 """
@@ -20,11 +23,14 @@ import io
 import json
 import os
 import shutil
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import fsspec
 import numpy as np
 from upath import UPath
 
@@ -32,6 +38,18 @@ from trainables.errors import UserError
 
 RUNS = "runs"
 AnyPath = str | os.PathLike | UPath
+T = TypeVar("T")
+
+OUTAGE_S = 120.0  # of remote storage that is waited out
+RETRY_S = 2.0
+FINAL_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, ValueError)
+
+for _protocol in ("s3", "gs", "gcs", "abfs"):  # others write there, too: what was listed once says little
+    fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
+
+
+class StorageLost(UserError):
+    """Remote storage could not be reached for OUTAGE_S seconds."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,7 @@ class Candidate:
 
     @property
     def has_weights(self) -> bool:
-        return (self.path / "weights.safetensors").exists()
+        return exists(self.path / "weights.safetensors")
 
 
 def open_run(path: AnyPath | None = None, root: AnyPath = RUNS) -> UPath:
@@ -72,7 +90,7 @@ def open_run(path: AnyPath | None = None, root: AnyPath = RUNS) -> UPath:
     Raises UserError when there is none.
     """
     if path is not None:
-        run = UPath(path)
+        run = reach(path)
         if not (run / "run.json").exists():
             raise UserError(f"{run} is not a run directory: it has no run.json; make one with python -m search.run")
         return run
@@ -98,12 +116,9 @@ def select_labels(run: UPath) -> np.ndarray:
 
 def list_candidates(run: UPath) -> list[Candidate]:
     """Every finished candidate of a run, sorted by id. A folder without candidate.json is not one (yet)."""
-    folder = run / "candidates"
-    if not folder.exists():
-        return []
     found = []
-    for path in folder.iterdir():
-        if (path / "candidate.json").exists():
+    for path in list_folder(run / "candidates"):
+        if exists(path / "candidate.json"):
             found.append(Candidate(path.name, path, read_json(path / "candidate.json")))
     return sorted(found, key=lambda candidate: candidate.id)
 
@@ -121,7 +136,6 @@ def write_candidate(
     Writing the same id again replaces it, so a trial that died between two files is simply written once more.
     """
     path = run / "candidates" / info["id"]
-    path.mkdir(parents=True, exist_ok=True)
     if select_probs is not None:
         write_array(path / "select_probs.npy", np.asarray(select_probs, np.float32))
     if tune_probs is not None:
@@ -135,27 +149,79 @@ def write_candidate(
 def remove_checkpoint(run: UPath, id: str) -> None:
     """Forget a trial's checkpoint: it has finished, or will not go on."""
     path = run / "checkpoints" / id
-    if not path.exists():
-        return
-    if _is_local(path):
+    if is_local(path):
         shutil.rmtree(str(path), ignore_errors=True)
-    else:
-        path.rmdir(recursive=True)
+    elif exists(path):
+        patiently(path, lambda: path.rmdir(recursive=True))
+
+
+def reach(path: AnyPath) -> UPath:
+    """The path, or a UserError when it is remote and nobody answers there: the first contact is not waited for."""
+    try:
+        found = UPath(path)
+        if not is_local(found):
+            found.exists()
+        return found
+    except Exception as error:  # a client that is not installed, no such host, no credentials
+        raise UserError(
+            f"{path} cannot be reached ({error}); check the address, the credentials, and that its client is installed "
+            "(s3://: pip install 'ninefold[s3]')"
+        ) from None
+
+
+def is_local(path: UPath) -> bool:
+    """Whether it is a path of this machine's file system, which may be a mounted one (NFS)."""
+    return path.protocol in ("", "file")
+
+
+def patiently(path: UPath, action: Callable[[], T]) -> T:
+    """What `action` returns; when `path` is remote it is tried again while the storage is out of reach.
+
+    Raises StorageLost after OUTAGE_S seconds of that; what no waiting mends (a missing file, no permission) at once.
+    """
+    if is_local(path):
+        return action()
+    end = time.monotonic() + OUTAGE_S
+    while True:
+        try:
+            return action()
+        except FINAL_ERRORS:
+            raise
+        except Exception as error:  # every store's client has its own
+            if time.monotonic() > end:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise StorageLost(
+                    f"{path} could not be reached for {OUTAGE_S:g} s ({reason}); the same command goes on"
+                ) from error
+        time.sleep(RETRY_S)
+
+
+def exists(path: UPath) -> bool:
+    return patiently(path, path.exists)
+
+
+def list_folder(path: UPath) -> list[UPath]:
+    """What lies in a folder, in no order; [] when there is none."""
+    return patiently(path, lambda: list(path.iterdir()) if path.exists() else [])
+
+
+def read_bytes(path: UPath) -> bytes:
+    return patiently(path, path.read_bytes)
 
 
 def remove_temporaries(run: UPath) -> None:
     """Remove what processes that were killed in the middle of `write_bytes` have left of a run's candidates."""
-    if _is_local(run):
+    if is_local(run):
         for path in [*run.glob(".*.tmp"), *run.glob("candidates/*/.*.tmp")]:
             path.unlink(missing_ok=True)
 
 
 def write_bytes(path: UPath, data: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not _is_local(path):
-        path.write_bytes(data)  # an object store shows an object only once it is whole
+    if not is_local(path):
+        patiently(path, lambda: path.write_bytes(data))  # an object store shows an object only once it is whole
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(str(path.parent)) / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -174,7 +240,7 @@ def write_json(path: UPath, value: Any) -> None:
 
 def read_json(path: UPath) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_bytes(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
@@ -190,10 +256,6 @@ def write_array(path: UPath, array: np.ndarray) -> None:
 
 def read_array(path: UPath) -> np.ndarray:
     """Read a .npy without ever unpickling; local files are memory-mapped, read-only."""
-    if _is_local(path):
+    if is_local(path):
         return np.load(str(path), mmap_mode="r", allow_pickle=False)
-    return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-
-
-def _is_local(path: UPath) -> bool:
-    return path.protocol in ("", "file")
+    return np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)

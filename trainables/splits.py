@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from upath import UPath
 
-from trainables.candidate import write_bytes
+from trainables.candidate import read_bytes, write_bytes
 from trainables.errors import UserError
 
 FEWEST_PER_CLASS = 3
@@ -75,7 +75,7 @@ def load_splits(run: UPath) -> Splits:
     """The splits of a run directory. Raises UserError when splits.npz is missing, damaged or holds pickles."""
     path = run / "splits.npz"
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+        with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
             train, tune, select = (file[name].astype(np.int64, casting="safe") for name in ("train", "tune", "select"))
             fingerprint = str(file["fingerprint"])
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:

@@ -20,7 +20,7 @@ from upath import UPath
 from trainables.augment import Pixels
 from trainables.averaging import WeightAverage
 from trainables.backbones import WeightSource
-from trainables.candidate import write_bytes
+from trainables.candidate import exists, read_bytes, write_bytes
 from trainables.config import TrialConfig
 from trainables.data import Data
 from trainables.inference import scores
@@ -111,8 +111,8 @@ def train(
     average = WeightAverage.of(model, config)
     best = None  # weights of the best epoch, when config.patience asks for them
     progress = _Progress()
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(io.BytesIO(checkpoint.read_bytes()), map_location=learner.device, weights_only=True)
+    if checkpoint is not None and exists(checkpoint):
+        state = torch.load(io.BytesIO(read_bytes(checkpoint)), map_location=learner.device, weights_only=True)
         learner.load_state_dict(state["learner"])
         average.load_state_dict(state["average"])
         best = state["best"]

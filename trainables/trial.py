@@ -5,6 +5,7 @@ This is what a lane runs (see worker.py). It knows the run directory; it knows n
 
 import dataclasses
 import functools
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from upath import UPath
 
 from trainables.backbones import WeightSource
-from trainables.candidate import read_json, remove_checkpoint, write_candidate
+from trainables.candidate import StorageLost, exists, read_json, remove_checkpoint, write_candidate
 from trainables.config import TrialConfig
-from trainables.data import Data, open_data, prepare
+from trainables.data import Data, prepare
 from trainables.errors import UserError
 from trainables.features import OutOfTime
+from trainables.share import open_shared
 from trainables.splits import Splits, load_splits
 from trainables.train import Diverged, Trained, train
 
@@ -34,28 +36,38 @@ def run_trial(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> 
 
     `job` is JSON-able: `id`, `config` (TrialConfig as a dict), `run` (path of the run directory), `data` ({"path",
     "name", "data_dir", "size"}), `weights` (WeightSource as a dict, or None), `gpus` (of this lane), `deadline`
-    (time.time(), or None).
+    (time.time(), or None), `node` (where it runs, for candidate.json; optional).
 
     Returns plain JSON: `outcome` is "finished", "time" (cut at the deadline, still a candidate), "pruned",
-    "interrupted" (no time left to begin), "out of memory", "diverged" or "invalid"; with it the scores, or
-    `error`. Any other exception is a bug, and the lane's matter; so is the MemoryError of one rank among several.
+    "interrupted" (no time left to begin), "storage lost" (the run directory cannot be reached), "out of memory",
+    "diverged" or "invalid"; with it the scores, or `error`. Any other exception is a bug, and the lane's matter; so is
+    the MemoryError of one rank among several.
     """
+    try:
+        return _run_trial(job, report)
+    except StorageLost as error:
+        return {"outcome": "storage lost", "error": str(error)}
+
+
+def _run_trial(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     config = TrialConfig.from_dict(job["config"])
     run = UPath(job["run"])
     data, splits = _open(job["run"], *sorted(job["data"].items()))
     weights = WeightSource(**job["weights"]) if job.get("weights") else None
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     written = run / "candidates" / job["id"] / "candidate.json"
-    if written.exists():  # an earlier process got that far and died before it was heard
+    if exists(written):  # an earlier process got that far and died before it was heard
         info = read_json(written)
         return {"outcome": info["outcome"], **info["metrics"], "seconds": info["seconds"]}
     try:
         trained = _train_within_memory(config, data, splits, report, weights, run, job)
         result: dict[str, Any] = {"outcome": trained.outcome, **trained.metrics, "seconds": trained.seconds}
         if trained.outcome != "pruned" and rank == 0:
-            _write(run, job["id"], config, data, splits, trained)
+            _write(run, job, config, data, splits, trained)
     except Diverged as error:
         result = {"outcome": "diverged", "error": str(error)}
+    except StorageLost:
+        raise
     except UserError as error:
         result = {"outcome": "invalid", "error": str(error)}
     except OutOfTime as error:
@@ -102,19 +114,22 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _open(run: str, *where: tuple[str, Any]) -> tuple[Data, Splits]:
     """The data and splits of a run; a lane opens them once. A node without the prepared data prepares it itself."""
     data_spec = dict(where)
-    path = Path(data_spec["path"])
-    if (path / "meta.json").exists():
-        data = open_data(path)
-    else:
+    try:
+        data = open_shared(UPath(run), data_spec["path"])
+    except StorageLost:
+        raise
+    except UserError:
         folder = data_spec["data_dir"]
         data = prepare(data_spec["name"], Path(folder) if folder else None, size=data_spec["size"])
     return data, load_splits(UPath(run))
 
 
-def _write(run: UPath, id: str, config: TrialConfig, data: Data, splits: Splits, trained: Trained) -> None:
+def _write(
+    run: UPath, job: dict[str, Any], config: TrialConfig, data: Data, splits: Splits, trained: Trained
+) -> None:
     state = {k: v.detach().cpu().contiguous() for k, v in trained.model.state_dict().items()}
     info = {
-        "id": id,
+        "id": job["id"],
         "config": {**config.to_dict(), "accumulate": trained.accumulate},
         "num_classes": len(data.classes),
         "mean": trained.pixels.mean.flatten().tolist(),
@@ -128,6 +143,7 @@ def _write(run: UPath, id: str, config: TrialConfig, data: Data, splits: Splits,
         "params": sum(p.numel() for p in trained.model.parameters()),
         **_cost(trained.model, trained.pixels.mean.device, config.image_size),
         "seconds": round(trained.seconds, 3),
+        "node": job.get("node", platform.node()),
         "resumed_after_epochs": trained.resumed,
         "split_fingerprint": splits.fingerprint,
         "finished": time.time(),

@@ -7,8 +7,9 @@ started it:
     Tune actor (run_in_lane) <--> Mailbox (a small actor) <--> the ranks of a TorchTrainer run (_serve)
 
 Every rank calls the target with the same job, and all ranks meet in the mailbox at each report and at the job's end, so
-that they abandon a trial together. A lane that dies or hangs is started again and gets the same job; going on from the
-job's last checkpoint is the target's matter.
+that they abandon a trial together. A lane that hangs is started again and gets the same job; one that dies, alone or
+with its machine, takes its Tune actor with it, and the job goes to whichever lane is free next (search/tuner.py). Going
+on from the job's last checkpoint is the target's matter.
 """
 
 import asyncio
@@ -49,9 +50,8 @@ class Report(Protocol):
 Target = Callable[[Job, Report], dict[str, Any]]
 
 OUT_OF_MEMORY = "out of memory"  # the outcome
-MAX_LOSSES = 3  # restarts of a lane for one job
 HANG_S = 1800.0  # default of job["hang_s"]
-START_S = 1800.0  # a lane may have to wait for an autoscaler's machines
+START_S = 600.0  # a lane may have to wait until another has given its resources back
 ALONE_S = 20.0  # a rank that raised waits this long for the others: they are probably stuck in a collective
 LISTEN_S = 1.0  # how often a waiting Tune actor looks whether its lane still lives
 BEAT_S = 1.0
@@ -86,7 +86,8 @@ def run_in_lane(target: Target, spec: LaneSpec, job: Job, report: Callable[[Metr
     """Run one job in this process's lane, which is started if need be, and return the target's result.
 
     Args:
-        target: importable function `target(job, report) -> result` with a JSON-able result, called on every rank.
+        target: importable function `target(job, report) -> result` with a JSON-able result, called on every rank; its
+            job also has the "node" (address and id) that it runs on.
         spec: the lane's size; a lane of another size or target is closed first.
         job: JSON-able; `job["hang_s"]` seconds without a report or a sign of life count as a hang (default 1800).
         report: called with rank 0's metrics in order; after a restart an epoch may be reported again. When it raises or
@@ -94,21 +95,26 @@ def run_in_lane(target: Target, spec: LaneSpec, job: Job, report: Callable[[Metr
 
     Returns:
         Rank 0's dict, or `outcome` "bug" (with `error`, one line, and `traceback`) when the target raised, or hung or
-        raised on a single rank twice; "out of memory" (likewise) when any rank raised MemoryError; "lost node" (with
-        `error`) when the lane died four times under this job.
+        raised on a single rank twice; "out of memory" (likewise) when any rank raised MemoryError.
+
+    Raises LaneLost when the lane died under this job, or did not start. It is not started again here: its machine may
+    be gone, and then a lane elsewhere is the one to go on with the job.
     """
-    losses = faults = 0
-    while True:
-        try:
-            return _lane(target, spec).run(job, report)
-        except LaneLost as loss:
-            _close_lane()
-            losses += 1
-            faults += loss.fault is not None
-            if loss.fault and (faults == 2 or loss.fault["outcome"] == OUT_OF_MEMORY):
-                return loss.fault
-            if losses > MAX_LOSSES:
-                return {"outcome": "lost node", "error": str(loss)}
+    try:
+        return _lane(target, spec).run(job, report)
+    except LaneLost as loss:
+        _close_lane()
+        if loss.fault is None:
+            raise
+        if loss.fault["outcome"] == OUT_OF_MEMORY:
+            return loss.fault
+    try:
+        return _lane(target, spec).run(job, report)
+    except LaneLost as loss:
+        _close_lane()
+        if loss.fault is None:
+            raise
+        return loss.fault
 
 
 class LaneLost(Exception):
@@ -323,10 +329,11 @@ def _serve(target: Target, mailbox: Any, threads: int) -> None:
     torch.set_num_threads(threads)
     libc = ctypes.CDLL(None)
     rank = get_context().get_world_rank()
+    node = f"{ray.util.get_node_ip_address()} {ray.get_runtime_context().get_node_id()[:8]}"
     ray.get(mailbox.join.remote(ray.get_runtime_context().current_actor))
     while True:
         number, job = ray.get(mailbox.take.remote(rank))
-        kind, payload = _run_target(target, job, _Report(mailbox, rank, number))
+        kind, payload = _run_target(target, {**job, "node": node}, _Report(mailbox, rank, number))
         if ray.get(mailbox.meet.remote(rank, number, kind, payload)) == "broken":
             raise RuntimeError("the ranks of this lane disagree")
         if torch.cuda.is_initialized():

@@ -1,0 +1,76 @@
+"""How many trials there can be at a time: what the cluster's machines hold, now and after others join or leave."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from cluster.connect import Demand, Node, in_cluster, nodes
+from search.config import SearchConfig
+from trainables.errors import UserError
+from trainables.worker import LaneSpec
+
+MOST_CPU_LANES = 8  # on a machine without GPUs; each lane is a process of its own with a copy of torch
+JOIN_S = 1800.0  # for the first machine of a cluster to come
+LOOK_S = 2.0
+
+
+class Lanes:
+    """The cluster's lanes for trials of one size; Ray must be connected.
+
+    `spec` is what one lane takes, by the machines there are at the start. A cluster that has no room for one yet is
+    waited for, up to half an hour; a local Ray without room is a UserError at once.
+    """
+
+    def __init__(self, config: SearchConfig, say: Callable[[str], None] = print) -> None:
+        self.demand = Demand()
+        end, told = time.time() + JOIN_S, False
+        while True:
+            try:
+                self.spec, self.count = lanes_for(nodes(), config)
+                return
+            except UserError as error:
+                if not in_cluster() or time.time() > end:
+                    raise
+                if not told:
+                    say(f"waiting for machines: {error}")
+                    told = True
+            cpus, gpus = config.cpus_per_trial or 1.0, config.gpus_per_trial or 0.0
+            self.demand.keep(cpus, gpus, config.workers_per_trial, lanes=1)
+            time.sleep(LOOK_S)
+
+    def now(self, wanted: int | None) -> int:
+        """How many there are; of an autoscaler those that `wanted` (None: any number of) trials lack are asked for."""
+        self.count = count_lanes(nodes(), self.spec)
+        lacking = sys.maxsize if wanted is None else max(0, wanted - self.count)
+        self.demand.keep(self.spec.cpus, self.spec.gpus, self.spec.workers, lacking)
+        return self.count
+
+
+def lanes_for(machines: Sequence[Node], config: SearchConfig) -> tuple[LaneSpec, int]:
+    """What one lane takes and how many lanes these machines hold; raises UserError when they hold none."""
+    gpus = config.gpus_per_trial
+    if gpus is None:
+        gpus = 1.0 if any(node.gpus for node in machines) else 0.0
+    workers = config.workers_per_trial
+    shares = []  # CPU slots for one worker, on every machine that can have any
+    for node in machines:
+        places = int(node.gpus / gpus) if gpus else min(int(node.cpus), max(workers, MOST_CPU_LANES))
+        shares += [float(node.cpus // places)] if places else []
+    cpus = config.cpus_per_trial or max(1.0, min(shares, default=1.0))
+    spec = LaneSpec(workers=workers, cpus=cpus, gpus=gpus)
+    lanes = count_lanes(machines, spec)
+    if lanes < 1:
+        has = " + ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in machines)
+        raise UserError(
+            f"a trial needs {workers} x ({cpus:g} CPUs, {gpus:g} GPUs), but there are {has or 'none'}; "
+            "lower --cpus-per-trial, --gpus-per-trial or --workers-per-trial"
+        )
+    return spec, lanes
+
+
+def count_lanes(machines: Sequence[Node], spec: LaneSpec) -> int:
+    """How many lanes of this size the machines hold; the workers of one lane may be on several."""
+    places = [
+        min(int(node.cpus / spec.cpus), int(node.gpus / spec.gpus) if spec.gpus else sys.maxsize) for node in machines
+    ]
+    return sum(places) // spec.workers

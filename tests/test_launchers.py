@@ -1,0 +1,227 @@
+"""The files in cluster/ that start a cluster: their schemas, their commands, no secrets; and Slurm for real."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.runtime_env import RuntimeEnv
+from upath import UPath
+
+from cluster.connect import free_port
+from cluster.metrics import GAUGES
+from trainables.candidate import list_candidates
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "cluster"
+COMMANDS = {
+    "cloud.yaml": "ray up cluster/cloud.yaml",
+    "on_premise.yaml": "ray up cluster/on_premise.yaml",
+    "kuberay.yaml": "kubectl apply -f cluster/kuberay.yaml",
+    "slurm.sh": "sbatch ",
+    "runtime_env.yaml": "ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml",
+}
+# What KubeRay's operator accepts (ray.io/v1): the fields of RayClusterSpec, HeadGroupSpec, ... as documented in its API
+# reference, those that must be there in a set of their own. The definition itself comes with the operator.
+KUBERAY: dict[str, tuple[set[str], set[str]]] = {
+    "RayCluster": (
+        {"headGroupSpec"},
+        {"workerGroupSpecs", "rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "authOptions", "suspend"},
+    ),
+    "RayJob": (
+        set(),
+        {
+            "entrypoint", "runtimeEnvYAML", "clusterSelector", "rayClusterSpec", "submitterPodTemplate", "backoffLimit",
+            "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "activeDeadlineSeconds", "submissionMode",
+            "submitterConfig", "suspend",
+        },
+    ),
+    "head": ({"rayStartParams", "template"}, {"serviceType", "enableIngress", "headService"}),
+    "workers": (
+        {"groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"},
+        {"replicas", "numOfHosts", "scaleStrategy"},
+    ),
+    "autoscaler": (set(), {"idleTimeoutSeconds", "upscalingMode", "resources", "image", "imagePullPolicy", "env"}),
+    "auth": ({"mode"}, {"secretName"}),
+    "pod": (
+        {"containers"},
+        {"volumes", "tolerations", "restartPolicy", "nodeSelector", "serviceAccountName", "initContainers", "affinity"},
+    ),
+    "container": ({"name", "image"}, {"env", "resources", "volumeMounts", "command", "args", "ports", "envFrom"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_file_says_its_command_first_and_holds_no_secret(name: str) -> None:
+    text = (FOLDER / name).read_text()
+    first = [line for line in text.splitlines()[:6] if line.startswith("#")]
+    assert any(COMMANDS[name] in line for line in first)
+    assert not re.search(r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|(?i:password|secret_access_key)\s*[:=]", text)
+    assert not re.search(r"(?<![0-9a-zA-Z])[0-9a-f]{32,}(?![0-9a-zA-Z])", text)
+
+
+def test_every_launcher_is_looked_at() -> None:
+    assert {path.name for path in FOLDER.iterdir() if path.suffix in (".yaml", ".sh")} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["cloud.yaml", "on_premise.yaml"])
+def test_cluster_files_fit_the_autoscalers_schema(name: str) -> None:
+    config = yaml.safe_load((FOLDER / name).read_text())
+    validate_config(prepare_config(config))
+    for kind in ("head", "worker"):
+        starts = [command for command in config[f"{kind}_start_ray_commands"] if "ray start" in command]
+        assert len(starts) == 1
+        assert "RAY_AUTH_MODE=token" in starts[0], "whoever reaches the port would run code"
+    with pytest.raises(Exception, match="nonsense"):
+        validate_config(prepare_config({**config, "nonsense": 1}))
+
+
+def test_the_runtime_environment_is_one() -> None:
+    RuntimeEnv(**yaml.safe_load((FOLDER / "runtime_env.yaml").read_text()))
+
+
+def fits(kind: str, value: dict[str, Any]) -> dict[str, Any]:
+    required, optional = KUBERAY[kind]
+    assert required <= value.keys(), f"{kind} lacks {required - value.keys()}"
+    assert value.keys() <= required | optional, f"{kind} knows no {value.keys() - required - optional}"
+    return value
+
+
+def pod(template: dict[str, Any], claims: set[str]) -> None:
+    spec = fits("pod", template["spec"])
+    volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
+    assert {v["persistentVolumeClaim"]["claimName"] for v in volumes.values() if "persistentVolumeClaim" in v} <= claims
+    for container in spec["containers"]:
+        fits("container", container)
+        assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes.keys()
+        for value in container.get("env", []):
+            assert isinstance(value.get("value", ""), str)
+
+
+def test_the_kubernetes_file_has_what_the_operator_asks_for() -> None:
+    documents = list(yaml.safe_load_all((FOLDER / "kuberay.yaml").read_text()))
+    by_kind = {document["kind"]: document for document in documents}
+    assert list(by_kind) == ["PersistentVolumeClaim", "RayCluster", "RayJob"]
+    assert {d["apiVersion"] for d in documents} == {"v1", "ray.io/v1"}
+    assert by_kind["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
+    claims = {by_kind["PersistentVolumeClaim"]["metadata"]["name"]}
+
+    cluster = fits("RayCluster", by_kind["RayCluster"]["spec"])
+    assert fits("auth", cluster["authOptions"])["mode"] == "token"
+    fits("autoscaler", cluster["autoscalerOptions"])
+    for kind, group in (("head", cluster["headGroupSpec"]), *(("workers", w) for w in cluster["workerGroupSpecs"])):
+        fits(kind, group)
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod(group["template"], claims)
+    job = fits("RayJob", by_kind["RayJob"]["spec"])
+    assert job["clusterSelector"] == {"ray.io/cluster": by_kind["RayCluster"]["metadata"]["name"]}
+    RuntimeEnv(**yaml.safe_load(job["runtimeEnvYAML"]))
+    pod(job["submitterPodTemplate"], claims)
+
+
+def test_the_grafana_dashboard_asks_for_every_gauge_that_there_is() -> None:
+    dashboard = json.loads((FOLDER / "grafana.json").read_text())
+    queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    assert set(re.findall(r"ray_(ninefold_\w+)", queries)) == set(GAUGES)
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) >= 6
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A real Slurm of one node on this machine: munged, slurmctld and slurmd; the environment of its commands."""
+    assert shutil.which("slurmd"), "Debian's slurm-wlm is not installed; make test-cluster installs it"
+    host, folder = socket.gethostname().split(".")[0], tmp_path / "slurm"
+    for name in ("state", "spool", "munge"):
+        (folder / name).mkdir(parents=True)
+    (folder / "munge").chmod(0o711)
+    for path in (folder, *folder.parents):  # munged refuses a socket that others cannot reach
+        if path.is_relative_to("/tmp") and path != Path("/tmp"):
+            path.chmod(path.stat().st_mode | 0o011)
+    key = folder / "munge/key"
+    key.write_bytes(os.urandom(64))
+    key.chmod(0o400)
+    ports = [free_port(), free_port()]
+    (folder / "slurm.conf").write_text(f"""
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SwitchType=switch/none
+MpiDefault=none
+ReturnToService=2
+SelectType=select/cons_tres
+NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} RealMemory=4000 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+""")
+    env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    munge = [
+        "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge/socket",
+        f"--pid-file={folder}/munge/pid", f"--log-file={folder}/munge/log", f"--seed-file={folder}/munge/seed",
+    ]  # fmt: skip
+    processes = []
+    try:
+        for command in (munge, ["slurmctld", "-D"], ["slurmd", "-D"]):
+            with open(folder / f"{command[0]}.log", "wb") as log:
+                processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+            time.sleep(1)
+        end = time.monotonic() + 60
+        while "idle" not in subprocess.run(["sinfo", "-h"], env=env, capture_output=True, text=True).stdout:
+            assert time.monotonic() < end, "\n".join(path.read_text() for path in folder.glob("*.log"))
+            time.sleep(0.5)
+        yield env
+    finally:
+        for process in reversed(processes):
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+
+
+
+SPACE = '''
+"""Tiny nets."""
+from trainables.config import TrialConfig
+TRIALS = 2
+BACKBONES = {"speednet": "scratch"}
+
+def suggest(trial, task):
+    return TrialConfig(
+        backbone="speednet", width=0.25, image_size=16, epochs=2, batch_size=64, precision="fp32",
+        lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), weight_decay=0.0, seed=trial.number,
+    )
+'''
+
+
+@pytest.mark.cluster
+def test_the_slurm_script_under_a_real_slurm(slurm: dict[str, str], tmp_path: Path) -> None:
+    space, run, log = tmp_path / "tiny.py", tmp_path / "run", tmp_path / "job.log"
+    space.write_text(SPACE)
+    done = subprocess.run(
+        [
+            "sbatch", "--wait", "--nodes=1", f"--cpus-per-task={os.cpu_count()}", f"--output={log}", "cluster/slurm.sh",
+            "--data", "digits", "--space", str(space), "--run", str(run), "--pruner", "none",
+        ],
+        env={**slurm, "PYTHON": sys.executable}, cwd=ROOT, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + log.read_text()[-3000:]
+    assert [candidate.id for candidate in list_candidates(UPath(run))] == ["0000", "0001"]
+    assert "ensemble     test accuracy" in log.read_text()

@@ -1,0 +1,209 @@
+"""A run directory on S3: moto's server on loopback speaks the protocol, and can be away for a while."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+from upath import UPath
+
+from search.study import fetch_study, open_study, store_study
+from trainables import candidate
+from trainables.candidate import StorageLost, list_candidates, open_run, read_json, write_bytes
+from trainables.data import open_data
+from trainables.errors import UserError
+from trainables.share import open_shared, share_data
+from trainables.trial import run_trial
+
+ROOT = Path(__file__).parent.parent
+
+
+class Store:
+    """The server; what it holds outlives `stop`."""
+
+    def __init__(self) -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.port = listener.getsockname()[1]
+        self.start()
+
+    def start(self) -> None:
+        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self.server.start()
+
+    def stop(self) -> None:
+        self.server.stop()
+
+    def away(self, seconds: float) -> threading.Thread:
+        """Gone at once, and back after so many seconds."""
+        self.stop()
+        back = threading.Timer(seconds, self.start)
+        back.start()
+        return back
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with pytest.MonkeyPatch.context() as patch:
+        started = Store()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{started.port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # its own retries would only make the tests slower
+        UPath("s3://bucket").mkdir()
+        yield started
+        started.stop()
+
+
+def upload(local: UPath, name: str) -> UPath:
+    """A copy of a local run in the bucket."""
+    run = UPath(f"s3://bucket/{name}")
+    for path in Path(str(local)).rglob("*"):
+        if path.is_file():
+            write_bytes(run / str(path.relative_to(str(local))), path.read_bytes())
+    return run
+
+
+def test_a_trial_waits_until_the_store_is_back(store: Store, small_run: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidate, "RETRY_S", 0.1)
+    run = upload(small_run, "waits")
+    local = list_candidates(small_run)[0]
+    candidate.patiently(run, lambda: run.fs.rm(f"{run.path}/candidates", recursive=True))
+    backs = []
+
+    def report(metrics: dict) -> bool:
+        if metrics["epoch"] == 2:
+            backs.append(store.away(2))
+        return False
+
+    job = {
+        "id": "0000", "config": local.info["config"], "run": str(run),
+        "data": {"path": read_json(run / "run.json")["data"]["path"], "name": "folder", "data_dir": None, "size": None},
+    }  # fmt: skip
+    result = run_trial(job, report)
+    backs[0].join()
+    assert result["outcome"] == "finished"
+    (remote,) = list_candidates(run)
+    assert [row["epoch"] for row in remote.info["curve"]] == list(range(1, 9))
+    np.testing.assert_array_equal(remote.probs("select"), local.probs("select"))
+    assert candidate.list_folder(run / "checkpoints") == []
+
+
+def test_an_outage_that_does_not_end_is_told_and_the_trial_goes_on_later(
+    store: Store, small_run: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidate, "RETRY_S", 0.1)
+    monkeypatch.setattr(candidate, "OUTAGE_S", 0.5)
+    run = upload(small_run, "lost")
+    config = list_candidates(small_run)[0].info["config"]
+    job = {
+        "id": "0009", "config": config, "run": str(run),
+        "data": {"path": read_json(run / "run.json")["data"]["path"], "name": "folder", "data_dir": None, "size": None},
+    }  # fmt: skip
+    result = run_trial(job, lambda metrics: metrics["epoch"] == 2 and store.stop())  # type: ignore[func-returns-value]
+    assert result["outcome"] == "storage lost"
+    assert "could not be reached for 0.5 s" in result["error"]
+    with pytest.raises(StorageLost):
+        candidate.exists(run / "run.json")
+    with pytest.raises(UserError, match="cannot be reached"):
+        open_run(run)
+    store.start()
+    assert run_trial(job, lambda metrics: False)["outcome"] == "finished"
+    assert read_json(run / "candidates/0009/candidate.json")["resumed_after_epochs"] == [2]
+
+
+def test_a_study_goes_to_the_store_and_comes_back(store: Store) -> None:
+    run = UPath("s3://bucket/study")
+    copy = fetch_study(run)
+    study = open_study(f"sqlite:///{copy}", "study", "accuracy", "random", "none", 0)
+    study.tell(study.ask(), 0.5)
+    store_study(run, copy)
+    study.tell(study.ask(), 0.7)  # in the copy alone
+    again = open_study(f"sqlite:///{fetch_study(run)}", "study", "accuracy", "random", "none", 0)
+    assert [trial.value for trial in again.trials] == [0.5]
+
+
+def test_a_node_copies_the_prepared_data_once(
+    store: Store, small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(read_json(small_run / "run.json")["data"]["path"])
+    run = UPath("s3://bucket/shared")
+    monkeypatch.setenv("NINEFOLD_CACHE", str(tmp_path / "node"))
+    with pytest.raises(UserError, match="no prepared data set"):
+        open_shared(run, tmp_path / "elsewhere" / data.path.name)
+    share_data(run, data)
+    there = open_shared(run, tmp_path / "elsewhere" / data.path.name)
+    assert there.fingerprint == data.fingerprint
+    assert there.path.parent == tmp_path / "node" / "data"
+    np.testing.assert_array_equal(there.images, data.images)
+    store.stop()
+    try:  # from now on nothing is asked of the store
+        assert open_shared(run, tmp_path / "elsewhere" / data.path.name).path == there.path
+    finally:
+        store.start()
+
+
+SPACE = '''
+"""Tiny nets."""
+from trainables.config import TrialConfig
+TRIALS = 4
+BACKBONES = {"speednet": "scratch"}
+
+def suggest(trial, task):
+    return TrialConfig(
+        backbone="speednet", width=0.25, image_size=16, epochs=20, batch_size=8, precision="fp32",
+        lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), weight_decay=0.0, seed=trial.number,
+    )
+'''
+
+
+@pytest.mark.cluster
+def test_a_whole_sweep_on_s3_with_the_store_away_for_half_a_minute(
+    store: Store, tmp_path: Path, pictures: Path
+) -> None:
+    def command(module: str, *more: str) -> list[str]:
+        return [sys.executable, "-m", module, "--run", "s3://bucket/sweep", *more]
+
+    def finish(process: subprocess.Popen) -> str:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output[-3000:]
+        return output
+
+    def start(arguments: list[str]) -> subprocess.Popen:
+        return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    space = tmp_path / "tiny.py"
+    space.write_text(SPACE)
+    run = UPath("s3://bucket/sweep")
+    sweep = command(
+        "search.run", "--data", "folder", "--data-dir", str(pictures), "--space", str(space), "--pruner", "none",
+        "--cpus-per-trial", str(os.cpu_count()),
+    )  # fmt: skip
+    process = start(sweep)
+    while not (run / "candidates/0000/candidate.json").exists():
+        assert process.poll() is None, finish(process)
+        time.sleep(0.2)
+    store.away(30).join()
+    output = finish(process)
+    assert "ensemble     test accuracy" in output
+    candidates = list_candidates(run)
+    assert [found.id for found in candidates] == ["0000", "0001", "0002", "0003"]
+    for found in candidates:
+        assert [row["epoch"] for row in found.info["curve"]] == list(range(1, 21))
+        assert not found.info["resumed_after_epochs"]
+    assert "trial at a time" not in finish(start(sweep)), "nothing is left to do"
+    finish(start(command("ensemble.select", "--top-k", "2")))
+    assert "test accuracy" in finish(start(command("ensemble.report")))
+    assert json.loads((run / "report.json").read_text())["test"]["ensemble"]["images"] == 90
+    out = tmp_path / "predictions.csv"
+    finish(start(command("ensemble.predict", "--images", str(pictures / "test"), "--out", str(out))))
+    assert len(out.read_text().splitlines()) == 91

@@ -99,20 +99,21 @@ def replicas(args: Serve, *answerer: Any) -> Iterator[Answer]:
         from ray import serve
     except ImportError:
         raise UserError("--ray-serve needs Ray Serve; pip install 'ninefold[serve]'") from None
-    from cluster.connect import connect, disconnect
+    from cluster.connect import connect, disconnect, nodes
 
     if args.replicas < 1:
         raise UserError(f"--replicas is {args.replicas}, expected at least 1")
-    offer = connect()
+    connect()
     try:
-        if args.replicas > offer.cpus:
-            raise UserError(f"--replicas is {args.replicas}, but there are {offer.cpus:g} CPUs; lower it")
+        cpus, gpus = sum(node.cpus for node in nodes()), sum(node.gpus for node in nodes())
+        if args.replicas > cpus:
+            raise UserError(f"--replicas is {args.replicas}, but there are {cpus:g} CPUs; lower it")
         serve.start(proxy_location="Disabled")  # this process is the front
         deploy = serve.deployment(
             name="ensemble",
             num_replicas=args.replicas,
             max_ongoing_requests=ONGOING,
-            ray_actor_options={"num_cpus": 1, "num_gpus": min(1.0, offer.gpus / args.replicas)},
+            ray_actor_options={"num_cpus": 1, "num_gpus": min(1.0, gpus / args.replicas)},
         )
         try:
             handle = serve.run(deploy(Answerer).bind(*answerer), name="ninefold", route_prefix=None)

@@ -217,7 +217,8 @@ from search.tuner import run_trials
 from test_tuner import LANE, Sweep, count_epochs
 
 connect(cpus=1)
-job = {"epochs": 10_000, "checkpoint": sys.argv[1] + "/epoch", "held_epoch": 3, "held_until": sys.argv[1] + "/go"}
+held = {"held_epoch": 3, "held_until": sys.argv[1] + "/go"}
+job = {"epochs": 10_000, "epoch_s": 0.5, "checkpoint": sys.argv[1] + "/epoch", **held}
 sweep = Sweep([job, {"epochs": 1}], at=("0000", 2), do=lambda: print("ready", flush=True))
 try:
     run_trials(sweep, count_epochs, LANE, lanes=1)

@@ -26,6 +26,7 @@ from ray.tune.search import Searcher
 from trainables.worker import LaneSpec, Metrics, Target, run_in_lane
 
 TICK_S = 0.5
+NOTICE_S = 30.0  # until a cluster has noticed that a machine is gone
 MAX_LOSSES = 5  # lanes lost under one job in a row, without an epoch between
 
 STOPPING = "stopping when the running epochs have ended; Ctrl-C again: at once"
@@ -66,7 +67,9 @@ def run_trials(sweep: Sweep, target: Target, spec: LaneSpec, lanes: int | Callab
     """Run the sweep's jobs in lanes of size `spec` until it has no more; Ray must be connected.
 
     `lanes` is how many there are; a function is asked twice a second, so that machines that join get trials. A job
-    whose lane was lost, alone or with its machine, goes first to whichever lane is free next.
+    whose lane was lost, alone or with its machine, goes first to whichever lane is free next. Where machines may go, a
+    lost lane is not replaced before the cluster would have noticed that its machine is gone: the new one would wait for
+    room while the others run out of trials.
 
     Besides the target's own outcomes (see run_in_lane) a job can end as "pruned": the sweep stopped it; "interrupted":
     the sweep is stopping, its checkpoint stays; "lost node": its lanes were lost again and again.
@@ -83,7 +86,7 @@ def run_trials(sweep: Sweep, target: Target, spec: LaneSpec, lanes: int | Callab
         _tell(result=result)
 
     os.environ.update(TUNE_ENVIRONMENT)
-    bridge = _Bridge(sweep, lanes if callable(lanes) else lambda: lanes)
+    bridge = _Bridge(sweep, lanes, NOTICE_S) if callable(lanes) else _Bridge(sweep, lambda: lanes)
     with _ctrl_c_stops(sweep), _quiet(), tempfile.TemporaryDirectory(prefix="tune-") as folder:
         try:
             # tune.run rather than Tuner, which would pickle the sweep for a restore that is never used.
@@ -114,8 +117,9 @@ def _tell(**message: Any) -> None:
 class _Bridge:
     """The sweep behind Tune's searcher and scheduler: knows jobs by Tune's trial ids, and never raises into Tune."""
 
-    def __init__(self, sweep: Sweep, lanes: Callable[[], int]) -> None:
-        self.sweep, self.lanes = sweep, lanes
+    def __init__(self, sweep: Sweep, lanes: Callable[[], int], notice_s: float = 0.0) -> None:
+        self.sweep, self.lanes, self.notice_s = sweep, lanes, notice_s
+        self.left, self.left_until = 0, -math.inf  # lanes that a loss has left for sure, and how long that counts
         self.room, self.counted = 0, -math.inf  # how many lanes there are, and when that was asked
         self.running: dict[str, dict[str, Any]] = {}  # Tune's trial id -> the job
         self.again: list[dict[str, Any]] = []  # jobs whose lane was lost
@@ -128,7 +132,8 @@ class _Bridge:
         now = time.monotonic()
         if now - self.counted > TICK_S:
             self.counted, self.room = now, self._ask(self.lanes) or 0
-        if self.sweep.stopping or len(self.running) >= self.room:
+        room = min(self.room, self.left) if now < self.left_until else self.room
+        if self.sweep.stopping or len(self.running) >= room:
             return None
         job = self.again.pop(0) if self.again else self._ask(self.sweep.next)
         if job is not None:
@@ -167,6 +172,7 @@ class _Bridge:
             self.finish(trial_id, {"outcome": "lost node", "error": error})
         else:
             self.again.append(self.running.pop(trial_id))
+        self.left, self.left_until = len(self.running), time.monotonic() + self.notice_s
 
     def interrupt(self) -> None:
         """Whatever has not ended goes on next time."""

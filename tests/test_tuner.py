@@ -177,6 +177,20 @@ def test_lanes_may_come_and_go():
     assert handed_out == [[True, False, False], [True, True, False], [False, False, False]]
 
 
+def test_a_lost_lane_is_not_replaced_before_its_machine_would_be_missed(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(tuner.time, "monotonic", lambda: now)
+    bridge = tuner._Bridge(Sweep([{"epochs": 1}] * 5), lambda: 3, notice_s=30)
+    first = [bridge.next(id) for id in "abc"][1]
+    bridge.lose("b", "gone")
+    assert bridge.next("d") is None
+    bridge.finish("a", {"outcome": "finished"})
+    assert bridge.next("d") == first  # on a lane that is surely there
+    assert bridge.next("e") is None
+    now += 31
+    assert bridge.next("e") is not None
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_stopping_starts_nothing_more_and_interrupts_what_runs(ray_cluster):
     sweep = Sweep([{"epochs": 2}, {"epochs": 10_000, "epoch_s": 0.1}, {"epochs": 2}], stop_at=("0001", 1))

@@ -11,6 +11,7 @@
         weights.safetensors     absent for a candidate that only brings predictions
       checkpoints/<id>/         latest checkpoint of a trial that has not finished
       ensembles/<name>.json
+      data/<name>-<fingerprint>/  of a run on a cluster or an object store: the prepared data set, see share.py
 
 A run directory may lie on an object store (s3://bucket/run, with s3fs installed). Everything here waits out an outage
 of the store of up to OUTAGE_S seconds; a longer one raises StorageLost.

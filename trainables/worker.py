@@ -51,7 +51,7 @@ Target = Callable[[Job, Report], dict[str, Any]]
 
 OUT_OF_MEMORY = "out of memory"  # the outcome
 HANG_S = 1800.0  # default of job["hang_s"]
-START_S = 600.0  # a lane may have to wait until another has given its resources back
+START_S = 300.0  # a lane may have to wait until another has given its resources back
 ALONE_S = 20.0  # a rank that raised waits this long for the others: they are probably stuck in a collective
 LISTEN_S = 1.0  # how often a waiting Tune actor looks whether its lane still lives
 BEAT_S = 1.0

@@ -19,7 +19,7 @@ import tyro
 from rich.progress import Progress
 from upath import UPath
 
-from cluster.connect import connect, disconnect
+from cluster.connect import connect, disconnect, in_cluster
 from ensemble.ensemble import Ensemble, Member, read_ensemble, write_ensemble
 from ensemble.report import summary, write_report
 from ensemble.show import make_console
@@ -27,9 +27,10 @@ from search.config import SearchConfig
 from search.lanes import Lanes
 from search.tuner import run_trials
 from trainables.backbones import find_weights
-from trainables.candidate import open_run, read_json, read_run, write_json
+from trainables.candidate import is_local, open_run, read_json, read_run, write_json
 from trainables.config import TrialConfig
 from trainables.errors import UserError, exit_on_user_error
+from trainables.share import open_shared, share_data
 from trainables.splits import load_splits, save_splits
 from trainables.trial import run_trial
 
@@ -125,7 +126,8 @@ def _open_target(target: UPath, source: UPath, info: dict[str, Any], ensemble: E
             raise UserError(f"{target} holds the refit of another ensemble; remove it first")
         return
     splits = load_splits(source).undivided()
-    target.mkdir(parents=True, exist_ok=True)
+    if in_cluster() or not is_local(target):
+        share_data(target, open_shared(source, info["data"]["path"]))
     save_splits(target, splits)
     sizes = {"train": len(splits.train), "tune": 0, "select": 0, "shared": False}
     write_json(

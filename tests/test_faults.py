@@ -36,7 +36,7 @@ FIRST = [{{"lr": 0.01}}]
 
 def suggest(trial, task):
     return TrialConfig(
-        backbone="speednet", width=0.125, image_size=8, epochs={EPOCHS}, batch_size=128, precision="fp32",
+        backbone="speednet", width=0.25, image_size=16, epochs={EPOCHS}, batch_size=64, precision="fp32",
         lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), weight_decay=0.0, seed=trial.number,
     )
 '''

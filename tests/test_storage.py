@@ -197,6 +197,7 @@ def test_a_server_may_be_started_again_and_one_that_is_gone_ends_the_sweep(serve
 def dashboard(postgresql: str, tmp_path: Path) -> Iterator[str]:
     """optuna-dashboard on the server; its address."""
     pytest.importorskip("optuna_dashboard", reason="no optuna-dashboard: pip install -e '.[storage]'")
+    open_study(postgresql, "another one", "accuracy", "random", "none", 0).ask()  # it wants to find Optuna's tables
     port = free_port()
     with open(tmp_path / "dashboard.log", "wb") as log:
         process = subprocess.Popen(

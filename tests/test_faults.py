@@ -40,7 +40,7 @@ def suggest(trial, task):
         lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), weight_decay=0.0, seed=trial.number,
     )
 '''
-PATIENCE = 240  # seconds without an epoch, or until the last process has gone, before the test gives up
+PATIENCE = 400  # seconds without an epoch, or until the last process has gone, before the test gives up
 SLOW_START = "The current node timed out during startup"  # Ray's words
 LONGEST_PAUSE = 6.0  # seconds between the moment's epoch and the kill
 

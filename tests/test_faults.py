@@ -40,7 +40,8 @@ def suggest(trial, task):
         lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), weight_decay=0.0, seed=trial.number,
     )
 '''
-PATIENCE = 240  # seconds without an epoch, or until the last process has gone, before the test gives up
+PATIENCE = 400  # seconds without an epoch, or until the last process has gone, before the test gives up
+SLOW_START = "The current node timed out during startup"  # Ray's words
 LONGEST_PAUSE = 6.0  # seconds between the moment's epoch and the kill
 
 
@@ -50,12 +51,12 @@ class Drivers:
     def __init__(self, args: list[str], log: Path) -> None:
         self.args, self.log = args, log
         self.started: set[psutil.Process] = set()
-        self.starts = 0
+        self.starts = self.slow_starts = 0
         self.start()
 
     def start(self) -> None:
         self.starts += 1
-        with open(self.log, "ab") as log:
+        with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "search.run", *self.args], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
             )
@@ -72,8 +73,12 @@ class Drivers:
                         found["trial" if "RayTrainWorker" in name else "ray"].append(child)
         return found
 
-    def assert_alive(self) -> None:
-        assert self.process.poll() is None, f"the driver ended with {self.process.returncode}:\n{self.tail()}"
+    def mind(self) -> None:
+        """The driver lives; one that gave up on starting Ray, as it does after 30 s on a busy machine, starts again."""
+        if self.process.poll() is not None:
+            assert SLOW_START in self.tail(), f"the driver ended with {self.process.returncode}:\n{self.tail()}"
+            self.slow_starts += 1
+            self.start()
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-4000:]
@@ -123,7 +128,7 @@ def hit(drivers: Drivers, victim: str, choice: random.Random) -> str:
             process = choice.choice(busy)
             process.kill()
             return names[process]
-        drivers.assert_alive()
+        drivers.mind()
         assert time.time() < end, f"no {victim} appears:\n{drivers.tail()}"
         time.sleep(0.05)
 
@@ -138,17 +143,18 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(drivers: Drivers, tmp_path
     for moment, victim in zip(moments, victims, strict=True):
         last, since = -1, time.time()
         while (done := reports(run / "study.db")) < moment:
-            drivers.assert_alive()
+            drivers.mind()
             last, since = (done, time.time()) if done != last else (last, since)
             assert time.time() - since < PATIENCE, f"nothing happens after {killed}:\n{drivers.tail()}"
             time.sleep(0.02)
         time.sleep(choice.uniform(0, LONGEST_PAUSE))
-        drivers.assert_alive()
+        drivers.mind()
         killed.append(hit(drivers, victim, choice))
         print(f"{moment:4} {killed[-1]}", flush=True)
-    assert drivers.process.wait(timeout=2 * PATIENCE) == 0, drivers.tail()
+    while drivers.process.wait(timeout=2 * PATIENCE) != 0:
+        drivers.mind()
     assert len(killed) == KILLS
-    assert drivers.starts == 1 + killed.count("driver") == 7
+    assert drivers.starts - drivers.slow_starts == 1 + killed.count("driver") == 7
 
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{run}/study.db")
     states = [trial.state.name for trial in study.trials]

@@ -115,4 +115,3 @@ class LocalCluster:
         env = {key: value for key, value in self.env.items() if key != "RAY_ADDRESS"}
         self.nodes.append(LocalNode([*arguments, *common], env, self.folder / f"node{number}.log"))
         return self.nodes[-1]
-

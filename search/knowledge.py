@@ -94,4 +94,3 @@ def _fits(value: Any, distribution: BaseDistribution) -> bool:
         return distribution._contains(distribution.to_internal_repr(value))
     except (ValueError, TypeError):
         return False
-

@@ -117,7 +117,7 @@ def test_nodes_leave_and_join_and_the_head_is_replaced(cluster: LocalCluster, tm
     nodes = [cluster.add_node(cpus=1) for _ in range(2)]
     cluster.ray(*submission(run, space, "--no-wait", "--submission-id", "first"))
     wait_until(lambda: len(list(run.glob("checkpoints/*/state.pt"))) == 2, "two trials")
-    wait_until(lambda: 'ray_ninefold_trials{' in metrics(cluster), "the sweep among the metrics")
+    wait_until(lambda: "ray_ninefold_trials{" in metrics(cluster), "the sweep among the metrics")
     assert 'state="running"' in metrics(cluster)
     nodes[0].kill()  # 127.0.0.2
 

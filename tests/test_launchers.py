@@ -196,7 +196,6 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             process.wait(30)
 
 
-
 SPACE = '''
 """Tiny nets."""
 from trainables.config import TrialConfig

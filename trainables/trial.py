@@ -124,9 +124,7 @@ def _open(run: str, *where: tuple[str, Any]) -> tuple[Data, Splits]:
     return data, load_splits(UPath(run))
 
 
-def _write(
-    run: UPath, job: dict[str, Any], config: TrialConfig, data: Data, splits: Splits, trained: Trained
-) -> None:
+def _write(run: UPath, job: dict[str, Any], config: TrialConfig, data: Data, splits: Splits, trained: Trained) -> None:
     state = {k: v.detach().cpu().contiguous() for k, v in trained.model.state_dict().items()}
     info = {
         "id": job["id"],

@@ -144,7 +144,7 @@ class Sweep:
                 self.retried[id] = int(attrs.get("retried", 0))
                 if id in done:  # it died between writing the candidate and telling the study
                     trial.set_user_attr("outcome", done[id].info.get("outcome", "finished"))
-                    self.values.see(self.study.tell(trial, self.values.of_candidate(id, done[id].info["metrics"])))
+                    self._tell(trial, done[id])
                     self.counted += 1
                     self.tried.add(id)
                 elif "config" in attrs:
@@ -335,7 +335,7 @@ class Sweep:
             candidate = Candidate(id, path, read_json(path / "candidate.json"))
             self._learn(candidate)
             self._extend_ensemble(trial, candidate)
-            self.values.see(self.study.tell(trial, self.values.of_candidate(id, result)))
+            self._tell(trial, candidate)
         elif outcome == "pruned":
             self.values.see(self.study.tell(trial, state=TrialState.PRUNED))
         elif outcome in TEACHING_OUTCOMES:
@@ -347,6 +347,13 @@ class Sweep:
             remove_checkpoint(self.run, id)
         self.save()
         self.board.ended(id, outcome, result)
+
+    def _tell(self, trial: Trial, candidate: Candidate) -> None:
+        """Tell the study of a candidate, and of epochs whose reports were lost with a process."""
+        for row in candidate.info.get("curve") or []:
+            if self.values.metric in row:  # those that it has stand
+                trial.report(float(row[self.values.metric]), int(row["epoch"]))
+        self.values.see(self.study.tell(trial, self.values.of_candidate(candidate.id, candidate.info["metrics"])))
 
     def _extend_ensemble(self, trial: Trial, candidate: Candidate) -> None:
         """Let the live ensemble see a new candidate, and keep its score with the trial: the curve outlives a kill."""

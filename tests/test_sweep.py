@@ -158,9 +158,12 @@ def test_a_candidate_that_the_study_was_never_told_of_counts(tmp_path: Path) -> 
     job = first.next()
     assert job is not None
     metrics = {"tune_accuracy": 0.7, "tune_log_loss": 0.3}
-    info = {"id": job["id"], "config": job["config"], "metrics": metrics, "split_fingerprint": "f"}
+    first.report(job["id"], scores(0.6, 1))  # and the last report was lost, too
+    curve = [{**scores(accuracy, epoch), "seconds": epoch} for epoch, accuracy in ((1, 0.6), (2, 0.7))]
+    info = {"id": job["id"], "config": job["config"], "metrics": metrics, "split_fingerprint": "f", "curve": curve}
     write_candidate(first.run, info, np.full((4, 2), 0.5))
-    assert sweep(tmp_path, trials=2).study.trials[0].value == 0.7
+    told = sweep(tmp_path, trials=2).study.trials[0]
+    assert (told.value, told.intermediate_values) == (0.7, {1: 0.6, 2: 0.7})
     third = sweep(tmp_path, trials=2)  # and still counts for whoever comes after the one that told
     following = third.next()
     assert following is not None

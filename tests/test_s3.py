@@ -1,252 +1,209 @@
-"""The study in a database: SQLite, and a real PostgreSQL (marked `storage`) that the tests start for themselves."""
+"""A run directory on S3: moto's server on loopback speaks the protocol, and can be away for a while."""
 
-import contextlib
 import json
 import os
-import pwd
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import optuna
 import pytest
-from test_pipeline import SPACE, SearchProcess, arguments, epochs_on_disk
-from test_sweep import NoBoard, climb, finish, scores, suggest, take
+from moto.server import ThreadedMotoServer
 from upath import UPath
 
-from ensemble.trials import load_study as load_study_for_report
-from search.budget import Budget
-from search.knowledge import read_earlier
-from search.live import EnsembleSoFar
-from search.study import open_study
-from search.sweep import Sweep
-from trainables.candidate import list_candidates, open_run, write_array, write_json
+from search.study import fetch_study, open_study, store_study
+from trainables import candidate
+from trainables.candidate import StorageLost, list_candidates, open_run, read_json, write_bytes
+from trainables.data import open_data
 from trainables.errors import UserError
+from trainables.share import open_shared, share_data
+from trainables.trial import run_trial
 
-PATIENCE = 60  # seconds for a server to start or end
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+ROOT = Path(__file__).parent.parent
 
 
-def postgresql_binaries() -> Path | None:
-    on_path = shutil.which("initdb")
-    folders = [Path(on_path).resolve().parent] if on_path else []
-    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    return next((folder for folder in folders if (folder / "initdb").exists() and (folder / "postgres").exists()), None)
+class Store:
+    """The server; what it holds outlives `stop`."""
 
-
-class PostgreSQL:
-    """A server in a temporary folder, on a free port of the loopback interface; PostgreSQL refuses to run as root."""
-
-    def __init__(self, binaries: Path) -> None:
-        self.binaries, self.port = binaries, free_port()
-        self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
-        self.url = f"postgresql+psycopg://ninefold@127.0.0.1:{self.port}/postgres"
-        self.person: dict[str, Any] = {}
-        if os.geteuid() == 0:
-            nobody = pwd.getpwnam("nobody")
-            os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
-            self.person = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-        options = ["-U", "ninefold", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
-        made = subprocess.run(
-            [binaries / "initdb", "-D", self.folder / "data", *options],
-            cwd=self.folder, capture_output=True, text=True, check=False, **self.person,
-        )  # fmt: skip
-        assert made.returncode == 0, made.stderr
+    def __init__(self) -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.port = listener.getsockname()[1]
+        self.start()
 
     def start(self) -> None:
-        import psycopg
-
-        options = ["--listen_addresses=127.0.0.1", "--unix_socket_directories=", "--fsync=off"]
-        self.process = subprocess.Popen(
-            [self.binaries / "postgres", "-D", self.folder / "data", "-p", str(self.port), *options],
-            cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **self.person,
-        )  # fmt: skip
-        end = time.time() + PATIENCE
-        while True:
-            try:
-                psycopg.connect(f"host=127.0.0.1 port={self.port} user=ninefold dbname=postgres").close()
-                return
-            except psycopg.OperationalError:
-                assert self.process.poll() is None, "PostgreSQL did not start"
-                assert time.time() < end, "PostgreSQL does not answer"
-                time.sleep(0.1)
+        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self.server.start()
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)  # its fast shutdown
-        self.process.wait(PATIENCE)
+        self.server.stop()
+
+    def away(self, seconds: float) -> threading.Thread:
+        """Gone at once, and back after so many seconds."""
+        self.stop()
+        back = threading.Timer(seconds, self.start)
+        back.start()
+        return back
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[PostgreSQL]:
-    binaries = postgresql_binaries()
-    if binaries is None:
-        pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    pytest.importorskip("psycopg", reason="no driver: pip install -e '.[storage]'")
-    server = PostgreSQL(binaries)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        shutil.rmtree(server.folder)
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with pytest.MonkeyPatch.context() as patch:
+        started = Store()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{started.port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # its own retries would only make the tests slower
+        UPath("s3://bucket").mkdir()
+        yield started
+        started.stop()
 
 
-@pytest.fixture
-def postgresql(server: PostgreSQL) -> str:
-    return server.url
+def upload(local: UPath, name: str) -> UPath:
+    """A copy of a local run in the bucket."""
+    run = UPath(f"s3://bucket/{name}")
+    for path in Path(str(local)).rglob("*"):
+        if path.is_file():
+            write_bytes(run / str(path.relative_to(str(local))), path.read_bytes())
+    return run
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.storage)])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A database with somebody else's study in it, so that a trial's id is not its number."""
-    where = f"sqlite:///{tmp_path}/study.db" if request.param == "sqlite" else request.getfixturevalue("postgresql")
-    other = open_study(where, f"another of {tmp_path.name}", "accuracy", "random", "none", 0)
-    for _ in range(3):
-        other.ask()
-    return where
+def test_a_trial_waits_until_the_store_is_back(store: Store, small_run: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidate, "RETRY_S", 0.1)
+    run = upload(small_run, "waits")
+    local = list_candidates(small_run)[0]
+    candidate.patiently(run, lambda: run.fs.rm(f"{run.path}/candidates", recursive=True))
+    backs = []
+
+    def report(metrics: dict) -> bool:
+        if metrics["epoch"] == 2:
+            backs.append(store.away(2))
+        return False
+
+    job = {
+        "id": "0000", "config": local.info["config"], "run": str(run),
+        "data": {"path": read_json(run / "run.json")["data"]["path"], "name": "folder", "data_dir": None, "size": None},
+    }  # fmt: skip
+    result = run_trial(job, report)
+    backs[0].join()
+    assert result["outcome"] == "finished"
+    (remote,) = list_candidates(run)
+    assert [row["epoch"] for row in remote.info["curve"]] == list(range(1, 9))
+    np.testing.assert_array_equal(remote.probs("select"), local.probs("select"))
+    assert candidate.list_folder(run / "checkpoints") == []
 
 
-def open_sweep(url: str, run: Path, name: str) -> Sweep:
-    if not (run / "run.json").exists():
-        write_array(UPath(run / "select_labels.npy"), np.array([0, 1, 0, 1]))
-        write_json(UPath(run / "run.json"), {"classes": ["a", "b"], "split_fingerprint": "f"})
-    study = open_study(url, name, "accuracy", "tpe", "promote", 0)
-    live = EnsembleSoFar(UPath(run), 2)
-    sweep = Sweep(study, UPath(run), {"run": str(run)}, Budget(trials=12), {}, NoBoard(), promote=True, live=live)
-    sweep.propose_with(suggest)
-    return sweep
-
-
-def test_what_a_sweep_remembers_is_what_the_database_holds(url: str, tmp_path: Path) -> None:
-    name = tmp_path.name  # the server is the same for all tests
-    sweep = open_sweep(url, tmp_path, name)
-
-    def same(sweep: Sweep) -> bool:
-        return sweep.study.get_trials(deepcopy=False) == optuna.load_study(study_name=name, storage=url).trials
-
-    sweep.study.enqueue_trial({"lr": 0.01}, user_attrs={"why": "a guess", "pair": (1, 2)})
-    assert same(sweep)
-    for accuracy in (0.5, 0.3, 0.2):  # the last two wait at their rung
-        climb(sweep, take(sweep), accuracy)
-        assert same(sweep)
-    for outcome in ("diverged", "bug", "pruned"):
-        sweep.finish(take(sweep)["id"], {"outcome": outcome, "error": "why", "traceback": "where"})
-        assert same(sweep)
-    finish(sweep, take(sweep), 0.8)
-    cut = take(sweep)
-    assert same(sweep)
-    assert {trial.state.name for trial in sweep.study.get_trials()} == {"COMPLETE", "PRUNED", "RUNNING"}
-
-    again = open_sweep(url, tmp_path, name)  # what a process after a kill sees
-    assert same(again)
-    assert again.rungs is not None
-    assert again.rungs.waiting == sweep.rungs.waiting == {"0001": 1, "0002": 1}  # type: ignore[union-attr]
-    assert again.counted == sweep.counted
-    assert take(again)["id"] == cut["id"]
-
-
-def test_a_storage_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot be opened in .*; check --storage") as told:
-        open_study(f"sqlite:///{tmp_path}/no/such/folder/study.db", "x", "accuracy", "tpe", "none", 0)
-    assert "\n" not in str(told.value)
-
-
-@pytest.mark.storage
-def test_a_server_that_is_not_there_is_told_in_one_line() -> None:
-    pytest.importorskip("psycopg")
-    url = f"postgresql+psycopg://ninefold@127.0.0.1:{free_port()}/postgres"
-    with pytest.raises(UserError, match="check --storage") as told:
-        open_study(url, "x", "accuracy", "tpe", "none", 0)
-    assert "\n" not in str(told.value)
-
-
-@pytest.mark.storage
-def test_a_server_may_be_started_again_and_one_that_is_gone_ends_the_sweep(server: PostgreSQL, tmp_path: Path) -> None:
-    sweep = open_sweep(server.url, tmp_path, tmp_path.name)
-    first = take(sweep)
-    server.stop()
-    server.start()
-    climb(sweep, first, 0.5)  # the connections that were open are not used
-    second = take(sweep)
-    server.stop()
-    try:
-        with pytest.raises(optuna.exceptions.StorageInternalError):
-            sweep.report(second["id"], scores(0.5))
-    finally:
-        server.start()
-    again = open_sweep(server.url, tmp_path, tmp_path.name)
-    assert take(again)["id"] == second["id"]
-    assert [trial.state.name for trial in again.study.trials] == ["COMPLETE", "RUNNING"]
-
-
-@pytest.fixture
-def dashboard(postgresql: str, tmp_path: Path) -> Iterator[str]:
-    """optuna-dashboard on the server; its address."""
-    pytest.importorskip("optuna_dashboard", reason="no optuna-dashboard: pip install -e '.[storage]'")
-    open_study(postgresql, "another one", "accuracy", "random", "none", 0).ask()  # it wants to find Optuna's tables
-    port = free_port()
-    with open(tmp_path / "dashboard.log", "wb") as log:
-        process = subprocess.Popen(
-            [Path(sys.executable).parent / "optuna-dashboard", postgresql, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
-
-
-def trials_seen(dashboard: str, name: str) -> list[str]:
-    """States of the study's trials, as the dashboard's page would get them."""
-    with contextlib.suppress(OSError):  # it is still starting
-        studies = _get(f"{dashboard}/api/studies")["study_summaries"]
-        ids = [study["study_id"] for study in studies if study["study_name"] == name]
-        if ids:
-            return [trial["state"] for trial in _get(f"{dashboard}/api/studies/{ids[0]}?after=0")["trials"]]
-    return []
-
-
-def _get(url: str) -> dict[str, Any]:
-    with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
-        return json.loads(answer.read())
-
-
-@pytest.mark.storage
-def test_a_sweep_on_postgresql_is_killed_and_goes_on_while_the_dashboard_looks(
-    postgresql: str, dashboard: str, tmp_path: Path, pictures: Path
+def test_an_outage_that_does_not_end_is_told_and_the_trial_goes_on_later(
+    store: Store, small_run: UPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, space, log = tmp_path / "sweep", tmp_path / "tiny.py", tmp_path / "log"
-    space.write_text(SPACE)
-    args = [*arguments(run, pictures, space), "--storage", postgresql]
-    search = SearchProcess(*args, log=log)
-    search.wait_until(lambda: epochs_on_disk(run) > 0 and "Complete" in trials_seen(dashboard, "sweep"))
-    assert "Running" in trials_seen(dashboard, "sweep")
-    search.kill()
-    output = SearchProcess(*args, log=log).finish()
+    monkeypatch.setattr(candidate, "RETRY_S", 0.1)
+    monkeypatch.setattr(candidate, "OUTAGE_S", 0.5)
+    run = upload(small_run, "lost")
+    config = list_candidates(small_run)[0].info["config"]
+    job = {
+        "id": "0009", "config": config, "run": str(run),
+        "data": {"path": read_json(run / "run.json")["data"]["path"], "name": "folder", "data_dir": None, "size": None},
+    }  # fmt: skip
+    result = run_trial(job, lambda metrics: metrics["epoch"] == 2 and store.stop())  # type: ignore[func-returns-value]
+    assert result["outcome"] == "storage lost"
+    assert "could not be reached for 0.5 s" in result["error"]
+    with pytest.raises(StorageLost):
+        candidate.exists(run / "run.json")
+    with pytest.raises(UserError, match="cannot be reached"):
+        open_run(run)
+    store.start()
+    assert run_trial(job, lambda metrics: False)["outcome"] == "finished"
+    assert read_json(run / "candidates/0009/candidate.json")["resumed_after_epochs"] == [2]
 
-    assert trials_seen(dashboard, "sweep") == ["Complete"] * 4
-    study = optuna.load_study(study_name="sweep", storage=postgresql)
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
-    candidates = list_candidates(open_run(run))
-    assert [candidate.id for candidate in candidates] == ["0000", "0001", "0002", "0003"]
-    assert not (run / "study.db").exists()
+
+def test_a_study_goes_to_the_store_and_comes_back(store: Store) -> None:
+    run = UPath("s3://bucket/study")
+    copy = fetch_study(run)
+    study = open_study(f"sqlite:///{copy}", "study", "accuracy", "random", "none", 0)
+    study.tell(study.ask(), 0.5)
+    store_study(run, copy)
+    study.tell(study.ask(), 0.7)  # in the copy alone
+    again = open_study(f"sqlite:///{fetch_study(run)}", "study", "accuracy", "random", "none", 0)
+    assert [trial.value for trial in again.trials] == [0.5]
+
+
+def test_a_node_copies_the_prepared_data_once(
+    store: Store, small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(read_json(small_run / "run.json")["data"]["path"])
+    run = UPath("s3://bucket/shared")
+    monkeypatch.setenv("NINEFOLD_CACHE", str(tmp_path / "node"))
+    with pytest.raises(UserError, match="no prepared data set"):
+        open_shared(run, tmp_path / "elsewhere" / data.path.name)
+    share_data(run, data)
+    there = open_shared(run, tmp_path / "elsewhere" / data.path.name)
+    assert there.fingerprint == data.fingerprint
+    assert there.path.parent == tmp_path / "node" / "data"
+    np.testing.assert_array_equal(there.images, data.images)
+    store.stop()
+    try:  # from now on nothing is asked of the store
+        assert open_shared(run, tmp_path / "elsewhere" / data.path.name).path == there.path
+    finally:
+        store.start()
+
+
+SPACE = '''
+"""Tiny nets."""
+from trainables.config import TrialConfig
+TRIALS = 4
+BACKBONES = {"speednet": "scratch"}
+
+def suggest(trial, task):
+    return TrialConfig(
+        backbone="speednet", width=0.25, image_size=16, epochs=20, batch_size=8, precision="fp32",
+        lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), weight_decay=0.0, seed=trial.number,
+    )
+'''
+
+
+@pytest.mark.cluster
+def test_a_whole_sweep_on_s3_with_the_store_away_for_half_a_minute(
+    store: Store, tmp_path: Path, pictures: Path
+) -> None:
+    def command(module: str, *more: str) -> list[str]:
+        return [sys.executable, "-m", module, "--run", "s3://bucket/sweep", *more]
+
+    def finish(process: subprocess.Popen) -> str:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output[-3000:]
+        return output
+
+    def start(arguments: list[str]) -> subprocess.Popen:
+        return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    space = tmp_path / "tiny.py"
+    space.write_text(SPACE)
+    run = UPath("s3://bucket/sweep")
+    sweep = command(
+        "search.run", "--data", "folder", "--data-dir", str(pictures), "--space", str(space), "--pruner", "none",
+        "--cpus-per-trial", str(os.cpu_count()),
+    )  # fmt: skip
+    process = start(sweep)
+    while not (run / "candidates/0000/candidate.json").exists():
+        assert process.poll() is None, finish(process)
+        time.sleep(0.2)
+    store.away(30).join()
+    output = finish(process)
     assert "ensemble     test accuracy" in output
-    assert (run / "report.html").exists()
-    # a report and a later sweep read the study there
-    assert len(load_study_for_report(postgresql, "sweep").trials) == 4
-    assert len(read_earlier(str(run), "tune_accuracy", suggest)) == 4
+    candidates = list_candidates(run)
+    assert [found.id for found in candidates] == ["0000", "0001", "0002", "0003"]
+    for found in candidates:
+        assert [row["epoch"] for row in found.info["curve"]] == list(range(1, 21))
+        assert not found.info["resumed_after_epochs"]
+    assert "trial at a time" not in finish(start(sweep)), "nothing is left to do"
+    finish(start(command("ensemble.select", "--top-k", "2")))
+    assert "test accuracy" in finish(start(command("ensemble.report")))
+    assert json.loads((run / "report.json").read_text())["test"]["ensemble"]["images"] == 90
+    out = tmp_path / "predictions.csv"
+    finish(start(command("ensemble.predict", "--images", str(pictures / "test"), "--out", str(out))))
+    assert len(out.read_text().splitlines()) == 91

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,7 +68,7 @@ class Sweep:
         self.waiting = [{"id": f"{n:04d}", "seconds": seconds} for n in range(trials)]
         self.began = 0.0
         self.ended: list[float] = []
-        self.nodes: set[str] = set()
+        self.nodes: Counter[str] = Counter()  # trials by node
 
     def next(self) -> dict[str, Any] | None:
         if self.warm:
@@ -86,7 +87,7 @@ class Sweep:
             self.began = self.began or time.monotonic()
         else:
             self.ended.append(time.monotonic())
-            self.nodes.add(result["node"])
+            self.nodes[result["node"]] += 1
 
     def tick(self) -> None:
         pass
@@ -106,8 +107,8 @@ def measure(nodes: int, args: Nodes) -> dict[str, Any]:
             stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
     row = json.loads(done.stdout.splitlines()[-1])
-    if row["seen"] != nodes:
-        raise RuntimeError(f"trials ran on {row['seen']} of {nodes} nodes")
+    if len(row["by_node"]) != nodes:
+        raise RuntimeError(f"trials ran on {len(row['by_node'])} of {nodes} nodes")
     return row
 
 
@@ -122,20 +123,20 @@ def drive(nodes: int, trials: int, seconds: float, meet: str) -> None:
         disconnect()
     took = sweep.ended[-1] - sweep.began
     row = {"nodes": nodes, "start_s": sweep.began - called, "took_s": took, "trials_per_s": trials / took}
-    print(json.dumps({**row, "seen": len(sweep.nodes)}))
+    print(json.dumps({**row, "by_node": sorted(sweep.nodes.values(), reverse=True)}))
 
 
 def main() -> None:
     args = tyro.cli(Nodes, description=Nodes.__doc__, prog="python -m benchmarks.nodes")
     rows = [measure(nodes, args) for nodes in args.nodes]
     table = Table(title=f"{args.trials} trials that sleep {args.seconds:g} s")
-    for heading in ("nodes of one slot", "start, once (s)", "took (s)", "trials/s", "times the first"):
+    for heading in ("nodes of one slot", "start, once (s)", "took (s)", "trials/s", "times the first", "trials by node"):
         table.add_column(heading, justify="right")
     for row in rows:
         row["speedup"] = row["trials_per_s"] / rows[0]["trials_per_s"]
         table.add_row(
             str(row["nodes"]), f"{row['start_s']:.1f}", f"{row['took_s']:.1f}", f"{row['trials_per_s']:.3f}",
-            f"{row['speedup']:.2f}",
+            f"{row['speedup']:.2f}", " ".join(map(str, row["by_node"])),
         )  # fmt: skip
     Console().print(table)
     if args.json:

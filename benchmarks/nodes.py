@@ -130,7 +130,8 @@ def main() -> None:
     args = tyro.cli(Nodes, description=Nodes.__doc__, prog="python -m benchmarks.nodes")
     rows = [measure(nodes, args) for nodes in args.nodes]
     table = Table(title=f"{args.trials} trials that sleep {args.seconds:g} s")
-    for heading in ("nodes of one slot", "start, once (s)", "took (s)", "trials/s", "times the first", "trials by node"):
+    headings = ("nodes of one slot", "start, once (s)", "took (s)", "trials/s", "times the first", "trials by node")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for row in rows:
         row["speedup"] = row["trials_per_s"] / rows[0]["trials_per_s"]

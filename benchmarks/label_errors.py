@@ -19,8 +19,8 @@ from rich.table import Table
 
 from ensemble.show import make_console
 from trainables.candidate import open_run, read_run
-from trainables.data import open_data
 from trainables.errors import UserError, exit_on_user_error
+from trainables.share import open_shared
 from trainables.splits import load_splits
 from trainables.suspects import find_suspects
 
@@ -44,7 +44,7 @@ class LabelErrors:
 def measure(args: LabelErrors) -> list[dict[str, Any]]:
     """One row per draw: the share of the planted errors that was found, and cleanlab's estimate of all wrong labels."""
     run = open_run(args.run)
-    data = open_data(read_run(run)["data"]["path"])
+    data = open_shared(run, read_run(run)["data"]["path"])
     splits = load_splits(run)
     rows = np.union1d(splits.tune, splits.select)
     if args.flips > len(rows):

@@ -19,8 +19,8 @@ from upath import UPath
 
 from ensemble.ensemble import Ensemble
 from trainables.candidate import read_run, select_labels
-from trainables.data import open_data
 from trainables.errors import UserError
+from trainables.share import open_shared
 from trainables.splits import load_splits
 
 if TYPE_CHECKING:
@@ -45,12 +45,13 @@ class Examples:
 
     @classmethod
     def of(cls, run: UPath) -> "Examples | None":
-        """None when the data set is not prepared on this machine."""
+        """None when the data set is neither on this machine nor beside the run."""
         info = read_run(run)
-        path = Path(info["data"].get("path", ""))
-        if not (path / "meta.json").exists():
+        try:
+            data = open_shared(run, info["data"].get("path", ""))
+        except UserError:
             return None
-        return cls(open_data(path).images, load_splits(run).select, select_labels(run), list(info["classes"]))
+        return cls(data.images, load_splits(run).select, select_labels(run), list(info["classes"]))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -39,8 +39,8 @@ from ensemble.ensemble import Ensemble, read_ensemble
 from ensemble.module import EnsembleModule
 from ensemble.predict import Voters
 from trainables.candidate import open_run, read_run
-from trainables.data import open_data
 from trainables.errors import UserError, exit_on_user_error
+from trainables.share import open_shared
 from trainables.splits import load_splits
 
 OPSET = 20
@@ -134,12 +134,12 @@ def largest_difference(runtime: Runtime, predict: Runtime, images: np.ndarray) -
 
 
 def _images_to_check(run: UPath, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
-    """Images of the select split, or random ones (and False) when the data set is not prepared on this machine."""
-    path = read_run(run)["data"].get("path", "")
-    if not (Path(path) / "meta.json").exists():
+    """Images of the select split, or random ones (and False) when the data set is not within reach."""
+    try:
+        data = open_shared(run, read_run(run)["data"].get("path", ""))
+    except UserError:
         return np.random.default_rng(0).integers(0, 256, (CHECKED, *size, 3), np.uint8), False
-    select = load_splits(run).select
-    return np.asarray(open_data(path).images[select[:CHECKED]]), True
+    return np.asarray(data.images[load_splits(run).select[:CHECKED]]), True
 
 
 def _need_onnx() -> None:

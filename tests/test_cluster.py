@@ -13,23 +13,11 @@ from upath import UPath
 
 from cluster.local import LocalCluster
 from ensemble.report import PAGE
+from tests.tiny_space import write_space
 from trainables.candidate import list_candidates, read_json
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 300  # seconds that a step may take on a busy machine before the test gives up
-SPACE = '''
-"""Tiny nets."""
-import time
-from trainables.config import TrialConfig
-TRIALS = {trials}
-BACKBONES = {{"speednet": "scratch"}}
-
-def suggest(trial, task):
-    return TrialConfig(
-        backbone="speednet", width=0.25, image_size=16, epochs={epochs}, batch_size=64, precision="fp32",
-        lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), weight_decay=0.0, seed=trial.number,
-    )
-'''
 
 
 @pytest.fixture
@@ -60,7 +48,7 @@ def test_a_job_sweeps_on_two_nodes_and_leaves_what_a_local_run_does(
     cluster: LocalCluster, tmp_path: Path, pictures: Path
 ) -> None:
     space, run = tmp_path / "tiny.py", tmp_path / "run"
-    space.write_text(SPACE.format(trials=4, epochs=2))
+    write_space(space, trials=4, epochs=2, batch_size=64)
     submit = submission(run, space)
     stranger = {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}
     refused = cluster.ray(*submit, check=False, **stranger)
@@ -92,7 +80,7 @@ def test_a_job_sweeps_on_two_nodes_and_leaves_what_a_local_run_does(
 @pytest.mark.cluster
 def test_what_a_job_says_and_how_it_ends(cluster: LocalCluster, tmp_path: Path) -> None:
     space, run = tmp_path / "tiny.py", tmp_path / "run"
-    space.write_text(SPACE.format(trials=2, epochs=100))
+    write_space(space, trials=2, epochs=100, batch_size=64)
     failed = cluster.ray(*submission("runs/relative", space), check=False)
     assert failed.returncode != 0
     assert "would lie in the job's copy" in failed.stdout
@@ -113,7 +101,7 @@ def test_what_a_job_says_and_how_it_ends(cluster: LocalCluster, tmp_path: Path) 
 @pytest.mark.cluster
 def test_nodes_leave_and_join_and_the_head_is_replaced(cluster: LocalCluster, tmp_path: Path) -> None:
     space, run = tmp_path / "tiny.py", tmp_path / "run"
-    space.write_text(SPACE.format(trials=6, epochs=60))
+    write_space(space, trials=6, epochs=60, batch_size=64)
     nodes = [cluster.add_node(cpus=1) for _ in range(2)]
     cluster.ray(*submission(run, space, "--no-wait", "--submission-id", "first"))
     wait_until(lambda: len(list(run.glob("checkpoints/*/state.pt"))) == 2, "two trials")
@@ -157,8 +145,7 @@ def metrics(cluster: LocalCluster) -> str:
 def test_a_trial_on_two_nodes_reaches_what_it_does_on_one(cluster: LocalCluster, tmp_path: Path) -> None:
     space = tmp_path / "tiny.py"
     # nothing is left to the sampler: both runs train the same configuration
-    text = SPACE.format(trials=1, epochs=8).replace('trial.suggest_float("lr", 3e-3, 3e-2, log=True)', "1e-2")
-    space.write_text(text)
+    write_space(space, trials=1, epochs=8, batch_size=64, lr=(1e-2, 1e-2))
     for _ in range(2):
         cluster.add_node(cpus=1)
     found = {}

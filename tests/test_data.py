@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from upath import UPath
 
 from trainables import data, decode
-from trainables.data import open_data, open_test, prepare, read_images
+from trainables.data import open_data, open_test, prepare
 from trainables.errors import UserError
-from trainables.splits import load_splits, make_splits, save_splits
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -269,115 +267,7 @@ def test_failure_leaves_nothing_and_old_leftovers_go(tmp_path, cache, monkeypatc
     assert prepare("folder", root).images.shape == (22, 8, 8, 3)
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------------
-
-
-def grey_16_bit(path: Path) -> np.ndarray:
-    values = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
-    Image.fromarray(values).save(path)
-    return np.repeat((values // 257).astype(np.uint8)[..., None], 3, axis=2)
-
-
-def cmyk(path: Path) -> np.ndarray:
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(path, quality=95)
-    return np.full((8, 8, 3), (254, 0, 0))
-
-
-def transparent(path: Path) -> np.ndarray:
-    image = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
-    image.paste((0, 0, 0, 0), (0, 0, 4, 8))
-    image.save(path)
-    return np.array([[[255] * 3] * 4 + [[255, 0, 0]] * 4] * 8)
-
-
-def palette_with_transparency(path: Path) -> np.ndarray:
-    image = Image.new("P", (8, 8), 0)
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.paste(1, (4, 0, 8, 8))
-    image.save(path, transparency=0)
-    return np.array([[[255] * 3] * 4 + [[40, 50, 60]] * 4] * 8)
-
-
-def black_and_white(path: Path) -> np.ndarray:
-    Image.new("1", (8, 8), 1).save(path)
-    return np.full((8, 8, 3), 255)
-
-
-def grey_with_alpha(path: Path) -> np.ndarray:
-    Image.new("LA", (8, 8), (100, 255)).save(path)
-    return np.full((8, 8, 3), 100)
-
-
-def animation(path: Path) -> np.ndarray:
-    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    frames[0].save(path, save_all=True, append_images=frames[1:])
-    return np.full((8, 8, 3), (255, 0, 0))
-
-
-def turned_by_exif(path: Path) -> np.ndarray:
-    upright = Image.new("RGB", (8, 8), "black")
-    upright.paste("white", (0, 0, 8, 4))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned right by 90 degrees
-    upright.rotate(90).save(path, exif=exif, quality=95, subsampling=0)
-    return np.asarray(upright)
-
-
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        ("grey16.png", grey_16_bit),
-        ("grey16.tif", grey_16_bit),
-        ("cmyk.jpg", cmyk),
-        ("alpha.png", transparent),
-        ("palette.png", palette_with_transparency),
-        ("palette.gif", palette_with_transparency),
-        ("bits.png", black_and_white),
-        ("la.png", grey_with_alpha),
-        ("anim.gif", animation),
-        ("turned.jpg", turned_by_exif),
-    ],
-)
-def test_every_kind_of_image_becomes_rgb(name, make, tmp_path):
-    expected = make(tmp_path / name)
-    [(path, image)] = read_images([tmp_path / name], 8)
-    assert path == tmp_path / name
-    assert image.shape == (8, 8, 3)
-    assert image.dtype == np.uint8
-    assert np.abs(image.astype(int) - expected).max() <= 3
-
-
-@pytest.mark.parametrize("suffix", ["png", "webp", "jpg", "bmp", "gif", "tiff", "ppm", "jp2"])
-def test_resizing_keeps_the_centre_of_the_shorter_side(suffix, tmp_path):
-    image = Image.new("RGB", (120, 40), "red")
-    image.paste("blue", (40, 0, 80, 40))
-    image.save(tmp_path / f"x.{suffix}")
-    [(_, square)] = read_images([tmp_path / f"x.{suffix}"], 10)
-    assert square.shape == (10, 10, 3)
-    assert np.abs(square[:, 1:-1].astype(int) - (0, 0, 255)).max() < 20
-    [(_, wide)] = read_images([tmp_path / f"x.{suffix}"], (10, 30))
-    assert wide.shape == (10, 30, 3)
-    assert np.abs(wide[5, [2, 15, 27]].astype(int) - ((255, 0, 0), (0, 0, 255), (255, 0, 0))).max() < 20
-
-
-def test_read_images_keeps_order_and_reports_errors(tmp_path):
-    paths = []
-    for i in range(100):
-        paths.append(tmp_path / f"{i}.png")
-        Image.new("RGB", (8, 8), (i, i, i)).save(paths[-1])
-    paths[40].write_bytes(b"no image")
-    paths[41].unlink()
-    errors = {}
-    read = list(read_images(map(str, paths), 4, lambda path, reason: errors.setdefault(path.name, reason)))
-    assert [path for path, _ in read] == paths
-    assert [None if image is None else int(image[0, 0, 0]) for _, image in read] == [
-        *range(40),
-        None,
-        None,
-        *range(42, 100),
-    ]
-    assert errors["40.png"] == "not an image"
-    assert "No such file" in errors["41.png"]
+# --- stored size and unreadable images --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -395,9 +285,6 @@ def test_stored_size(sizes, stored, tmp_path):
         for i, size in enumerate(sizes):
             picture(i, size).save(tmp_path / "train" / name / f"{i}.png")
     assert prepare("folder", tmp_path).images.shape[1:3] == stored
-
-
-# --- unreadable images ------------------------------------------------------------------------------------------------
 
 
 def damage(root: Path, count: int) -> None:
@@ -429,96 +316,6 @@ def test_too_many_unreadable_images_are_an_error(tmp_path, cache):
     with pytest.raises(UserError, match=r"11 of 32 images cannot be read.*000\.png .not an image.*and 8 more"):
         prepare("folder", root.parent)
     assert [path.name for path in (cache / "data").iterdir()] == ["listings"]
-
-
-def test_a_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
-    picture(0, (50, 50)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    reasons = []
-    with pytest.warns(Image.DecompressionBombWarning):
-        [(_, image)] = read_images([tmp_path / "bomb.png"], 8, lambda path, reason: reasons.append(reason))
-    assert image is None
-    assert reasons == ["2,500 pixels, expected at most 2,000"]
-
-
-# --- splits -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("counts", [(9000, 5000, 1000), (1000, 500, 100)])
-def test_splits_are_stratified_disjoint_and_whole(counts):
-    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(3), counts))
-    splits = make_splits(labels, "abc")
-    assert splits.shared == (sum(counts) < 10_000)
-    parts = [splits.train, splits.tune] + ([] if splits.shared else [splits.select])
-    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
-    assert all(part.dtype == np.int64 and (np.diff(part) > 0).all() for part in parts)
-    assert np.array_equal(splits.tune, splits.select) == splits.shared
-    share = 0.2 if splits.shared else 0.1
-    assert np.bincount(labels[splits.tune]).tolist() == [round(share * count) for count in counts]
-    assert np.bincount(labels[splits.select]).tolist() == [round(share * count) for count in counts]
-
-
-def test_splits_share_below_two_thousand_validation_images():
-    assert make_splits(np.arange(9_990) % 10, "abc").shared
-    assert not make_splits(np.arange(10_000) % 10, "abc").shared
-    assert not make_splits(np.arange(4_000) % 10, "abc", tune=0.3, select=0.2).shared
-
-
-def test_splits_depend_on_seed_and_data_alone():
-    labels = np.arange(12_000) % 7
-    first, again, other = make_splits(labels, "abc"), make_splits(labels, "abc"), make_splits(labels, "abc", seed=1)
-    for name in ("train", "tune", "select"):
-        assert np.array_equal(getattr(first, name), getattr(again, name))
-    assert not np.array_equal(first.tune, other.tune)
-    fingerprints = [s.fingerprint for s in (first, again, other, make_splits(labels, "abd"))]
-    assert fingerprints[0] == fingerprints[1]
-    assert len(set(fingerprints)) == 3
-
-
-def test_the_default_splits_of_digits_never_move():
-    """Published scores refer to them: whatever changes them must be noticed."""
-    found = prepare("digits")
-    splits = make_splits(found.labels, found.fingerprint)
-    content = b"".join(part.tobytes() for part in (splits.train, splits.tune, splits.select))
-    assert hashlib.sha256(content).hexdigest()[:16] == "38b90890b7b2ef60"
-
-
-@pytest.mark.parametrize("images", [300, 12_000])
-def test_splits_come_back_from_a_run_directory(images, tmp_path):
-    run = UPath(tmp_path)
-    with pytest.raises(UserError, match="missing or damaged"):
-        load_splits(run)
-    made = make_splits(np.arange(images) % 3, "abc")
-    save_splits(run, made)
-    loaded = load_splits(run)
-    for name in ("train", "tune", "select"):
-        assert np.array_equal(getattr(loaded, name), getattr(made, name))
-        assert getattr(loaded, name).dtype == np.int64
-    assert (loaded.shared, loaded.fingerprint) == (made.shared, made.fingerprint)
-    np.savez(tmp_path / "splits.npz", train=np.array([Attack()], dtype=object))
-    with pytest.raises(UserError, match="damaged"):
-        load_splits(run)
-
-
-def test_tiny_classes_are_in_every_split():
-    labels = np.concatenate([np.zeros(20_000, np.int64), np.ones(3, np.int64)])
-    splits = make_splits(labels, "abc")
-    assert [int((labels[part] == 1).sum()) for part in (splits.train, splits.tune, splits.select)] == [1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("labels", "fractions", "message"),
-    [
-        (np.array([0, 0, 0, 1, 1]), (0.1, 0.1), "class 1 has 2 images"),
-        (np.array([0, 0, 0, 2, 2, 2]), (0.1, 0.1), "class 1 has 0 images"),
-        (np.arange(60) % 2, (0.0, 0.1), "expected fractions above 0"),
-        (np.arange(60) % 2, (0.5, 0.5), "together below 1"),
-        (np.arange(6) % 2, (0.45, 0.45), "without train images"),
-    ],
-)
-def test_impossible_splits(labels, fractions, message):
-    with pytest.raises(UserError, match=message):
-        make_splits(labels, "abc", 0, *fractions)
 
 
 # --- what users get wrong ---------------------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ from ensemble.module import EnsembleModule
 from ensemble.predict import Voters
 from trainables.candidate import read_run
 from trainables.classic import _TwoByTwo
+from trainables.data import open_data
 from trainables.errors import UserError
+from trainables.share import share_data
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,6 +161,19 @@ def test_without_the_data_set_random_images_are_compared(small_run: UPath, tmp_p
     images, real = exporting._images_to_check(run, (12, 12))
     assert images.shape == (1000, 12, 12, 3)
     assert not real
+
+
+def test_images_beside_the_run_are_compared(small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = UPath(shutil.copytree(str(small_run), tmp_path / "run"))
+    info = json.loads((run / "run.json").read_text())
+    share_data(run, open_data(info["data"]["path"]))
+    expected, _ = exporting._images_to_check(run, (12, 12))
+    info["data"]["path"] = f"/nowhere/{Path(info['data']['path']).name}"
+    (run / "run.json").write_text(json.dumps(info))
+    monkeypatch.setenv("NINEFOLD_CACHE", str(tmp_path / "cache"))
+    images, real = exporting._images_to_check(run, (12, 12))
+    assert real
+    np.testing.assert_array_equal(images, expected)
 
 
 def test_mistakes(small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

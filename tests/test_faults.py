@@ -20,26 +20,13 @@ import optuna
 import psutil
 import pytest
 
+from tests.tiny_space import write_space
 from trainables.backbones import load_model
 from trainables.candidate import list_candidates, open_run
 
 ROOT = Path(__file__).parent.parent
 TRIALS, EPOCHS, KILLS = 8, 16, 20
 SEED = int(os.environ.get("NINEFOLD_FAULT_SEED", "0"))
-SPACE = f'''
-"""Trials of a few seconds."""
-from trainables.config import TrialConfig
-
-TRIALS = {TRIALS}
-BACKBONES = {{"speednet": "scratch"}}
-FIRST = [{{"lr": 0.01}}]
-
-def suggest(trial, task):
-    return TrialConfig(
-        backbone="speednet", width=0.25, image_size=16, epochs={EPOCHS}, batch_size=64, precision="fp32",
-        lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), weight_decay=0.0, seed=trial.number,
-    )
-'''
 PATIENCE = 400  # seconds without an epoch, or until the last process has gone, before the test gives up
 SLOW_START = "The current node timed out during startup"  # Ray's words
 LONGEST_PAUSE = 6.0  # seconds between the moment's epoch and the kill
@@ -98,7 +85,7 @@ def reports(database: Path) -> int:
 @pytest.fixture
 def drivers(tmp_path: Path) -> Iterator[Drivers]:
     space = tmp_path / "space.py"
-    space.write_text(SPACE)
+    write_space(space, TRIALS, EPOCHS, batch_size=64, first=[{"lr": 0.01}])
     args = ["--space", str(space), "--run", str(tmp_path / "run"), "--pruner", "none", "--cpus-per-trial", "2"]
     drivers = Drivers(args, tmp_path / "log")
     try:

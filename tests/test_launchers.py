@@ -21,6 +21,7 @@ from upath import UPath
 
 from cluster.connect import free_port
 from cluster.metrics import GAUGES
+from tests.tiny_space import write_space
 from trainables.candidate import list_candidates
 
 ROOT = Path(__file__).parent.parent
@@ -196,24 +197,10 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             process.wait(30)
 
 
-SPACE = '''
-"""Tiny nets."""
-from trainables.config import TrialConfig
-TRIALS = 2
-BACKBONES = {"speednet": "scratch"}
-
-def suggest(trial, task):
-    return TrialConfig(
-        backbone="speednet", width=0.25, image_size=16, epochs=2, batch_size=64, precision="fp32",
-        lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), weight_decay=0.0, seed=trial.number,
-    )
-'''
-
-
 @pytest.mark.cluster
 def test_the_slurm_script_under_a_real_slurm(slurm: dict[str, str], tmp_path: Path) -> None:
     space, run, log = tmp_path / "tiny.py", tmp_path / "run", tmp_path / "job.log"
-    space.write_text(SPACE)
+    write_space(space, trials=2, epochs=2, batch_size=64)
     done = subprocess.run(
         [
             "sbatch", "--wait", "--nodes=1", f"--cpus-per-task={os.cpu_count()}", f"--output={log}", "cluster/slurm.sh",

@@ -15,22 +15,10 @@ import optuna
 import psutil
 import pytest
 
+from tests.tiny_space import write_space
 from trainables.candidate import list_candidates, open_run
 
 ROOT = Path(__file__).parent.parent
-SPACE = '''
-"""Trials that take a few seconds: 12 epochs of a tiny net."""
-from trainables.config import TrialConfig
-
-TRIALS = 4
-BACKBONES = {"speednet": "scratch"}
-
-def suggest(trial, task):
-    return TrialConfig(
-        backbone="speednet", width=0.25, image_size=16, epochs=12, batch_size=8, precision="fp32",
-        lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), weight_decay=0.0, seed=trial.number,
-    )
-'''
 PATIENCE = 240  # seconds that a step of a sweep may take on a busy machine before the test gives up
 
 
@@ -79,7 +67,7 @@ def epochs_on_disk(run: Path) -> int:
 
 def test_killed_three_times_and_interrupted_once_nothing_is_lost_or_repeated(tmp_path: Path, pictures: Path) -> None:
     run, space, log = tmp_path / "run", tmp_path / "tiny.py", tmp_path / "log"
-    space.write_text(SPACE)
+    write_space(space, trials=4, epochs=12)
     args = arguments(run, pictures, space)
     candidate_times: dict[str, float] = {}
 

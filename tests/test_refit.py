@@ -13,24 +13,13 @@ from ensemble.ensemble import Ensemble, Member, read_ensemble, write_ensemble
 from search.config import SearchConfig
 from search.refit import Refit, refit, without_validation
 from search.run import sweep
+from tests.tiny_space import write_space
 from trainables.candidate import list_candidates, read_json, read_run
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 from trainables.splits import load_splits
 
 ROOT = Path(__file__).parent.parent
-SPACE = """
-from trainables.config import TrialConfig
-
-TRIALS = 2
-BACKBONES = {"speednet": "scratch"}
-
-def suggest(trial, task):
-    return TrialConfig(
-        backbone="speednet", width=0.25, image_size=16, epochs=4, batch_size=8, precision="fp32",
-        lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), weight_decay=0.0, seed=trial.number,
-    )
-"""
 
 
 def test_early_stopping_becomes_the_best_epoch() -> None:
@@ -43,7 +32,7 @@ def test_early_stopping_becomes_the_best_epoch() -> None:
 
 def test_members_are_trained_on_everything_and_the_selection_stays(pictures: Path, tmp_path: Path) -> None:
     space, run = tmp_path / "space.py", tmp_path / "run"
-    space.write_text(SPACE)
+    write_space(space, trials=2, epochs=4)
     sweep(SearchConfig(data="folder", data_dir=pictures, space=str(space), run=str(run), pruner="none"))
     source = UPath(run)
     both = (Member("0001", 0.75), Member("0000", 0.25, temperature=1.5))

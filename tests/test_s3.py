@@ -16,6 +16,7 @@ from moto.server import ThreadedMotoServer
 from upath import UPath
 
 from search.study import fetch_study, open_study, store_study
+from tests.tiny_space import write_space
 from trainables import candidate
 from trainables.candidate import StorageLost, list_candidates, open_run, read_json, write_bytes
 from trainables.data import open_data
@@ -152,20 +153,6 @@ def test_a_node_copies_the_prepared_data_once(
         store.start()
 
 
-SPACE = '''
-"""Tiny nets."""
-from trainables.config import TrialConfig
-TRIALS = 4
-BACKBONES = {"speednet": "scratch"}
-
-def suggest(trial, task):
-    return TrialConfig(
-        backbone="speednet", width=0.25, image_size=16, epochs=20, batch_size=8, precision="fp32",
-        lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), weight_decay=0.0, seed=trial.number,
-    )
-'''
-
-
 @pytest.mark.cluster
 def test_a_whole_sweep_on_s3_with_the_store_away_for_half_a_minute(
     store: Store, tmp_path: Path, pictures: Path
@@ -182,7 +169,7 @@ def test_a_whole_sweep_on_s3_with_the_store_away_for_half_a_minute(
         return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     space = tmp_path / "tiny.py"
-    space.write_text(SPACE)
+    write_space(space, trials=4, epochs=20)
     run = UPath("s3://bucket/sweep")
     sweep = command(
         "search.run", "--data", "folder", "--data-dir", str(pictures), "--space", str(space), "--pruner", "none",

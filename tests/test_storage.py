@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from test_pipeline import SPACE, SearchProcess, arguments, epochs_on_disk
+from test_pipeline import SearchProcess, arguments, epochs_on_disk
 from test_sweep import NoBoard, climb, finish, scores, suggest, take
 from upath import UPath
 
@@ -29,6 +29,7 @@ from search.knowledge import read_earlier
 from search.live import EnsembleSoFar
 from search.study import open_study
 from search.sweep import Sweep
+from tests.tiny_space import write_space
 from trainables.candidate import list_candidates, open_run, write_array, write_json
 from trainables.errors import UserError
 
@@ -94,8 +95,7 @@ class PostgreSQL:
 def server() -> Iterator[PostgreSQL]:
     binaries = postgresql_binaries()
     if binaries is None:
-        pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    pytest.importorskip("psycopg", reason="no driver: pip install -e '.[storage]'")
+        pytest.fail("no PostgreSQL here; `make test-storage` installs it")
     server = PostgreSQL(binaries)
     server.start()
     try:
@@ -167,7 +167,6 @@ def test_a_storage_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None
 
 @pytest.mark.storage
 def test_a_server_that_is_not_there_is_told_in_one_line() -> None:
-    pytest.importorskip("psycopg")
     url = f"postgresql+psycopg://ninefold@127.0.0.1:{free_port()}/postgres"
     with pytest.raises(UserError, match="check --storage") as told:
         open_study(url, "x", "accuracy", "tpe", "none", 0)
@@ -231,7 +230,7 @@ def test_a_sweep_on_postgresql_is_killed_and_goes_on_while_the_dashboard_looks(
     postgresql: str, dashboard: str, tmp_path: Path, pictures: Path
 ) -> None:
     run, space, log = tmp_path / "sweep", tmp_path / "tiny.py", tmp_path / "log"
-    space.write_text(SPACE)
+    write_space(space, trials=4, epochs=12)
     args = [*arguments(run, pictures, space), "--storage", postgresql]
     search = SearchProcess(*args, log=log)
     search.wait_until(lambda: epochs_on_disk(run) > 0 and "Complete" in trials_seen(dashboard, "sweep"))

@@ -50,6 +50,7 @@ class Report(Protocol):
 Target = Callable[[Job, Report], dict[str, Any]]
 
 OUT_OF_MEMORY = "out of memory"  # the outcome
+TRIES = 2  # lanes that a job gets when it hangs, or raises on a single rank
 HANG_S = 1800.0  # default of job["hang_s"]
 START_S = 300.0  # a lane may have to wait until another has given its resources back
 ALONE_S = 20.0  # a rank that raised waits this long for the others: they are probably stuck in a collective
@@ -100,21 +101,18 @@ def run_in_lane(target: Target, spec: LaneSpec, job: Job, report: Callable[[Metr
     Raises LaneLost when the lane died under this job, or did not start. It is not started again here: its machine may
     be gone, and then a lane elsewhere is the one to go on with the job.
     """
-    try:
-        return _lane(target, spec).run(job, report)
-    except LaneLost as loss:
-        _close_lane()
-        if loss.fault is None:
-            raise
-        if loss.fault["outcome"] == OUT_OF_MEMORY:
-            return loss.fault
-    try:
-        return _lane(target, spec).run(job, report)
-    except LaneLost as loss:
-        _close_lane()
-        if loss.fault is None:
-            raise
-        return loss.fault
+    fault: dict[str, Any] = {}
+    for _ in range(TRIES):
+        try:
+            return _lane(target, spec).run(job, report)
+        except LaneLost as loss:
+            _close_lane()
+            if loss.fault is None:
+                raise
+            fault = loss.fault
+            if fault["outcome"] == OUT_OF_MEMORY:
+                break
+    return fault
 
 
 class LaneLost(Exception):

@@ -1,0 +1,89 @@
+"""A sweep driven by hand, as lanes would, without Ray."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from upath import UPath
+
+from search.budget import Budget, WeightStore, parse_keep
+from search.live import EnsembleSoFar
+from search.objective import Contribution
+from search.study import open_study
+from search.sweep import Sweep
+from trainables.candidate import write_array, write_candidate, write_json
+from trainables.config import TrialConfig
+
+
+class NoBoard:
+    def started(self, id: str, config: TrialConfig) -> None: ...
+    def epoch(self, id: str, metrics: dict[str, Any]) -> None: ...
+    def ended(self, id: str, outcome: str, result: dict[str, Any]) -> None: ...
+    def refresh(self) -> None: ...
+
+
+def suggest(trial: optuna.Trial) -> TrialConfig:
+    return TrialConfig(lr=trial.suggest_float("lr", 1e-4, 1e-1, log=True), epochs=6, seed=trial.number)
+
+
+LABELS = np.array([0, 1, 0, 1])  # of the tune and of the select split
+
+
+def sweep(run: Path, trials: int | None = 4, deadline: float | None = None, keep: str = "", **options: Any) -> Sweep:
+    """A sweep with its live ensemble; options are those of the study or of the budget."""
+    asked = {"objective": "accuracy", "sampler": "random", "pruner": "none", "seed": 0} | options
+    study = {name: asked.pop(name) for name in ("objective", "sampler", "pruner", "seed")}
+    opened = open_study(f"sqlite:///{run}/study.db", "test", **study)
+    if not (run / "run.json").exists():
+        write_array(UPath(run / "select_labels.npy"), LABELS)
+        write_json(UPath(run / "run.json"), {"classes": ["a", "b"], "split_fingerprint": "f"})
+    made = Sweep(
+        opened, UPath(run), {"run": str(run)}, Budget(trials, deadline, **asked), {}, NoBoard(),
+        promote=study["pruner"] == "promote", live=EnsembleSoFar(UPath(run), 2),
+        contribution=Contribution(LABELS, 2) if study["objective"] == "ensemble" else None,
+        store=WeightStore(UPath(run), parse_keep(keep)) if keep else None,
+    )  # fmt: skip
+    made.propose_with(suggest)
+    return made
+
+
+def scores(accuracy: float, epoch: int = 1) -> dict[str, Any]:
+    return {"epoch": epoch, "tune_accuracy": accuracy, "tune_log_loss": 1 - accuracy}
+
+
+def finish(
+    s: Sweep, job: dict[str, Any], accuracy: float = 0.5, seconds: float = 6.0, true: Sequence[float] = (0.5,) * 4
+) -> None:
+    """As a lane would: the candidate on disk first, then the result. `true`: probabilities of the true classes."""
+    metrics = {"tune_accuracy": accuracy, "tune_log_loss": 1 - accuracy, "select_log_loss": 1 - accuracy}
+    epochs = job["config"]["epochs"]
+    curve = [{"epoch": e + 1, "seconds": seconds * (e + 1) / epochs} for e in range(epochs)]
+    info = {
+        "id": job["id"], "config": job["config"], "metrics": metrics, "curve": curve, "seconds": seconds,
+        "split_fingerprint": "f",
+    }  # fmt: skip
+    probs = np.where(np.arange(2) == LABELS[:, None], np.array(true)[:, None], 1 - np.array(true)[:, None])
+    write_candidate(s.run, info, probs, probs, b"weights")
+    s.finish(job["id"], {"outcome": "finished", **metrics, "seconds": seconds})
+
+
+def states(s: Sweep) -> list[str]:
+    return [trial.state.name for trial in s.study.trials]
+
+
+def take(s: Sweep) -> dict[str, Any]:
+    job = s.next()
+    assert job is not None
+    return job
+
+
+def climb(s: Sweep, job: dict[str, Any], accuracy: float, first: int = 1) -> int:
+    """Report epochs until the trial is to stop, or has finished; returns the last epoch."""
+    for epoch in range(first, job["config"]["epochs"] + 1):
+        if s.report(job["id"], scores(accuracy, epoch)):
+            s.finish(job["id"], {"outcome": "pruned"})
+            return epoch
+    finish(s, job, accuracy)
+    return job["config"]["epochs"]

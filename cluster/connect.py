@@ -27,10 +27,11 @@ ENVIRONMENT = {  # a local cluster hands these on to all its processes
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster: its CPU slots and GPUs."""
+    """A machine of the cluster: its CPU slots and GPUs, and whether this process runs on it."""
 
     cpus: float
     gpus: float = 0.0
+    here: bool = False
 
 
 def connect(cpus: int | None = None) -> str:
@@ -70,8 +71,12 @@ def connect(cpus: int | None = None) -> str:
 
 def nodes() -> tuple[Node, ...]:
     """The machines that the cluster has now: others may join and leave at any time."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return tuple(Node(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive)
+    here = ray.get_runtime_context().get_node_id()
+    return tuple(
+        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0), node["NodeID"] == here)
+        for node in ray.nodes()
+        if node["Alive"]
+    )
 
 
 def in_cluster() -> bool:

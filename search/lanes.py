@@ -12,6 +12,7 @@ from trainables.worker import LaneSpec
 MOST_CPU_LANES = 8  # on a machine without GPUs; each lane is a process of its own with a copy of torch
 JOIN_S = 1800.0  # for the first machine of a cluster to come
 LOOK_S = 2.0
+RAY_DIED = "Ray has died on this machine: one of its processes was killed, or memory ran out"
 
 
 class Lanes:
@@ -39,8 +40,14 @@ class Lanes:
             time.sleep(LOOK_S)
 
     def now(self, wanted: int | None) -> int:
-        """How many there are; of an autoscaler those that `wanted` (None: any number of) trials lack are asked for."""
-        self.count = count_lanes(nodes(), self.spec)
+        """How many there are; of an autoscaler those that `wanted` (None: any number of) trials lack are asked for.
+
+        Raises UserError when Ray has died on this machine: a driver that stays behind gets no worker ever again.
+        """
+        machines = nodes()
+        if not any(node.here for node in machines):
+            raise UserError(f"{RAY_DIED}; the same command goes on")
+        self.count = count_lanes(machines, self.spec)
         lacking = sys.maxsize if wanted is None else max(0, wanted - self.count)
         self.demand.keep(self.spec.cpus, self.spec.gpus, self.spec.workers, lacking)
         return self.count

@@ -129,10 +129,8 @@ class _Bridge:
         self.told = False  # that it is stopping
 
     def next(self, trial_id: str) -> dict[str, Any] | None:
-        now = time.monotonic()
-        if now - self.counted > TICK_S:
-            self.counted, self.room = now, self._ask(self.lanes) or 0
-        room = min(self.room, self.left) if now < self.left_until else self.room
+        self._count_lanes()
+        room = min(self.room, self.left) if time.monotonic() < self.left_until else self.room
         if self.sweep.stopping or len(self.running) >= room:
             return None
         job = self.again.pop(0) if self.again else self._ask(self.sweep.next)
@@ -182,13 +180,17 @@ class _Bridge:
 
     def tick(self) -> None:
         """Called at every step of Tune's loop."""
-        now = time.monotonic()
-        if now - self.ticked > TICK_S:
-            self.ticked = now
+        if time.monotonic() - self.ticked > TICK_S:
+            self.ticked = time.monotonic()
             self._ask(self.sweep.tick)
+        self._count_lanes()  # also while all of them are busy: it notices that Ray has died
         if self.sweep.stopping and not (self.told or self.error):
             self.told = True
             print(STOPPING, file=sys.stderr, flush=True)
+
+    def _count_lanes(self) -> None:
+        if time.monotonic() - self.counted > TICK_S:
+            self.counted, self.room = time.monotonic(), self._ask(self.lanes) or 0
 
     def _ask(self, method: Callable[..., Any], *arguments: Any) -> Any:
         try:

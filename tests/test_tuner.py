@@ -7,10 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.connect import Node, connect, disconnect, nodes
 from search import tuner
+from search.lanes import RAY_DIED
 from search.tuner import run_trials
 from trainables.worker import LaneSpec
 
@@ -25,7 +27,7 @@ def ray_cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", IMPORTABLE)
         dashboard = connect(cpus=2)
-    assert nodes() == (Node(2),)
+    assert nodes() == (Node(2, here=True),)
     assert dashboard.startswith("http://127.0.0.1:")
     yield
     disconnect()
@@ -227,15 +229,18 @@ def test_two_lanes_keep_their_workers(ray_cluster):
 DRIVER = """
 import sys
 from cluster.connect import connect, disconnect
+from search.config import SearchConfig
+from search.lanes import Lanes
 from search.tuner import run_trials
 from test_tuner import LANE, Sweep, count_epochs
 
 connect(cpus=1)
+lanes = Lanes(SearchConfig())
 held = {"held_epoch": 3, "held_until": sys.argv[1] + "/go"}
 job = {"epochs": 10_000, "epoch_s": 0.5, "checkpoint": sys.argv[1] + "/epoch", **held}
 sweep = Sweep([job, {"epochs": 1}], at=("0000", 2), do=lambda: print("ready", flush=True))
 try:
-    run_trials(sweep, count_epochs, LANE, lanes=1)
+    run_trials(sweep, count_epochs, LANE, lambda: lanes.now(None))
 finally:
     disconnect()
     print(sweep.outcomes, sweep.stopping, sweep.pids[0])
@@ -286,3 +291,12 @@ def test_a_second_ctrl_c_does_not_wait_for_the_epoch(driver, tmp_path):
     assert (tmp_path / "epoch").read_text() == "3"
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)
+
+
+def test_a_driver_whose_ray_has_died_does_not_wait_for_it(driver):
+    (raylet,) = (child for child in psutil.Process(driver.pid).children() if child.name() == "raylet")
+    raylet.kill()  # it dies as well with any of its agents
+    out, err = driver.communicate(timeout=60)
+    assert f"UserError: {RAY_DIED}" in err
+    assert driver.returncode != 0
+    assert "['interrupted'] True" in out  # Ray, too, has had something to say

@@ -1,20 +1,34 @@
-"""The study's database, for the one process that writes to a study: what it has written it need not read again.
+"""The study's database, for the one process that writes to a study.
 
-Optuna reads every unfinished trial anew whenever somebody asks for the trials, which happens several times for each
-new one. Trials that wait at rungs are unfinished (see promotion.py), so with hundreds of them a proposal would take
-seconds. Here trials are read once, and every write goes to the database first and then to the copy in memory. Others
-may look at the database at any time (optuna-dashboard does); what they write to a study is seen by the next process.
+What it has written it need not read again: Optuna reads every unfinished trial anew whenever somebody asks for the
+trials, which happens several times for each new one. Trials that wait at rungs are unfinished (see promotion.py), so
+with hundreds of them a proposal would take seconds. Here trials are read once, and every write goes to the database
+and to the copy in memory. Others may look at the database at any time (optuna-dashboard does); what they write to a
+study is seen by the next process.
+
+And what belongs together it writes together: Optuna makes a transaction, and on a disk a wait, of every parameter and
+attribute. Here they wait for the trial's next report or state, or for `flush`.
 """
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from optuna.distributions import BaseDistribution
+import optuna
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.storages import RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
+from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.orm import Session
+
+
+def flush(study: optuna.Study) -> None:
+    """Write what waits to be written; before a trial starts, for a process that is killed then must find it."""
+    if isinstance(study._storage, OneWriter):
+        study._storage.flush()
 
 
 class OneWriter(_CachedStorage):
@@ -23,6 +37,7 @@ class OneWriter(_CachedStorage):
     def __init__(self, backend: RDBStorage) -> None:
         super().__init__(backend)
         self._read: set[int] = set()  # studies
+        self._waiting: list[Callable[[Session], None]] = []
 
     def _read_trials_from_remote_storage(self, study_id: int) -> None:
         if study_id not in self._read:
@@ -35,7 +50,15 @@ class OneWriter(_CachedStorage):
         study_id, number = self._trial_id_to_study_id_and_number[trial_id]
         return self._studies[study_id].trials[number]
 
+    def flush(self) -> None:
+        if self._waiting:
+            with _create_scoped_session(self._backend.scoped_session) as session:
+                for write in self._waiting:
+                    write(session)
+            self._waiting.clear()
+
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        self.flush()
         trial_id = super().create_new_trial(study_id, template_trial)
         if template_trial is not None:  # the copy would share its contents
             self._read_again(trial_id)
@@ -44,27 +67,40 @@ class OneWriter(_CachedStorage):
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
-        super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
-        value = distribution.to_external_repr(param_value_internal)
-        self._note(trial_id, "params", param_name, value)
+        study_id, _ = self._trial_id_to_study_id_and_number[trial_id]
+        known = self._studies[study_id].param_distribution.get(param_name)
+        if known is None:  # the database may know it
+            super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
+        else:
+            check_distribution_compatibility(known, distribution)
+            write, value = self._backend._set_trial_param_without_commit, param_value_internal
+            self._waiting.append(lambda session: write(session, trial_id, param_name, value, distribution, known))
+        self._note(trial_id, "params", param_name, distribution.to_external_repr(param_value_internal))
         self._note(trial_id, "distributions", param_name, distribution)
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        super().set_trial_intermediate_value(trial_id, step, intermediate_value)
+        write, value = self._backend._set_trial_intermediate_value_without_commit, intermediate_value
+        self._waiting.append(lambda session: write(session, trial_id, step, value))
+        self.flush()
         self._note(trial_id, "intermediate_values", step, intermediate_value)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        super().set_trial_user_attr(trial_id, key, value)
+        self._set_attribute(models.TrialUserAttributeModel, trial_id, key, value)
         self._note(trial_id, "user_attrs", key, _as_read(value))
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        super().set_trial_system_attr(trial_id, key, value)
+        self._set_attribute(models.TrialSystemAttributeModel, trial_id, key, value)
         self._note(trial_id, "system_attrs", key, _as_read(value))
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        self.flush()
         done = super().set_trial_state_values(trial_id, state, values)
         self._read_again(trial_id)  # the database has noted the time, too
         return done
+
+    def _set_attribute(self, model: type, trial_id: int, key: str, value: Any) -> None:
+        write, kept = self._backend._set_trial_attr_without_commit, _as_read(value)
+        self._waiting.append(lambda session: write(session, model, trial_id, key, kept))
 
     def _read_again(self, trial_id: int) -> None:
         trial = self._backend.get_trial(trial_id)

@@ -19,6 +19,7 @@ from search.budget import Budget, Goal, WeightStore
 from search.live import EnsembleSoFar
 from search.objective import Contribution
 from search.promotion import Rungs
+from search.storage import flush
 from search.timing import Timing
 from search.values import Values, trial_id
 from search.view import ViewSampler
@@ -197,7 +198,7 @@ class Sweep:
         weights = self.weights.get(config.backbone) if config.pretrained else None
         left = self.time.left()
         deadline = None if left == math.inf else self.time.clock() + left
-        self.save()
+        self._save()
         return {**self.job, "id": id, "config": config.to_dict(), "weights": weights, "deadline": deadline}
 
     def _wants_new(self) -> bool:
@@ -323,6 +324,7 @@ class Sweep:
                 self.retried[id] = self.retried.get(id, 0) + 1
                 trial.set_user_attr("retried", self.retried[id])
             self.interrupted.append(trial)
+            flush(self.study)
             self.board.ended(id, outcome, result)
             return
         self.tried.add(id)
@@ -345,7 +347,7 @@ class Sweep:
             self.counted -= outcome == "invalid"  # as if it had been refused at once
         if outcome not in CANDIDATE_OUTCOMES:
             remove_checkpoint(self.run, id)
-        self.save()
+        self._save()
         self.board.ended(id, outcome, result)
 
     def _tell(self, trial: Trial, candidate: Candidate) -> None:
@@ -370,7 +372,7 @@ class Sweep:
             self.study.tell(trial, state=TrialState.PRUNED)
             remove_checkpoint(self.run, trial_id(trial.number))
         self.waiting, self.interrupted = {}, []
-        self.save()
+        self._save()
 
     def tick(self) -> None:
         """Called a few times a second while trials run."""
@@ -383,6 +385,10 @@ class Sweep:
         for path in list_folder(self.run / "checkpoints"):
             if path.name not in going_on:
                 remove_checkpoint(self.run, path.name)
+
+    def _save(self) -> None:
+        flush(self.study)
+        self.save()
 
     def _learn(self, candidate: Candidate) -> None:
         if self.contribution is not None and exists(candidate.path / "tune_probs.npy"):

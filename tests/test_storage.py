@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from test_pipeline import SearchProcess, arguments, epochs_on_disk
-from test_sweep import NoBoard, climb, finish, scores, suggest, take
 from upath import UPath
 
 from ensemble.trials import load_study as load_study_for_report
@@ -29,6 +27,8 @@ from search.knowledge import read_earlier
 from search.live import EnsembleSoFar
 from search.study import open_study
 from search.sweep import Sweep
+from tests.hand_sweep import NoBoard, climb, finish, scores, suggest, take
+from tests.test_pipeline import SearchProcess, arguments, epochs_on_disk
 from tests.tiny_space import write_space
 from trainables.candidate import list_candidates, open_run, write_array, write_json
 from trainables.errors import UserError

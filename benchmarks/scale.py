@@ -75,11 +75,13 @@ class Row:
 
 
 class Meter:
-    """A `search.sweep.Board` that notes time and memory whenever a trial ends."""
+    """A `search.sweep.Board` that notes the time whenever a trial ends, and memory at two of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, marks: tuple[int, int]) -> None:
+        self.marks = marks  # the trials that rows are about
         self.spent: Counter[str] = Counter()  # seconds, by part of the driver
-        self.ends: list[tuple[float, float, Counter[str]]] = []  # time, memory in MiB, spent by then
+        self.ends: list[tuple[float, Counter[str]]] = []  # time, spent by then
+        self.memory: dict[int, float] = {}  # trials ended -> MiB
 
     def started(self, id: str, config: TrialConfig) -> None: ...
     def epoch(self, id: str, metrics: dict[str, Any]) -> None: ...
@@ -88,7 +90,9 @@ class Meter:
     def ended(self, id: str, outcome: str, result: dict[str, Any]) -> None:
         if outcome != "finished":
             raise RuntimeError(f"trial {id} ended as {outcome}: {result}")
-        self.ends.append((time.perf_counter(), memory_mib(), Counter(self.spent)))
+        self.ends.append((time.perf_counter(), Counter(self.spent)))
+        if len(self.ends) in self.marks:  # every time would cost more than the trial does
+            self.memory[len(self.ends)] = memory_mib()
 
     def timed(self, part: str, function: Callable) -> Callable:
         """The function, its seconds added to a part."""
@@ -104,11 +108,10 @@ class Meter:
 
     def row(self, trial: int) -> Row:
         window = min(WINDOW, trial // 2)
-        begin, _, before = self.ends[trial - window - 1]
-        end, memory, after = self.ends[trial - 1]
+        (begin, before), (end, after) = self.ends[trial - window - 1], self.ends[trial - 1]
         spent = {part: (after[part] - before[part]) / window for part in ("next", "sampler", "rest")}
         proposals = spent["next"] - spent["sampler"]
-        return Row(trial, memory, (end - begin) / window, proposals, spent["sampler"], spent["rest"])
+        return Row(trial, self.memory[trial], (end - begin) / window, proposals, spent["sampler"], spent["rest"])
 
 
 def memory_mib() -> float:
@@ -150,7 +153,7 @@ def suggest(trial: optuna.Trial) -> TrialConfig:
 
 def measure(options: Scale) -> list[Row]:
     """Run the sweep in a temporary run directory; an early row and the last one."""
-    meter = Meter()
+    meter = Meter((min(EARLY, options.trials // 2), options.trials))
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         run = UPath(folder)
         write_array(run / "select_labels.npy", np.random.default_rng(0).integers(0, CLASSES, IMAGES))
@@ -170,7 +173,7 @@ def measure(options: Scale) -> list[Row]:
             disconnect()
     if len(meter.ends) != options.trials:
         raise RuntimeError(f"{len(meter.ends)} of {options.trials} trials ended")
-    return [meter.row(min(EARLY, options.trials // 2)), meter.row(options.trials)]
+    return [meter.row(mark) for mark in meter.marks]
 
 
 def show(options: Scale, early: Row, last: Row) -> None:

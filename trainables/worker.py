@@ -329,6 +329,7 @@ def _serve(target: Target, mailbox: Any, threads: int) -> None:
     rank = get_context().get_world_rank()
     node = f"{ray.util.get_node_ip_address()} {ray.get_runtime_context().get_node_id()[:8]}"
     ray.get(mailbox.join.remote(ray.get_runtime_context().current_actor))
+    gc.freeze()  # else each collection below looks at all of torch and Ray again, for a tenth of a second
     while True:
         number, job = ray.get(mailbox.take.remote(rank))
         kind, payload = _run_target(target, {**job, "node": node}, _Report(mailbox, rank, number))

@@ -12,17 +12,16 @@ attribute. Here they wait for the trial's next report or state, or for `flush`.
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from optuna.distributions import BaseDistribution, check_distribution_compatibility, distribution_to_json
 from optuna.storages import RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.orm import Session
 
 
 def flush(study: optuna.Study) -> None:
@@ -37,7 +36,7 @@ class OneWriter(_CachedStorage):
     def __init__(self, backend: RDBStorage) -> None:
         super().__init__(backend)
         self._read: set[int] = set()  # studies
-        self._waiting: list[Callable[[Session], None]] = []
+        self._waiting: list[Any] = []  # rows
 
     def _read_trials_from_remote_storage(self, study_id: int) -> None:
         if study_id not in self._read:
@@ -53,9 +52,8 @@ class OneWriter(_CachedStorage):
     def flush(self) -> None:
         if self._waiting:
             with _create_scoped_session(self._backend.scoped_session) as session:
-                for write in self._waiting:
-                    write(session)
-            self._waiting.clear()
+                session.add_all(self._waiting)
+            self._waiting = []
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         self.flush()
@@ -73,24 +71,42 @@ class OneWriter(_CachedStorage):
             super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
         else:
             check_distribution_compatibility(known, distribution)
-            write, value = self._backend._set_trial_param_without_commit, param_value_internal
-            self._waiting.append(lambda session: write(session, trial_id, param_name, value, distribution, known))
+            text = distribution_to_json(distribution)
+            self._add(
+                models.TrialParamModel(
+                    trial_id=trial_id, param_name=param_name, param_value=param_value_internal, distribution_json=text
+                )
+            )
         self._note(trial_id, "params", param_name, distribution.to_external_repr(param_value_internal))
         self._note(trial_id, "distributions", param_name, distribution)
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        write, value = self._backend._set_trial_intermediate_value_without_commit, intermediate_value
-        self._waiting.append(lambda session: write(session, trial_id, step, value))
-        self.flush()
+        if step in self.get_trial(trial_id).intermediate_values:
+            super().set_trial_intermediate_value(trial_id, step, intermediate_value)
+        else:
+            model = models.TrialIntermediateValueModel
+            value, kind = model.intermediate_value_to_stored_repr(intermediate_value)
+            self._add(model(trial_id=trial_id, step=step, intermediate_value=value, intermediate_value_type=kind))
+            self.flush()
         self._note(trial_id, "intermediate_values", step, intermediate_value)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._set_attribute(models.TrialUserAttributeModel, trial_id, key, value)
-        self._note(trial_id, "user_attrs", key, _as_read(value))
+        text = json.dumps(value)
+        if key in self.get_trial(trial_id).user_attrs:
+            self.flush()
+            super().set_trial_user_attr(trial_id, key, value)
+        else:
+            self._add(models.TrialUserAttributeModel(trial_id=trial_id, key=key, value_json=text))
+        self._note(trial_id, "user_attrs", key, json.loads(text))  # as it is read, with lists for tuples
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._set_attribute(models.TrialSystemAttributeModel, trial_id, key, value)
-        self._note(trial_id, "system_attrs", key, _as_read(value))
+        text = json.dumps(value)
+        if key in self.get_trial(trial_id).system_attrs:
+            self.flush()
+            super().set_trial_system_attr(trial_id, key, value)
+        else:
+            self._add(models.TrialSystemAttributeModel(trial_id=trial_id, key=key, value_json=text))
+        self._note(trial_id, "system_attrs", key, json.loads(text))
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         self.flush()
@@ -98,9 +114,9 @@ class OneWriter(_CachedStorage):
         self._read_again(trial_id)  # the database has noted the time, too
         return done
 
-    def _set_attribute(self, model: type, trial_id: int, key: str, value: Any) -> None:
-        write, kept = self._backend._set_trial_attr_without_commit, _as_read(value)
-        self._waiting.append(lambda session: write(session, model, trial_id, key, kept))
+    def _add(self, row: Any) -> None:
+        self._backend.check_trial_is_updatable(row.trial_id, self.get_trial(row.trial_id).state)
+        self._waiting.append(row)
 
     def _read_again(self, trial_id: int) -> None:
         trial = self._backend.get_trial(trial_id)
@@ -118,8 +134,3 @@ class OneWriter(_CachedStorage):
                 setattr(new, field, {**getattr(old, field), key: value})
                 study_id, _ = self._trial_id_to_study_id_and_number[trial_id]
                 self._add_trials_to_cache(study_id, [new])
-
-
-def _as_read(value: Any) -> Any:
-    """An attribute as the database gives it back, with lists for tuples."""
-    return json.loads(json.dumps(value))

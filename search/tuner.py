@@ -259,7 +259,7 @@ class _Scheduler(FIFOScheduler):
 
 @contextmanager
 def _ctrl_c_stops(sweep: Sweep) -> Iterator[None]:
-    """The first SIGINT stops the sweep, the second one acts as before."""
+    """The first SIGINT stops the sweep, the second one raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -267,7 +267,8 @@ def _ctrl_c_stops(sweep: Sweep) -> Iterator[None]:
 
     def stop(*_: object) -> None:
         sweep.stopping = True
-        signal.signal(signal.SIGINT, before)
+        # not what was there before: a shell's background job starts with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, stop)
     try:

@@ -249,13 +249,18 @@ LONG = 12  # seconds that the epoch goes on after the first Ctrl-C
 
 
 @pytest.fixture
-def driver(tmp_path):
-    """A driver whose only trial is held in its fourth epoch until the file "go" appears."""
+def driver(request, tmp_path):
+    """A driver whose only trial is held in its fourth epoch until the file "go" appears.
+
+    With a true parameter it starts as a shell's background job does: SIGINT is ignored.
+    """
+    ignore = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if getattr(request, "param", False) else None
     # Its own process group, all of which gets the signal, as a terminal's Ctrl-C does.
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": IMPORTABLE},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path,
+        preexec_fn=ignore,
     )  # fmt: skip
     try:
         assert driver.stdout.readline() == "ready\n", driver.communicate()
@@ -279,6 +284,7 @@ def test_one_ctrl_c_or_sigterm_ends_the_sweep_when_the_running_epoch_has_ended(d
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("driver", [False, True], indirect=True, ids=["foreground", "background"])
 def test_a_second_ctrl_c_does_not_wait_for_the_epoch(driver, tmp_path):
     os.killpg(driver.pid, signal.SIGINT)
     assert driver.stderr.readline() == tuner.STOPPING + "\n"

@@ -9,10 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -21,6 +22,7 @@ from upath import UPath
 
 from cluster.connect import free_port
 from cluster.metrics import GAUGES
+from tests import kuberay_schema
 from tests.tiny_space import write_space
 from trainables.candidate import list_candidates
 
@@ -33,34 +35,6 @@ COMMANDS = {
     "slurm.sh": "sbatch ",
     "runtime_env.yaml": "ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml",
 }
-# What KubeRay's operator accepts (ray.io/v1): the fields of RayClusterSpec, HeadGroupSpec, ... as documented in its API
-# reference, those that must be there in a set of their own. The definition itself comes with the operator.
-KUBERAY: dict[str, tuple[set[str], set[str]]] = {
-    "RayCluster": (
-        {"headGroupSpec"},
-        {"workerGroupSpecs", "rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "authOptions", "suspend"},
-    ),
-    "RayJob": (
-        set(),
-        {
-            "entrypoint", "runtimeEnvYAML", "clusterSelector", "rayClusterSpec", "submitterPodTemplate", "backoffLimit",
-            "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "activeDeadlineSeconds", "submissionMode",
-            "submitterConfig", "suspend",
-        },
-    ),
-    "head": ({"rayStartParams", "template"}, {"serviceType", "enableIngress", "headService"}),
-    "workers": (
-        {"groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"},
-        {"replicas", "numOfHosts", "scaleStrategy"},
-    ),
-    "autoscaler": (set(), {"idleTimeoutSeconds", "upscalingMode", "resources", "image", "imagePullPolicy", "env"}),
-    "auth": ({"mode"}, {"secretName"}),
-    "pod": (
-        {"containers"},
-        {"volumes", "tolerations", "restartPolicy", "nodeSelector", "serviceAccountName", "initContainers", "affinity"},
-    ),
-    "container": ({"name", "image"}, {"env", "resources", "volumeMounts", "command", "args", "ports", "envFrom"}),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -92,43 +66,46 @@ def test_the_runtime_environment_is_one() -> None:
     RuntimeEnv(**yaml.safe_load((FOLDER / "runtime_env.yaml").read_text()))
 
 
-def fits(kind: str, value: dict[str, Any]) -> dict[str, Any]:
-    required, optional = KUBERAY[kind]
-    assert required <= value.keys(), f"{kind} lacks {required - value.keys()}"
-    assert value.keys() <= required | optional, f"{kind} knows no {value.keys() - required - optional}"
-    return value
+def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The spec of every pod that the object will make."""
+    spec = document["spec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]] if document["kind"] == "RayCluster" else []
+    templates = [group["template"] for group in groups]
+    return [template["spec"] for template in [*templates, spec.get("submitterPodTemplate")] if template]
 
 
-def pod(template: dict[str, Any], claims: set[str]) -> None:
-    spec = fits("pod", template["spec"])
-    volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
-    assert {v["persistentVolumeClaim"]["claimName"] for v in volumes.values() if "persistentVolumeClaim" in v} <= claims
-    for container in spec["containers"]:
-        fits("container", container)
-        assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes.keys()
-        for value in container.get("env", []):
-            assert isinstance(value.get("value", ""), str)
-
-
-def test_the_kubernetes_file_has_what_the_operator_asks_for() -> None:
+def test_the_kubernetes_file_fits_the_operators_schema() -> None:
     documents = list(yaml.safe_load_all((FOLDER / "kuberay.yaml").read_text()))
-    by_kind = {document["kind"]: document for document in documents}
-    assert list(by_kind) == ["PersistentVolumeClaim", "RayCluster", "RayJob"]
-    assert {d["apiVersion"] for d in documents} == {"v1", "ray.io/v1"}
-    assert by_kind["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
-    claims = {by_kind["PersistentVolumeClaim"]["metadata"]["name"]}
+    for document in documents:
+        jsonschema.validate(document, kuberay_schema.document(document["kind"]))
+    claim, cluster, job = documents
+    assert [document["kind"] for document in documents] == ["PersistentVolumeClaim", "RayCluster", "RayJob"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert cluster["spec"]["authOptions"]["mode"] == "token", "whoever reaches the port would run code"
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+    RuntimeEnv(**yaml.safe_load(job["spec"]["runtimeEnvYAML"]))
+    for pod in [*pods(cluster), *pods(job)]:
+        volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
+        claims = {v["persistentVolumeClaim"]["claimName"] for v in volumes.values() if "persistentVolumeClaim" in v}
+        assert claims <= {claim["metadata"]["name"]}
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes.keys()
 
-    cluster = fits("RayCluster", by_kind["RayCluster"]["spec"])
-    assert fits("auth", cluster["authOptions"])["mode"] == "token"
-    fits("autoscaler", cluster["autoscalerOptions"])
-    for kind, group in (("head", cluster["headGroupSpec"]), *(("workers", w) for w in cluster["workerGroupSpecs"])):
-        fits(kind, group)
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-        pod(group["template"], claims)
-    job = fits("RayJob", by_kind["RayJob"]["spec"])
-    assert job["clusterSelector"] == {"ray.io/cluster": by_kind["RayCluster"]["metadata"]["name"]}
-    RuntimeEnv(**yaml.safe_load(job["runtimeEnvYAML"]))
-    pod(job["submitterPodTemplate"], claims)
+
+@pytest.mark.parametrize(
+    "slip",
+    [
+        lambda spec: spec.pop("headGroupSpec"),
+        lambda spec: spec["workerGroupSpecs"][0].update(maxReplicas="8"),
+        lambda spec: spec["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}),
+        lambda spec: spec["headGroupSpec"]["template"]["spec"]["containers"][0].update(volumemounts=[]),
+    ],
+)
+def test_a_slip_in_the_kubernetes_file_is_found(slip: Callable[[dict[str, Any]], Any]) -> None:
+    cluster = list(yaml.safe_load_all((FOLDER / "kuberay.yaml").read_text()))[1]
+    slip(cluster["spec"])
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(cluster, kuberay_schema.document("RayCluster"))
 
 
 def test_the_grafana_dashboard_asks_for_every_gauge_that_there_is() -> None:

@@ -1,6 +1,6 @@
 """python -m search.run : one command from images to an ensemble.
 
-parse -> prepare the data -> open the run directory -> connect -> sweep -> leaderboard and first ensemble.
+plan (plan.py) -> open the run directory -> connect -> sweep -> leaderboard and first ensemble.
 """
 
 import importlib.metadata
@@ -8,16 +8,14 @@ import inspect
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-import torch
 import tyro
 from filelock import FileLock, Timeout
-from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.table import Table
 from upath import UPath
@@ -29,33 +27,27 @@ from ensemble.report import PAGE, summary, write_report
 from ensemble.select import Select, choose_from, open_pool, show
 from ensemble.show import make_console
 from search.budget import Budget, WeightStore, parse_keep
-from search.config import SearchConfig, Task
-from search.knowledge import add_earlier, enqueue_first, read_earlier
+from search.config import SearchConfig
+from search.knowledge import add_earlier, enqueue_first
 from search.lanes import Lanes
 from search.live import EnsembleSoFar, LiveBoard
 from search.objective import Contribution
-from search.spaces import Space, load_space
+from search.plan import Plan, checked, make_plan, make_task
 from search.study import fetch_study, open_study, store_study
 from search.sweep import Sweep
 from search.timing import SECONDS_USED
 from search.tuner import run_trials
-from trainables.backbones import WeightSource, check_backbone, check_image_size, find_weights
 from trainables.candidate import (
-    RUNS,
     is_local,
     list_candidates,
-    reach,
     read_json,
     remove_temporaries,
     write_array,
     write_json,
 )
-from trainables.classic import NETWORKS
-from trainables.config import TrialConfig
-from trainables.data import Data, prepare
 from trainables.errors import UserError, exit_on_user_error
 from trainables.share import share_data
-from trainables.splits import Splits, make_splits, save_splits
+from trainables.splits import save_splits
 from trainables.trial import run_trial
 
 LIBRARIES = ("torch", "timm", "ray", "optuna")
@@ -64,21 +56,6 @@ RESERVES = ((0.05, 60.0), (0.15, 300.0))
 LEADERBOARD_ROWS = 10
 TRACEBACK_LINES = 8  # of a trial that failed through a bug; the study keeps all of them
 LEADERBOARD_KEYS = {"metrics", "config", "curve", "params", "latency_ms", "seconds"}
-TRIED_PROPOSALS = 20
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that can be wrong has been checked: the sweep can start."""
-
-    run: UPath
-    data: Data
-    splits: Splits
-    space: Space
-    backbones: dict[str, WeightSource | None]
-    trials: int | None
-    missing: list[str]  # backbones whose pretrained weights were not found
-    earlier: list[FrozenTrial]  # of --warm-start
 
 
 def sweep(config: SearchConfig) -> Ensemble | None:
@@ -88,7 +65,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     """
     began = time.time()
     console = make_console()
-    plan = _plan(config)
+    plan = make_plan(config)
     for name in plan.missing:
         instead = "it starts from random ones" if name in plan.backbones else "this sweep runs without it"
         console.print(f"{name}: no pretrained weights found here, so {instead}", style="yellow")
@@ -144,8 +121,8 @@ def sweep(config: SearchConfig) -> Ensemble | None:
                 going.time.place(max(1, count), devices=spec.workers * (spec.gpus or 1))
                 return count
 
-            task = _task(plan.backbones, plan.data, plan.splits, config, "cuda" if spec.gpus else "cpu")
-            going.propose_with(lambda trial: _checked(plan.space.suggest(trial, task), task))
+            task = make_task(plan.backbones, plan.data, plan.splits, config, "cuda" if spec.gpus else "cpu")
+            going.propose_with(lambda trial: checked(plan.space.suggest(trial, task), task))
             board.links = [f"Ray dashboard {dashboard}"] if dashboard else []
             board.links.append(f"study: optuna-dashboard {storage if file else '(as in --storage)'}")
             board.metrics = SweepMetrics(plan.run.name)
@@ -164,78 +141,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     return ensemble
 
 
-def _plan(config: SearchConfig) -> _Plan:
-    space = load_space(_auto_space(config.data) if config.space == "auto" else config.space, config.scale)
-    wanted = dict(space.backbones)
-    if config.backbones:
-        wanted = {b: "scratch" if config.from_scratch or b in NETWORKS else "pretrained" for b in config.backbones}
-    for name in wanted:
-        check_backbone(name)
-    backbones: dict[str, WeightSource | None] = {}
-    missing = []
-    for name, start in wanted.items():
-        try:
-            backbones[name] = None if start == "scratch" else find_weights(name, config.weights_dir)
-        except UserError:
-            if start == "pretrained":
-                raise
-            missing.append(name)
-            if start == "or scratch":
-                backbones[name] = None
-    if not backbones:
-        raise UserError(f"none of the backbones of space {space.name} has weights here; see --weights-dir, --backbones")
-    data = prepare(config.data, config.data_dir, size=config.stored_size)
-    splits = make_splits(data.labels, data.fingerprint, config.split_seed)
-    _check_space(space, backbones, data, splits, config)
-    run = reach(config.run or f"{RUNS}/{config.data}-{space.name}")
-    if in_cluster() and not run.is_absolute():
-        raise UserError(
-            f"run directory {run} would lie in the job's copy of the sources, which is deleted; "
-            "name one that all nodes see: --run /shared/NAME or --run s3://BUCKET/NAME"
-        )
-    run = run.absolute()
-    other_budget = config.minutes or config.device_hours or config.target_accuracy or config.stop_on_plateau
-    trials = config.trials or (None if other_budget else space.trials)
-    metric = "tune_accuracy" if config.objective == "accuracy" else "tune_log_loss"
-    task = _task(backbones, data, splits, config, device="cpu")
-    earlier = [t for old in config.warm_start for t in read_earlier(old, metric, lambda t: space.suggest(t, task))]
-    return _Plan(run, data, splits, space, backbones, trials, missing, earlier)
-
-
-def _check_space(
-    space: Space, backbones: dict[str, WeightSource | None], data: Data, splits: Splits, config: SearchConfig
-) -> None:
-    """Raise the UserError of a space that proposes nothing that could be trained, before anything is written."""
-    task = _task(backbones, data, splits, config, device="cpu")
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    error = None
-    for _ in range(TRIED_PROPOSALS):
-        try:
-            _checked(space.suggest(study.ask(), task), task)  # type: ignore[arg-type]
-            return
-        except UserError as refused:
-            error = refused
-    assert error is not None
-    raise error
-
-
-def _task(
-    backbones: dict[str, WeightSource | None], data: Data, splits: Splits, config: SearchConfig, device: str
-) -> Task:
-    size = int(data.images.shape[1])
-    assert device in ("cpu", "cuda")
-    return Task(backbones, len(data.classes), len(splits.train), size, device, config.minutes)  # type: ignore[arg-type]
-
-
-def _auto_space(data: str) -> str:
-    if data == "digits":
-        return "dry_run"
-    has_gpus = torch.cuda.is_available() or in_cluster()  # a cluster is joined for its GPUs
-    return "default" if has_gpus else "laptop"
-
-
-def _open_run(plan: _Plan, config: SearchConfig) -> None:
+def _open_run(plan: Plan, config: SearchConfig) -> None:
     """Create the run directory, run.json last; or make sure that an existing one is of the same data and splits."""
     path = plan.run / "run.json"
     if path.exists():
@@ -293,17 +199,7 @@ def _lock(run: UPath) -> FileLock | None:
     return lock
 
 
-def _checked(trial: TrialConfig, task: Task) -> TrialConfig:
-    """The proposal, or a UserError that says why it cannot be trained: before it costs a device."""
-    if trial.batch_size > task.train_images:
-        raise UserError(f"batch_size {trial.batch_size} is larger than the train split ({task.train_images} images)")
-    if trial.pretrained and task.backbones.get(trial.backbone) is None:
-        raise UserError(f"{trial.backbone} is to start from pretrained weights, but none were asked for or found")
-    check_image_size(trial)
-    return trial
-
-
-def _conclude(console: Console, plan: _Plan, config: SearchConfig, going: Sweep, began: float) -> Ensemble | None:
+def _conclude(console: Console, plan: Plan, config: SearchConfig, going: Sweep, began: float) -> Ensemble | None:
     """Leaderboard, ensemble, test summary, and what to do next."""
     _print_leaderboard(console, plan.run)
     for id, error, trace in going.failures():
@@ -339,7 +235,7 @@ def _conclude(console: Console, plan: _Plan, config: SearchConfig, going: Sweep,
     return ensemble
 
 
-def _print_start(console: Console, plan: _Plan, config: SearchConfig, going: Sweep) -> None:
+def _print_start(console: Console, plan: Plan, config: SearchConfig, going: Sweep) -> None:
     s = plan.splits
     shared = " (too few images to keep tune and select apart: they are the same)" if s.shared else ""
     console.print(

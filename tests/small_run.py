@@ -10,6 +10,7 @@ from ensemble.ensemble import Ensemble, write_ensemble
 from ensemble.select import Select, choose
 from search import run as search_run
 from search.config import SearchConfig
+from search.plan import make_plan
 from search.study import open_study
 from trainables.candidate import list_candidates, write_array
 from trainables.config import TrialConfig
@@ -19,7 +20,7 @@ from trainables.trial import run_trial
 def train_run(path: Path, data_dir: Path, trials: int = 3, epochs: int = 4) -> tuple[UPath, Ensemble]:
     """A run directory as `search.run` leaves it, of `trials` candidates, a pruned trial and two that failed."""
     config = SearchConfig(data="folder", data_dir=data_dir, space="laptop", backbones=("speednet",), run=str(path))
-    plan = search_run._plan(config)
+    plan = make_plan(config)
     search_run._open_run(plan, config)
     study = open_study(f"sqlite:///{path}/study.db", plan.run.name, "accuracy", "tpe", "none", 0)
     job = {

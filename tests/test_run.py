@@ -13,6 +13,7 @@ from cluster.connect import Node
 from search import run as search_run
 from search.config import SearchConfig
 from search.lanes import lanes_for
+from search.plan import make_plan
 from trainables.backbones import build
 from trainables.config import TrialConfig
 from trainables.errors import UserError
@@ -121,7 +122,7 @@ def test_a_run_directory_that_another_search_is_working_in(
 ) -> None:
     args = ["--data", "folder", "--data-dir", str(pictures), "--space", "laptop", "--backbones", "speednet"]
     config = SearchConfig(data="folder", data_dir=pictures, space="laptop", backbones=("speednet",), run=str(tmp_path))
-    plan = search_run._plan(config)
+    plan = make_plan(config)
     search_run._open_run(plan, config)
     held = search_run._lock(plan.run)
     assert "another search.run is at work" in refused(capsys, monkeypatch, tmp_path, *args)
@@ -133,7 +134,7 @@ def test_a_run_directory_of_other_backbones(
     pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config = SearchConfig(data="folder", data_dir=pictures, space="laptop", backbones=("speednet",), run=str(tmp_path))
-    search_run._open_run(search_run._plan(config), config)
+    search_run._open_run(make_plan(config), config)
     args = ["--data", "folder", "--data-dir", str(pictures), "--space", "laptop", "--backbones", "keras_cnn"]
     assert "a sweep over speednet, not over keras_cnn" in refused(capsys, monkeypatch, tmp_path, *args)
 

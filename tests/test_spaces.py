@@ -11,14 +11,14 @@ import optuna
 import pytest
 
 from search.config import Task
-from search.run import _checked
+from search.plan import checked
 from search.spaces import TINY_TRIALS, load_space
 from trainables.backbones import WeightSource, check_backbone
 
 ROOT = Path(__file__).parent.parent
 SEEDS = ("cifar10_nine", "intel_scenes", "cifar100_transfer", "cifar10_keras_cnn", "cifar10_from_scratch")
 SPACES = ("default", "dry_run", "laptop", *SEEDS)
-RECIPES = ("speednet_cifar10", "lite0_intel", "intel_lites")
+RECIPES = ("speednet_cifar10", "lite0_intel", "intel_lites", "lites_cifar10")
 
 
 def task(name: str, found: bool, device: str) -> Task:
@@ -39,7 +39,7 @@ def test_every_backbone_is_proposed_with_a_trainable_configuration(name: str, fo
     space, where = load_space(name), task(name, found, device)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    proposed = [_checked(space.suggest(study.ask(), where), where) for _ in range(60)]
+    proposed = [checked(space.suggest(study.ask(), where), where) for _ in range(60)]
     assert {config.backbone for config in proposed} == set(where.backbones)
     for config in proposed:
         check_backbone(config.backbone)
@@ -53,7 +53,7 @@ def test_every_backbone_is_proposed_with_a_trainable_configuration(name: str, fo
 def test_a_fixed_recipe_varies_nothing_but_backbone_and_seed(name: str) -> None:
     space, where = load_space(name), task(name, found=True, device="cpu")
     study = optuna.create_study()
-    proposed = [_checked(space.suggest(study.ask(), where), where) for _ in range(space.trials)]
+    proposed = [checked(space.suggest(study.ask(), where), where) for _ in range(space.trials)]
     assert {config.backbone for config in proposed} == set(where.backbones)
     assert [config.seed for config in proposed] == list(range(space.trials))
     assert len({replace(config, backbone="", seed=0) for config in proposed}) == 1

@@ -1,0 +1,119 @@
+"""What a command line asks for, with everything checked that can be wrong: before anything is written or started."""
+
+from dataclasses import dataclass
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial
+from upath import UPath
+
+from cluster.connect import in_cluster
+from search.config import SearchConfig, Task
+from search.knowledge import read_earlier
+from search.spaces import Space, load_space
+from trainables.backbones import WeightSource, check_backbone, check_image_size, find_weights
+from trainables.candidate import RUNS, reach
+from trainables.classic import NETWORKS
+from trainables.config import TrialConfig
+from trainables.data import Data, prepare
+from trainables.errors import UserError
+from trainables.splits import Splits, make_splits
+
+TRIED_PROPOSALS = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that can be wrong has been checked: the sweep can start."""
+
+    run: UPath
+    data: Data
+    splits: Splits
+    space: Space
+    backbones: dict[str, WeightSource | None]
+    trials: int | None
+    missing: list[str]  # backbones whose pretrained weights were not found
+    earlier: list[FrozenTrial]  # of --warm-start
+
+
+def make_plan(config: SearchConfig) -> Plan:
+    """Load the space, find the weights, prepare and split the data; raises UserError for what the user can mend."""
+    space = load_space(_auto_space(config.data) if config.space == "auto" else config.space, config.scale)
+    wanted = dict(space.backbones)
+    if config.backbones:
+        wanted = {b: "scratch" if config.from_scratch or b in NETWORKS else "pretrained" for b in config.backbones}
+    for name in wanted:
+        check_backbone(name)
+    backbones: dict[str, WeightSource | None] = {}
+    missing = []
+    for name, start in wanted.items():
+        try:
+            backbones[name] = None if start == "scratch" else find_weights(name, config.weights_dir)
+        except UserError:
+            if start == "pretrained":
+                raise
+            missing.append(name)
+            if start == "or scratch":
+                backbones[name] = None
+    if not backbones:
+        raise UserError(f"none of the backbones of space {space.name} has weights here; see --weights-dir, --backbones")
+    data = prepare(config.data, config.data_dir, size=config.stored_size)
+    splits = make_splits(data.labels, data.fingerprint, config.split_seed)
+    _check_space(space, backbones, data, splits, config)
+    run = reach(config.run or f"{RUNS}/{config.data}-{space.name}")
+    if in_cluster() and not run.is_absolute():
+        raise UserError(
+            f"run directory {run} would lie in the job's copy of the sources, which is deleted; "
+            "name one that all nodes see: --run /shared/NAME or --run s3://BUCKET/NAME"
+        )
+    run = run.absolute()
+    other_budget = config.minutes or config.device_hours or config.target_accuracy or config.stop_on_plateau
+    trials = config.trials or (None if other_budget else space.trials)
+    metric = "tune_accuracy" if config.objective == "accuracy" else "tune_log_loss"
+    task = make_task(backbones, data, splits, config, device="cpu")
+    earlier = [t for old in config.warm_start for t in read_earlier(old, metric, lambda t: space.suggest(t, task))]
+    return Plan(run, data, splits, space, backbones, trials, missing, earlier)
+
+
+def make_task(
+    backbones: dict[str, WeightSource | None], data: Data, splits: Splits, config: SearchConfig, device: str
+) -> Task:
+    """What a space is told, for trials on `device` ("cpu" or "cuda")."""
+    size = int(data.images.shape[1])
+    assert device in ("cpu", "cuda")
+    return Task(backbones, len(data.classes), len(splits.train), size, device, config.minutes)  # type: ignore[arg-type]
+
+
+def checked(trial: TrialConfig, task: Task) -> TrialConfig:
+    """The proposal, or a UserError that says why it cannot be trained: before it costs a device."""
+    if trial.batch_size > task.train_images:
+        raise UserError(f"batch_size {trial.batch_size} is larger than the train split ({task.train_images} images)")
+    if trial.pretrained and task.backbones.get(trial.backbone) is None:
+        raise UserError(f"{trial.backbone} is to start from pretrained weights, but none were asked for or found")
+    check_image_size(trial)
+    return trial
+
+
+def _check_space(
+    space: Space, backbones: dict[str, WeightSource | None], data: Data, splits: Splits, config: SearchConfig
+) -> None:
+    """Raise the UserError of a space that proposes nothing that could be trained, before anything is written."""
+    task = make_task(backbones, data, splits, config, device="cpu")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    error = None
+    for _ in range(TRIED_PROPOSALS):
+        try:
+            checked(space.suggest(study.ask(), task), task)  # type: ignore[arg-type]
+            return
+        except UserError as refused:
+            error = refused
+    assert error is not None
+    raise error
+
+
+def _auto_space(data: str) -> str:
+    if data == "digits":
+        return "dry_run"
+    has_gpus = torch.cuda.is_available() or in_cluster()  # a cluster is joined for its GPUs
+    return "default" if has_gpus else "laptop"

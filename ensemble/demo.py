@@ -45,11 +45,11 @@ class Examples:
 
     @classmethod
     def of(cls, run: UPath) -> "Examples | None":
-        """None when the data set is neither on this machine nor beside the run."""
+        """None when the data set cannot be opened: neither from this machine nor from beside the run."""
         info = read_run(run)
         try:
             data = open_shared(run, info["data"].get("path", ""))
-        except UserError:
+        except (UserError, OSError):  # nowhere, damaged, or there is no room for a copy of it
             return None
         return cls(data.images, load_splits(run).select, select_labels(run), list(info["classes"]))
 

@@ -71,7 +71,7 @@ class Exported:
     path: Path
     largest_difference: float
     images: int
-    real: bool  # of the select split; else random ones, for the data set was not on this machine
+    real: bool  # of the select split; else random ones, for the data set could not be opened
     seconds: float
 
 
@@ -137,7 +137,7 @@ def _images_to_check(run: UPath, size: tuple[int, int]) -> tuple[np.ndarray, boo
     """Images of the select split, or random ones (and False) when the data set is not within reach."""
     try:
         data = open_shared(run, read_run(run)["data"].get("path", ""))
-    except UserError:
+    except (UserError, OSError):  # nowhere, damaged, or there is no room for a copy of it
         return np.random.default_rng(0).integers(0, 256, (CHECKED, *size, 3), np.uint8), False
     return np.asarray(data.images[load_splits(run).select[:CHECKED]]), True
 
@@ -224,7 +224,7 @@ def main() -> None:
         ensemble = read_ensemble(run, args.ensemble)
         out = args.out or Path(str(run)) / f"ensemble.{'onnx' if args.format == 'onnx' else 'pt2'}"
         made = export(run, ensemble, out, args.format)
-        kind = "images of the select split" if made.real else "random images (the data set is not on this machine)"
+        kind = "images of the select split" if made.real else "random images (the data set cannot be opened here)"
         print(f"{made.path}: {made.path.stat().st_size / 2**20:.1f} MiB after {made.seconds:.0f} s")
         print(f"differs from PyTorch by at most {made.largest_difference:.1e} in probability, on {made.images} {kind}")
 

@@ -7,7 +7,7 @@ and to the copy in memory. Others may look at the database at any time (optuna-d
 study is seen by the next process.
 
 And what belongs together it writes together: Optuna makes a transaction, and on a disk a wait, of every parameter and
-attribute. Here they wait for the trial's next report or state, or for `flush`.
+attribute. Here they wait for the next report or state of any trial, for a new trial, or for `flush`.
 """
 
 import copy

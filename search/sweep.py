@@ -296,7 +296,9 @@ class Sweep:
         if id in self.seeds:  # of a configuration that has proved its worth
             return False
         if self.rungs is None:
-            return trial.should_prune()
+            pruned = trial.should_prune()
+            flush(self.study)  # the rung that it has noted
+            return pruned
         rung = self.rungs.at(epoch, self.epochs[id])
         if rung is None:
             return False

@@ -1,4 +1,4 @@
-"""Data sets, their cache and their splits, on images of a few pixels."""
+"""Data sets and their cache, on images of a few pixels."""
 
 import hashlib
 import multiprocessing

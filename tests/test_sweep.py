@@ -133,6 +133,15 @@ def test_the_pruner_stops_the_worse_half_at_a_rung_but_never_after_the_last_epoc
     assert verdicts[2] == [False, False, True]
 
 
+def test_the_rung_that_a_pruner_has_noted_outlives_a_kill(tmp_path: Path) -> None:
+    s = sweep(tmp_path, pruner="asha")
+    job = take(s)
+    for epoch in (1, 2, 3):
+        assert not s.report(job["id"], scores(0.5, epoch))
+    again = optuna.load_study(study_name="test", storage=f"sqlite:///{tmp_path}/study.db")
+    assert again.trials[0].system_attrs == {"completed_rung_0": 0.5}
+
+
 def test_invalid_proposals_cost_no_trial(tmp_path: Path) -> None:
     s = sweep(tmp_path, trials=2)
 

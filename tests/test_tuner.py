@@ -299,6 +299,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_epoch(driver, tmp_path):
         os.kill(int(pid), 0)
 
 
+@pytest.mark.slow
 def test_a_driver_whose_ray_has_died_does_not_wait_for_it(driver):
     (raylet,) = (child for child in psutil.Process(driver.pid).children() if child.name() == "raylet")
     raylet.kill()  # it dies as well with any of its agents

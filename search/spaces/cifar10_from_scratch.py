@@ -8,30 +8,36 @@ beside it.
 Without the hub's weights the from-scratch networks run alone.
 """
 
+from dataclasses import replace
+
 import optuna
 
 from search.config import Task
-from search.spaces.laptop import largest_batch
+from search.spaces.laptop import growing, largest_batch, small_net
 from trainables.config import TrialConfig
 
 TRIALS = 16
 BACKBONES = {"simple_norm_dropout": "scratch", "vgg16": "if found", "mobilenetv2_100": "if found"}
+FIRST = [
+    {"backbone": "simple_norm_dropout", "schedule": "triangular", "epochs": 8, "scratch_batch_size": 250,
+     "scratch_lr": 0.4, "dropout": 0.1, "label_smoothing": 0.05},
+]  # fmt: skip
 
 
 def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
     backbone = trial.suggest_categorical("backbone", list(task.backbones))
-    pretrained = task.backbones[backbone] is not None
+    if task.backbones[backbone] is None:
+        schedule = trial.suggest_categorical("schedule", ["plateau", "triangular"])
+        net = small_net(trial, task, backbone, largest=32, widths=(0.25, 0.25), epochs=(8, 30))
+        return replace(net, progressive=growing(net.image_size), schedule=schedule, patience=6)
     return TrialConfig(
         backbone=backbone,
-        pretrained=pretrained,
-        image_size=(224 if task.device == "cuda" else 64) if pretrained else min(32, task.stored_size),
-        width=0.25,
-        epochs=trial.suggest_int("tuned_epochs", 4, 10) if pretrained else trial.suggest_int("epochs", 15, 30),
-        freeze_epochs=trial.suggest_int("freeze_epochs", 0, 3) if pretrained else 0,
+        pretrained=True,
+        image_size=224 if task.device == "cuda" else 64,
+        epochs=trial.suggest_int("tuned_epochs", 4, 10),
+        freeze_epochs=trial.suggest_int("freeze_epochs", 0, 3),
         batch_size=min(trial.suggest_categorical("batch_size", [32, 64, 128]), largest_batch(task)),
-        lr=trial.suggest_float("tuned_lr", 1e-4, 1e-3, log=True)
-        if pretrained
-        else trial.suggest_float("lr", 5e-4, 3e-3, log=True),
+        lr=trial.suggest_float("tuned_lr", 1e-4, 1e-3, log=True),
         weight_decay=trial.suggest_float("weight_decay", 1e-4, 1e-1, log=True),
         dropout=trial.suggest_float("dropout", 0.1, 0.5),
         schedule="plateau",

@@ -34,6 +34,12 @@ def largest_batch(task: Task) -> int:
     return max(8, task.train_images // 10)
 
 
+def growing(size: int) -> tuple[int, ...]:
+    """Image sizes over the epochs, from half of `size` to `size`: the first epochs, which only have to get near, cost a
+    quarter of the last (Howard, 2018; Tan and Le, 2021)."""
+    return (size // 2, size * 5 // 8, size * 3 // 4, size * 7 // 8, size, size)
+
+
 def small_net(
     trial: optuna.Trial, task: Task, backbone: str, largest: int, widths: tuple[float, float], epochs: tuple[int, int]
 ) -> TrialConfig:

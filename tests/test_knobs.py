@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -121,6 +122,15 @@ def test_muon_steps_are_orthogonal_and_filters_keep_their_norm(data: Data, split
         if name.startswith("groups.0"):  # elsewhere twelve images give a gradient of low rank
             assert float(values.min()) > 0.5, name
         assert float(after.detach().norm()) == pytest.approx(math.sqrt(len(after)), rel=0.02)
+
+
+def test_muon_leaves_position_embeddings_at_their_scale() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    sgd, muon = make_optimizers(model, model.head, "muon", 0.1, 1.0, 1.0, 0.0, 0.9)
+    by_muon = {id(p) for group in muon.param_groups for p in group["params"]}
+    by_sgd = {id(p) for group in sgd.param_groups for p in group["params"]}
+    assert {id(model.pos_embed), id(model.cls_token), id(model.head.weight), id(model.norm.weight)} <= by_sgd
+    assert {id(model.patch_embed.proj.weight), id(model.blocks[0].attn.qkv.weight)} <= by_muon
 
 
 def test_momentum_of_muon_remembers_the_last_gradient() -> None:

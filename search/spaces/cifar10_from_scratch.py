@@ -20,7 +20,7 @@ TRIALS = 16
 BACKBONES = {"simple_norm_dropout": "scratch", "vgg16": "if found", "mobilenetv2_100": "if found"}
 FIRST = [
     {"backbone": "simple_norm_dropout", "schedule": "triangular", "epochs": 8, "scratch_batch_size": 250,
-     "scratch_lr": 0.4, "dropout": 0.1, "label_smoothing": 0.05},
+     "scratch_lr": 0.4, "dropout": 0.1, "label_smoothing": 0.05, "width": 0.25},
 ]  # fmt: skip
 
 

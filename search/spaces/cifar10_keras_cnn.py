@@ -19,7 +19,7 @@ TRIALS = 16
 BACKBONES = {"keras_cnn": "scratch", "resnet50": "if found", "vgg16": "if found", "squeezenet1_1": "if found"}
 FIRST = [
     {"backbone": "keras_cnn", "epochs": 12, "scratch_batch_size": 250, "scratch_lr": 0.4, "dropout": 0.1,
-     "label_smoothing": 0.05},
+     "label_smoothing": 0.05, "width": 1.0},
 ]  # fmt: skip
 
 

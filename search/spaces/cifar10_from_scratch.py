@@ -19,7 +19,7 @@ from trainables.config import TrialConfig
 TRIALS = 16
 BACKBONES = {"simple_norm_dropout": "scratch", "vgg16": "if found", "mobilenetv2_100": "if found"}
 FIRST = [
-    {"backbone": "simple_norm_dropout", "schedule": "triangular", "epochs": 8, "scratch_batch_size": 250,
+    {"backbone": "simple_norm_dropout", "plateau": False, "epochs": 8, "scratch_batch_size": 250,
      "scratch_lr": 0.4, "dropout": 0.1, "label_smoothing": 0.05, "width": 0.25},
 ]  # fmt: skip
 
@@ -27,9 +27,11 @@ FIRST = [
 def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
     backbone = trial.suggest_categorical("backbone", list(task.backbones))
     if task.backbones[backbone] is None:
-        schedule = trial.suggest_categorical("schedule", ["plateau", "triangular"])
+        waits = trial.suggest_categorical("plateau", [False, True])
         net = small_net(trial, task, backbone, largest=32, widths=(0.25, 0.25), epochs=(8, 30))
-        return replace(net, progressive=growing(net.image_size), schedule=schedule, patience=6)
+        return replace(
+            net, progressive=growing(net.image_size), schedule="plateau" if waits else "triangular", patience=6
+        )
     return TrialConfig(
         backbone=backbone,
         pretrained=True,

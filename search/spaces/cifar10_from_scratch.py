@@ -3,7 +3,7 @@
     python -m search.run --data cifar10 --data-dir data/cifar10 --space cifar10_from_scratch
 
 Source: CIFAR-10 test 83 % with the small CNN, whose lr fell on plateaus and which stopped early; VGG16 and others
-beside it.
+beside it. Ours, by the first trial alone, on two CPU cores: select 85.1 % of 5,000 images (results/seeds).
 
 Without the hub's weights the from-scratch networks run alone.
 """

@@ -231,8 +231,7 @@ class Sweep:
             trial = self.study.ask()
             try:
                 config = self.suggest(trial)
-                # a sampler that sees its favourite again would pay for it again: the next proposal is a random one
-                if not repeated and "seed_of" not in trial.user_attrs and _key(trial.params) in self.proposed:
+                if not repeated and self._tried_before(trial):  # the next proposal is a random one
                     repeated = True
                     raise UserError("these parameters have been tried")
             except UserError as error:
@@ -257,6 +256,13 @@ class Sweep:
         raise UserError(
             f"{MOST_INVALID} proposals in a row cannot be trained, the last because {reason}; mend the space"
         )
+
+    def _tried_before(self, trial: Trial) -> bool:
+        """Whether a sampler saw its favourite again and would pay for it again.
+
+        Another seed is no repetition; nor is the next of a space of fixed recipes, whose number alone tells it apart.
+        """
+        return bool(trial.params) and "seed_of" not in trial.user_attrs and _key(trial.params) in self.proposed
 
     def _enqueue_seed(self) -> None:
         """In the last part of the budget: make the next proposal a member of the ensemble again, with another seed.

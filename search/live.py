@@ -79,6 +79,7 @@ class LiveBoard:
         self.began = self.drawn = time.time()
         self.running: dict[str, tuple[TrialConfig, float, dict[str, Any]]] = {}
         self.recent: list[str] = []
+        self.earlier = 0  # trials that ended in earlier starts of the command
         self.outcomes: Counter[str] = Counter()
         self.live: Live | None = None
 
@@ -157,8 +158,9 @@ class LiveBoard:
         return Group(*[Text(line) for line in self.links], running, Text("\n".join(self.recent)), Text(self._summary()))
 
     def _summary(self) -> str:
-        states = ", ".join(f"{n} {outcome}" for outcome, n in self.outcomes.most_common()) or "none finished yet"
-        parts = [f"trials: {states}, {len(self.running)} running"]
+        before = [f"{self.earlier} from earlier starts"] if self.earlier else []
+        states = [f"{n} {outcome}" for outcome, n in self.outcomes.most_common()] or ["none finished yet"]
+        parts = [f"trials: {', '.join([*before, *states])}, {len(self.running)} running"]
         if self.trials:
             parts[0] += f", {self.trials} in all"
         if self.ensemble.best_single and self.ensemble.curve:
@@ -183,7 +185,7 @@ class LiveBoard:
             guesses.append(self.deadline - time.time())
         ended = sum(self.outcomes.values())
         if self.trials and ended:
-            guesses.append((self.trials - ended) * (time.time() - self.began) / ended)
+            guesses.append((self.trials - self.earlier - ended) * (time.time() - self.began) / ended)
         return f"about {_clock(max(0.0, min(guesses)))} left" if guesses else "time left: unknown yet"
 
 

@@ -108,6 +108,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
         save=(lambda: store_study(plan.run, file)) if file and not is_local(plan.run) else lambda: None,
     )  # fmt: skip
+    board.earlier = len(going.tried) - len(going.waiting)
     if going.has_more():
         _print_start(console, plan, config, going)
         dashboard = connect()

@@ -1,0 +1,39 @@
+"""The board that a sweep draws, as a log shows it: plain lines."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from search.live import LiveBoard
+from tests.hand_sweep import finish, sweep, take
+from trainables.config import TrialConfig
+
+
+def line(board: LiveBoard, capsys: pytest.CaptureFixture[str]) -> str:
+    board.drawn = 0.0  # a line is due
+    capsys.readouterr()
+    board.refresh()
+    return capsys.readouterr().out
+
+
+def test_trials_of_earlier_starts_are_counted_but_do_not_make_this_one_look_fast(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    s = sweep(tmp_path)
+    finish(s, take(s), 0.5, true=(0.9, 0.9, 0.9, 0.4))
+    assert s.live is not None
+    board = LiveBoard(s.live, trials=4, deadline=None, shared=False)
+    board.earlier = 1
+    board.started("0001", TrialConfig())
+    said = line(board, capsys)
+    assert said.startswith("trials: 1 from earlier starts, none finished yet, 1 running, 4 in all; ")
+    assert "select split, 4 images: best single 75.00% (0000)" in said
+    assert "time left: unknown yet" in said
+    board.ended("0001", "pruned", {})
+    board.began -= 100
+    said = line(board, capsys)
+    assert said.startswith("trials: 1 from earlier starts, 1 pruned, 0 running, 4 in all; ")
+    left = re.search(r"about 0:(\d\d):(\d\d) left", said)  # two of four remain, at 100 s each
+    assert left is not None
+    assert 200 <= 60 * int(left[1]) + int(left[2]) < 300

@@ -27,12 +27,12 @@ class SearchConfig:
     data: DataName = "digits"
     """Data set. `folder` takes any --data-dir with train/<class>/* and test/<class>/*, or with <class>/* alone."""
     data_dir: Path | None = None
-    """Where the images lie; cifar10 and cifar100 are downloaded there when missing."""
+    """Where the images lie. Without it cifar10 and cifar100 are downloaded into the cache."""
     stored_size: int | None = None
     """Side in pixels at which images are kept; default: their own, or the median one up to 256."""
     space: str = "auto"
-    """Search space: a name in search/spaces/, or the path of a Python file like those. auto: dry_run for digits, else
-    default with GPUs and laptop without."""
+    """Search space: a name in search/spaces/, or the path of a Python file like those. auto: the run's own when it goes
+    on, else dry_run for digits, default with GPUs and laptop without."""
     scale: Scale = "full"
     """tiny: few, short, narrow trials on small images, to try a space out in minutes."""
     backbones: tuple[str, ...] = ()

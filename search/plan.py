@@ -12,7 +12,7 @@ from search.config import SearchConfig, Task
 from search.knowledge import read_earlier
 from search.spaces import Space, load_space
 from trainables.backbones import WeightSource, check_backbone, check_image_size, find_weights
-from trainables.candidate import RUNS, reach
+from trainables.candidate import RUNS, exists, reach, read_json
 from trainables.classic import NETWORKS
 from trainables.config import TrialConfig
 from trainables.data import Data, prepare
@@ -38,7 +38,7 @@ class Plan:
 
 def make_plan(config: SearchConfig) -> Plan:
     """Load the space, find the weights, prepare and split the data; raises UserError for what the user can mend."""
-    space = load_space(_auto_space(config.data) if config.space == "auto" else config.space, config.scale)
+    space = load_space(_auto_space(config) if config.space == "auto" else config.space, config.scale)
     wanted = dict(space.backbones)
     if config.backbones:
         wanted = {b: "scratch" if config.from_scratch or b in NETWORKS else "pretrained" for b in config.backbones}
@@ -112,8 +112,12 @@ def _check_space(
     raise error
 
 
-def _auto_space(data: str) -> str:
-    if data == "digits":
+def _auto_space(config: SearchConfig) -> str:
+    if config.run and exists(reach(config.run) / "run.json"):
+        begun = read_json(reach(config.run) / "run.json")
+        if "space" in begun:  # a run that goes on on another machine keeps its space
+            return str(begun["space"])
+    if config.data == "digits":
         return "dry_run"
     has_gpus = torch.cuda.is_available() or in_cluster()  # a cluster is joined for its GPUs
     return "default" if has_gpus else "laptop"

@@ -158,10 +158,11 @@ def _open_run(plan: Plan, config: SearchConfig) -> None:
                 f"{plan.run} is a sweep over {', '.join(info['backbones'])}, not over {', '.join(asked)}; "
                 "ask for the same backbones (and have their weights), or name another with --run"
             )
-        return
     splits, data = plan.splits, plan.data
     if in_cluster() or not is_local(plan.run):
-        share_data(plan.run, data)
+        share_data(plan.run, data)  # of an old run, too: it may have begun on one machine, without a copy
+    if path.exists():
+        return
     save_splits(plan.run, splits)
     write_array(plan.run / "select_labels.npy", np.asarray(data.labels)[splits.select])
     write_json(

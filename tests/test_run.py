@@ -139,6 +139,21 @@ def test_a_run_directory_of_other_backbones(
     assert "a sweep over speednet, not over keras_cnn" in refused(capsys, monkeypatch, tmp_path, *args)
 
 
+def test_a_run_that_goes_on_in_a_cluster_keeps_its_space_and_gets_the_data(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = SearchConfig(data="folder", data_dir=pictures, run=str(tmp_path / "run"))
+    plan = make_plan(config)
+    search_run._open_run(plan, config)
+    assert not (tmp_path / "run/data").exists()
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    assert make_plan(SearchConfig(data="folder", data_dir=pictures, run=str(tmp_path / "new"))).space.name == "default"
+    again = make_plan(config)
+    assert again.space.name == plan.space.name == "laptop"
+    search_run._open_run(again, config)
+    assert (tmp_path / "run/data" / plan.data.path.name / "meta.json").exists()
+
+
 def test_weights_of_another_architecture(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

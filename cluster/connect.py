@@ -44,11 +44,20 @@ def connect(cpus: int | None = None) -> str:
     frees the placement group of a run whose controller was killed, and the sweep hangs.
 
     From here on SIGTERM (`ray job stop`, a batch system's time limit) does what Ctrl-C does.
+
+    Raises ConnectionError when the cluster cannot be joined.
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if in_cluster():
-        context = ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        try:
+            context = ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        except Exception as error:  # nobody there, another version of Ray or of Python, a token that is refused
+            where, why = os.environ["RAY_ADDRESS"], " ".join(str(error).split())[:300]
+            raise ConnectionError(
+                f"the Ray cluster of RAY_ADDRESS={where} cannot be joined ({why}); "
+                "unset it to run on this machine alone"
+            ) from error
     else:
         port = free_port()
         # Ray Train's cleaner looks for its dashboard by itself, and dies when a second Ray runs on the machine.
@@ -65,8 +74,14 @@ def connect(cpus: int | None = None) -> str:
         )
     if threading.current_thread() is threading.main_thread():
         # Ray installs its own SIGTERM handler in init, which ends the process at once: replace it afterwards.
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _like_ctrl_c)
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
+
+
+def _like_ctrl_c(*_: object) -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts its background jobs
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def nodes() -> tuple[Node, ...]:

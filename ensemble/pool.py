@@ -82,6 +82,8 @@ def load_pool(runs: Sequence[UPath]) -> Pool:
             _check(array, candidate, labels, len(classes), fingerprint)
             # float32 as the format says, else converted; the same mapped memory, but no np.memmap to slow each slice
             array = np.asarray(array, np.float32)
+            if candidate.info.get("weights_deleted"):
+                raise _BadError("its weights were deleted (--keep-weights), so it cannot predict new images")
         except (OSError, ValueError) as error:
             left_out[name] = str(error) if isinstance(error, _BadError) else f"cannot be read ({error})"
             continue

@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from upath import UPath
 
-from trainables.candidate import Candidate
+from trainables.candidate import Candidate, study_name, trial_id
 from trainables.errors import UserError
 
 NO_TIME = "not started"  # what a proposal that did not fit into the time left is called here
@@ -67,7 +67,7 @@ def read_study(run: UPath) -> optuna.Study:
                     source.backup(target)
             else:
                 copy.write_bytes(path.read_bytes())
-            return load_study(f"sqlite:///{copy}", run.name)
+            return load_study(f"sqlite:///{copy}", study_name(run))
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"{path} is no study database ({error})") from None
 
@@ -97,7 +97,7 @@ def list_trials(study: optuna.Study | None, candidates: list[Candidate]) -> list
     if study is not None:
         is_accuracy = study.direction == optuna.study.StudyDirection.MAXIMIZE
         for frozen in study.get_trials(deepcopy=False):
-            trials.append(_of_study(frozen, found.pop(f"{frozen.number:04d}", None), is_accuracy))
+            trials.append(_of_study(frozen, found.pop(trial_id(frozen.number), None), is_accuracy))
     return trials + [_of_candidate(candidate) for candidate in found.values()]
 
 
@@ -117,7 +117,7 @@ def _of_study(frozen: FrozenTrial, candidate: Candidate | None, is_accuracy: boo
     curve = tuple(v for _, v in sorted(frozen.intermediate_values.items())) if is_accuracy else ()
     config = attributes.get("config") or frozen.params
     return Trial(
-        id=f"{frozen.number:04d}",
+        id=trial_id(frozen.number),
         outcome=outcome,
         config=known.config if known and known.config else dict(config),
         candidate=candidate,

@@ -8,7 +8,7 @@ from typing import Any
 from upath import UPath
 
 from search.live import EnsembleSoFar
-from trainables.candidate import Candidate, exists, list_folder, patiently, read_json
+from trainables.candidate import Candidate, exists, list_folder, patiently, read_json, write_json
 from trainables.errors import UserError
 
 RISE = 1e-4  # nats by which the live ensemble's log-loss must fall to count as better
@@ -25,6 +25,7 @@ class Budget:
         target_accuracy: 0 to 1, of the live ensemble on the select split.
         plateau: trials that end without raising the live ensemble, in a row.
         final_seeds: share (0 to 1) of trials or time that is kept for new seeds of the ensemble's members.
+        began: time.time() when this process began to use the time; None: when the sweep was opened.
     """
 
     trials: int | None = None
@@ -33,6 +34,7 @@ class Budget:
     target_accuracy: float | None = None
     plateau: int | None = None
     final_seeds: float = 0.0
+    began: float | None = None
 
 
 class Goal:
@@ -109,7 +111,8 @@ class WeightStore:
     def add(self, candidate: Candidate) -> None:
         loss = candidate.info.get("metrics", {}).get("select_log_loss")
         path = candidate.path / "weights.safetensors"
-        if loss is not None and exists(path):  # what other tools have added is theirs
+        # what other tools have added is theirs, and a soup is an ensemble's
+        if loss is not None and "soup" not in candidate.info and exists(path):
             size = patiently(path, lambda: path.stat().st_size)
             self.kept[candidate.id] = (float(loss), size)
 
@@ -124,7 +127,10 @@ class WeightStore:
         gone = []
         for id in sorted(self.kept, key=lambda id: self.kept[id], reverse=True):
             if id not in safe and self._too_many():
-                path = self.run / "candidates" / id / "weights.safetensors"
+                folder = self.run / "candidates" / id
+                path = folder / "weights.safetensors"
+                # noted first: an ensemble must not count on it any longer
+                write_json(folder / "candidate.json", {**read_json(folder / "candidate.json"), "weights_deleted": True})
                 patiently(path, partial(path.unlink, missing_ok=True))
                 del self.kept[id]
                 gone.append(id)

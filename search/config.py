@@ -104,6 +104,11 @@ class SearchConfig:
             raise UserError(f"--top-k is {self.top_k}, expected at least 1")
         if self.workers_per_trial < 1:
             raise UserError(f"--workers-per-trial is {self.workers_per_trial}, expected at least 1")
+        if self.cpus_per_trial is not None and not self.cpus_per_trial > 0:
+            raise UserError(f"--cpus-per-trial is {self.cpus_per_trial:g}, expected more than 0")
+        gpus = self.gpus_per_trial
+        if gpus is not None and (gpus < 0 or (gpus > 1 and gpus != int(gpus))):
+            raise UserError(f"--gpus-per-trial is {gpus:g}, expected 0 to 1, or a whole number")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from trainables.candidate import list_candidates, open_run, read_run
+from ensemble.trials import load_study, read_study
+from trainables.candidate import list_candidates, open_run, read_run, study_name, trial_id
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 
@@ -29,16 +30,15 @@ def read_earlier(run: str, metric: str, suggest: Callable[[Trial], TrialConfig])
     `metric` is what the study is about ("tune_accuracy" or "tune_log_loss"). Raises UserError when there are none.
     """
     earlier = open_run(run)
-    storage = read_run(earlier).get("search", {}).get("storage") or f"sqlite:///{(earlier / 'study.db').absolute()}"
+    storage = read_run(earlier).get("search", {}).get("storage")
     try:
-        trials = optuna.load_study(study_name=earlier.absolute().name, storage=storage).get_trials(deepcopy=False)
-    except Exception as error:  # SQLAlchemy's many, Optuna's KeyError
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--warm-start {run}: its study cannot be opened in {storage}: {reason}") from error
+        study = load_study(storage, study_name(earlier)) if storage else read_study(earlier)
+    except UserError as error:
+        raise UserError(f"--warm-start {run}: {error}") from error
     scores = {c.id: c.info.get("metrics", {}).get(metric) for c in list_candidates(earlier)}
     space, found = _distributions(suggest), []
-    for trial in trials:
-        id = f"{trial.number:04d}"
+    for trial in study.get_trials(deepcopy=False):
+        id = trial_id(trial.number)
         shared = {key: value for key, value in trial.params.items() if key in space and _fits(value, space[key])}
         if scores.get(id) is not None and shared:
             found.append(

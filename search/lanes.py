@@ -1,10 +1,11 @@
-"""How many trials there can be at a time: what the cluster's machines hold, now and after others join or leave."""
+"""Ray's cluster, and how many trials its machines hold at a time: now, and after others join or leave."""
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from cluster.connect import Demand, Node, in_cluster, nodes
+from cluster.connect import Demand, Node, connect, disconnect, in_cluster, nodes
 from search.config import SearchConfig
 from trainables.errors import UserError
 from trainables.worker import LaneSpec
@@ -13,6 +14,19 @@ MOST_CPU_LANES = 8  # on a machine without GPUs; each lane is a process of its o
 JOIN_S = 1800.0  # for the first machine of a cluster to come
 LOOK_S = 2.0
 RAY_DIED = "Ray has died on this machine: one of its processes was killed, or memory ran out"
+
+
+@contextmanager
+def connected() -> Iterator[str]:
+    """Ray, as `cluster.connect.connect` finds or starts it, with the dashboard's address; a UserError without it."""
+    try:
+        dashboard = connect()
+    except ConnectionError as error:
+        raise UserError(str(error)) from error
+    try:
+        yield dashboard
+    finally:
+        disconnect()
 
 
 class Lanes:
@@ -61,7 +75,7 @@ def lanes_for(machines: Sequence[Node], config: SearchConfig) -> tuple[LaneSpec,
     workers = config.workers_per_trial
     shares = []  # CPU slots for one worker, on every machine that can have any
     for node in machines:
-        places = int(node.gpus / gpus) if gpus else min(int(node.cpus), max(workers, MOST_CPU_LANES))
+        places = _gpu_places(node, gpus) if gpus else min(int(node.cpus), max(workers, MOST_CPU_LANES))
         shares += [float(node.cpus // places)] if places else []
     cpus = config.cpus_per_trial or max(1.0, min(shares, default=1.0))
     spec = LaneSpec(workers=workers, cpus=cpus, gpus=gpus)
@@ -75,9 +89,14 @@ def lanes_for(machines: Sequence[Node], config: SearchConfig) -> tuple[LaneSpec,
     return spec, lanes
 
 
+def _gpu_places(node: Node, gpus: float) -> int:
+    """How many workers its GPUs hold; a share lies on one GPU, never on parts of two."""
+    return int(node.gpus) * int(1 / gpus) if gpus < 1 else int(node.gpus / gpus)
+
+
 def count_lanes(machines: Sequence[Node], spec: LaneSpec) -> int:
     """How many lanes of this size the machines hold; the workers of one lane may be on several."""
     places = [
-        min(int(node.cpus / spec.cpus), int(node.gpus / spec.gpus) if spec.gpus else sys.maxsize) for node in machines
+        min(int(node.cpus / spec.cpus), _gpu_places(node, spec.gpus) if spec.gpus else sys.maxsize) for node in machines
     ]
     return sum(places) // spec.workers

@@ -80,7 +80,8 @@ class LiveBoard:
         self.running: dict[str, tuple[TrialConfig, float, dict[str, Any]]] = {}
         self.recent: list[str] = []
         self.earlier = 0  # trials that ended in earlier starts of the command
-        self.outcomes: Counter[str] = Counter()
+        self.ends: dict[str, str] = {}  # how trials ended last: one that waited at a rung may go on
+        self.states: set[str] = set()
         self.live: Live | None = None
 
     def __enter__(self) -> "LiveBoard":
@@ -95,6 +96,7 @@ class LiveBoard:
 
     def started(self, id: str, config: TrialConfig) -> None:
         self.running[id] = (config, time.time(), {})
+        self.ends.pop(id, None)
 
     def epoch(self, id: str, metrics: dict[str, Any]) -> None:
         if id in self.running:
@@ -103,7 +105,7 @@ class LiveBoard:
 
     def ended(self, id: str, outcome: str, result: dict[str, Any]) -> None:
         config, since, last = self.running.pop(id, (None, time.time(), {}))
-        self.outcomes[outcome] += 1
+        self.ends[id] = outcome
         line = f"{id} {config.backbone if config else '':<24} {outcome:<10} {time.time() - since:6.1f} s"
         if "select_accuracy" in result:
             _, best, loss = self.ensemble.curve[-1]
@@ -135,8 +137,10 @@ class LiveBoard:
             return
         self.published = time.time()
         best, curve = self.ensemble.best_single, self.ensemble.curve
+        states = Counter(self.ends.values())
+        self.states |= states.keys()  # one that no trial is in any longer is 0
         self.metrics.publish(
-            {**self.outcomes, "running": len(self.running)},
+            {**{state: states[state] for state in self.states}, "running": len(self.running)},
             best_select_accuracy=best[1] if best else None,
             ensemble_select_accuracy=curve[-1][1] if curve else None,
             images_per_second=sum(metrics.get("images_per_second", 0.0) for *_, metrics in self.running.values()),
@@ -159,7 +163,7 @@ class LiveBoard:
 
     def _summary(self) -> str:
         before = [f"{self.earlier} from earlier starts"] if self.earlier else []
-        states = [f"{n} {outcome}" for outcome, n in self.outcomes.most_common()] or ["none finished yet"]
+        states = [f"{n} {outcome}" for outcome, n in Counter(self.ends.values()).most_common()] or ["none finished yet"]
         parts = [f"trials: {', '.join([*before, *states])}, {len(self.running)} running"]
         if self.trials:
             parts[0] += f", {self.trials} in all"
@@ -183,7 +187,7 @@ class LiveBoard:
         guesses = []
         if self.deadline is not None:
             guesses.append(self.deadline - time.time())
-        ended = sum(self.outcomes.values())
+        ended = len(self.ends)
         if self.trials and ended:
             guesses.append((self.trials - self.earlier - ended) * (time.time() - self.began) / ended)
         return f"about {_clock(max(0.0, min(guesses)))} left" if guesses else "time left: unknown yet"

@@ -1,5 +1,6 @@
 """What a command line asks for, with everything checked that can be wrong: before anything is written or started."""
 
+import uuid
 from dataclasses import dataclass
 
 import optuna
@@ -12,7 +13,7 @@ from search.config import SearchConfig, Task
 from search.knowledge import read_earlier
 from search.spaces import Space, load_space
 from trainables.backbones import WeightSource, check_backbone, check_image_size, find_weights
-from trainables.candidate import RUNS, exists, reach, read_json
+from trainables.candidate import RUNS, exists, reach, read_json, study_name
 from trainables.classic import NETWORKS
 from trainables.config import TrialConfig
 from trainables.data import Data, prepare
@@ -32,6 +33,7 @@ class Plan:
     space: Space
     backbones: dict[str, WeightSource | None]
     trials: int | None
+    study: str  # its name in the study's storage
     missing: list[str]  # backbones whose pretrained weights were not found
     earlier: list[FrozenTrial]  # of --warm-start
 
@@ -41,7 +43,9 @@ def make_plan(config: SearchConfig) -> Plan:
     space = load_space(_auto_space(config) if config.space == "auto" else config.space, config.scale)
     wanted = dict(space.backbones)
     if config.backbones:
-        wanted = {b: "scratch" if config.from_scratch or b in NETWORKS else "pretrained" for b in config.backbones}
+        # in one order however they are named, for Optuna wants the same choices when a sweep goes on
+        names = sorted(config.backbones)
+        wanted = {b: "scratch" if config.from_scratch or b in NETWORKS else "pretrained" for b in names}
     for name in wanted:
         check_backbone(name)
     backbones: dict[str, WeightSource | None] = {}
@@ -60,19 +64,21 @@ def make_plan(config: SearchConfig) -> Plan:
     data = prepare(config.data, config.data_dir, size=config.stored_size)
     splits = make_splits(data.labels, data.fingerprint, config.split_seed)
     _check_space(space, backbones, data, splits, config)
-    run = reach(config.run or f"{RUNS}/{config.data}-{space.name}")
+    run = reach(config.run or f"{RUNS}/{config.data}-{space.name}{'-tiny' if config.scale == 'tiny' else ''}")
     if in_cluster() and not run.is_absolute():
         raise UserError(
             f"run directory {run} would lie in the job's copy of the sources, which is deleted; "
             "name one that all nodes see: --run /shared/NAME or --run s3://BUCKET/NAME"
         )
     run = run.absolute()
+    # unique, for a database may hold the studies of many runs
+    study = study_name(run) if exists(run / "run.json") else f"{run.name}-{uuid.uuid4().hex[:8]}"
     other_budget = config.minutes or config.device_hours or config.target_accuracy or config.stop_on_plateau
     trials = config.trials or (None if other_budget else space.trials)
     metric = "tune_accuracy" if config.objective == "accuracy" else "tune_log_loss"
     task = make_task(backbones, data, splits, config, device="cpu")
     earlier = [t for old in config.warm_start for t in read_earlier(old, metric, lambda t: space.suggest(t, task))]
-    return Plan(run, data, splits, space, backbones, trials, missing, earlier)
+    return Plan(run, data, splits, space, backbones, trials, study, missing, earlier)
 
 
 def make_task(
@@ -115,8 +121,9 @@ def _check_space(
 def _auto_space(config: SearchConfig) -> str:
     if config.run and exists(reach(config.run) / "run.json"):
         begun = read_json(reach(config.run) / "run.json")
+        asked = begun.get("search", {}).get("space", "auto")
         if "space" in begun:  # a run that goes on on another machine keeps its space
-            return str(begun["space"])
+            return str(begun["space"] if asked == "auto" else asked)
     if config.data == "digits":
         return "dry_run"
     has_gpus = torch.cuda.is_available() or in_cluster()  # a cluster is joined for its GPUs

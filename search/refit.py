@@ -19,15 +19,16 @@ import tyro
 from rich.progress import Progress
 from upath import UPath
 
-from cluster.connect import connect, disconnect, in_cluster
+from cluster.connect import in_cluster
 from ensemble.ensemble import Ensemble, Member, read_ensemble, write_ensemble
 from ensemble.report import summary, write_report
 from ensemble.show import make_console
 from search.config import SearchConfig
-from search.lanes import Lanes
+from search.lanes import Lanes, connected
+from search.lock import lock_run
 from search.tuner import run_trials
 from trainables.backbones import find_weights
-from trainables.candidate import is_local, open_run, read_json, read_run, write_json
+from trainables.candidate import is_local, open_run, read_json, read_run, remove_temporaries, write_json
 from trainables.config import TrialConfig
 from trainables.errors import UserError, exit_on_user_error
 from trainables.share import open_shared, share_data
@@ -90,6 +91,8 @@ def refit(args: Refit) -> tuple[UPath, Ensemble]:
     target = UPath(f"{source}-refit").absolute()
     jobs = [_job(source, target, info, member) for member in _to_train(ensemble)]
     _open_target(target, source, info, ensemble)
+    lock = lock_run(target)
+    remove_temporaries(target)
     missing = [job for job in jobs if not (target / "candidates" / job["id"] / "candidate.json").exists()]
     console = make_console()
     images = len(load_splits(target).train)
@@ -98,20 +101,18 @@ def refit(args: Refit) -> tuple[UPath, Ensemble]:
         _train(missing, _lane_config(info), Progress(console=console))
     refitted = _refitted(ensemble)
     write_ensemble(target, refitted)
+    if lock is not None:
+        lock.release()
     return target, refitted
 
 
 def _train(jobs: list[dict[str, Any]], config: SearchConfig, progress: Progress) -> None:
-    connect()
-    try:
+    with connected(), progress:
         lanes = Lanes(config)
         for job in jobs:
             job["gpus"] = lanes.spec.gpus
-        with progress:
-            going = Jobs(jobs, progress)
-            run_trials(going, run_trial, lanes.spec, lambda: lanes.now(wanted=len(jobs)))
-    finally:
-        disconnect()
+        going = Jobs(jobs, progress)
+        run_trials(going, run_trial, lanes.spec, lambda: lanes.now(wanted=len(jobs)))
     if going.stopping:
         raise UserError("stopped before all members were trained; the same command goes on")
     if going.errors:
@@ -217,7 +218,11 @@ def _label(job: dict[str, Any]) -> str:
 def main() -> None:
     with exit_on_user_error():
         args = tyro.cli(Refit, description=Refit.__doc__, prog="python -m search.refit")
-        run, ensemble = refit(args)
+        try:
+            run, ensemble = refit(args)
+        except KeyboardInterrupt:  # the second Ctrl-C, or one before anything ran
+            print("stopped; the same command goes on", file=sys.stderr)
+            sys.exit(130)
         print(f"{len(ensemble.members)} members retrained; ensemble {ensemble.name} in {run}")
         if read_run(run)["splits"].get("test"):
             print("\n".join(summary(write_report(run, ensemble))))

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import optuna
 import tyro
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from upath import UPath
 
-from cluster.connect import connect, disconnect, in_cluster
+from cluster.connect import in_cluster
 from cluster.metrics import SweepMetrics
 from ensemble.ensemble import Ensemble, write_ensemble
 from ensemble.report import PAGE, summary, write_report
@@ -29,8 +28,9 @@ from ensemble.show import make_console
 from search.budget import Budget, WeightStore, parse_keep
 from search.config import SearchConfig
 from search.knowledge import add_earlier, enqueue_first
-from search.lanes import Lanes
+from search.lanes import Lanes, connected
 from search.live import EnsembleSoFar, LiveBoard
+from search.lock import lock_run
 from search.objective import Contribution
 from search.plan import Plan, checked, make_plan, make_task
 from search.study import fetch_study, open_study, store_study
@@ -70,13 +70,16 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         instead = "it starts from random ones" if name in plan.backbones else "this sweep runs without it"
         console.print(f"{name}: no pretrained weights found here, so {instead}", style="yellow")
     if config.storage:  # one that cannot be opened is told before anything is written
-        open_study(config.storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
-    _open_run(plan, config)
-    lock = _lock(plan.run)
+        open_study(config.storage, plan.study, config.objective, config.sampler, config.pruner, config.seed)
+    try:
+        _open_run(plan, config)
+        lock = lock_run(plan.run)
+    except OSError as error:
+        raise UserError(f"run directory {plan.run} cannot be written ({error}); name another with --run") from error
     remove_temporaries(plan.run)
     file = None if config.storage else fetch_study(plan.run)
     storage = config.storage or f"sqlite:///{file}"
-    study = open_study(storage, plan.run.name, config.objective, config.sampler, config.pruner, config.seed)
+    study = open_study(storage, plan.study, config.objective, config.sampler, config.pruner, config.seed)
     add_earlier(study, plan.earlier)
     enqueue_first(study, plan.space.first, list(plan.backbones))
     used = float(study.user_attrs.get(SECONDS_USED, 0.0))
@@ -95,7 +98,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     live = EnsembleSoFar(plan.run, config.top_k)
     board = LiveBoard(live, plan.trials, deadline, plan.splits.shared)
     budget = Budget(
-        trials=plan.trials, deadline=deadline,
+        trials=plan.trials, began=began, deadline=deadline,
         device_seconds=None if config.device_hours is None else 3600 * config.device_hours,
         target_accuracy=config.target_accuracy, plateau=config.stop_on_plateau, final_seeds=config.final_seeds,
     )  # fmt: skip
@@ -111,8 +114,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     board.earlier = len(going.tried) - len(going.waiting)
     if going.has_more():
         _print_start(console, plan, config, going)
-        dashboard = connect()
-        try:
+        with connected() as dashboard:
             lanes = Lanes(config, console.print)
             spec = lanes.spec
             job["gpus"] = spec.gpus
@@ -131,8 +133,6 @@ def sweep(config: SearchConfig) -> Ensemble | None:
             with board:
                 while going.has_more() and not going.stopping:
                     run_trials(going, run_trial, spec, lanes_now)
-        finally:
-            disconnect()
         going.remove_stale_checkpoints()
     if not going.stopping:
         going.close()
@@ -158,6 +158,12 @@ def _open_run(plan: Plan, config: SearchConfig) -> None:
                 f"{plan.run} is a sweep over {', '.join(info['backbones'])}, not over {', '.join(asked)}; "
                 "ask for the same backbones (and have their weights), or name another with --run"
             )
+        began = (info.get("space", plan.space.name), info.get("search", {}).get("scale", config.scale))
+        if began != (plan.space.name, config.scale):
+            raise UserError(
+                f"{plan.run} is a sweep of space {began[0]} at scale {began[1]}, not of {plan.space.name} at "
+                f"{config.scale}; ask for the same, or name another with --run"
+            )
     splits, data = plan.splits, plan.data
     if in_cluster() or not is_local(plan.run):
         share_data(plan.run, data)  # of an old run, too: it may have begun on one machine, without a copy
@@ -181,24 +187,13 @@ def _open_run(plan: Plan, config: SearchConfig) -> None:
             },
             "search": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
             "space": plan.space.name,
+            "study": plan.study,
             "backbones": sorted(plan.backbones),
             "command": shlex.join(sys.argv),
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
             "created": time.time(),
         },
     )  # fmt: skip
-
-
-def _lock(run: UPath) -> FileLock | None:
-    """Held until this process ends: two sweeps in one run directory would train the same trials."""
-    if not is_local(run):
-        return None  # object stores have no locks
-    lock = FileLock(str(run / ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another search.run is at work in {run}; wait for it, or name another with --run") from None
-    return lock
 
 
 def _conclude(console: Console, plan: Plan, config: SearchConfig, going: Sweep, began: float) -> Ensemble | None:

@@ -63,7 +63,8 @@ def fetch_study(run: UPath) -> Path:
         return Path(str(run)) / "study.db"
     copy = default_cache() / "studies" / f"{hashlib.sha256(str(run).encode()).hexdigest()[:20]}.db"
     copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.unlink(missing_ok=True)
+    for ending in ("", "-journal", "-wal", "-shm"):  # SQLite would roll a journal of the old copy into the new one
+        copy.with_name(copy.name + ending).unlink(missing_ok=True)
     if exists(run / "study.db"):
         write_bytes(UPath(copy), read_bytes(run / "study.db"))
     return copy

@@ -5,7 +5,6 @@ The study and the candidates on disk are the only state of a sweep. A trial that
 process or the next that opens the study.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -19,10 +18,10 @@ from search.budget import Budget, Goal, WeightStore
 from search.live import EnsembleSoFar
 from search.objective import Contribution
 from search.promotion import Rungs
+from search.proposals import Proposals
 from search.storage import flush
 from search.timing import Timing
-from search.values import Values, trial_id
-from search.view import ViewSampler
+from search.values import Values
 from trainables.candidate import (
     Candidate,
     StorageLost,
@@ -31,15 +30,14 @@ from trainables.candidate import (
     list_folder,
     read_json,
     remove_checkpoint,
+    trial_id,
 )
 from trainables.config import TrialConfig
-from trainables.errors import UserError
 
 CANDIDATE_OUTCOMES = ("finished", "time")  # the trial left a candidate
 TEACHING_OUTCOMES = ("diverged", "out of memory")  # told to the sampler as the worst value seen
 RETRIES = {"bug": 1}  # how often a trial is run again; lost nodes are the tuner's matter
-MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
-MOST_TOO_SLOW = 5  # proposals in a row that do not fit into the time left
+SAVE_S = 60.0
 
 
 class Board(Protocol):
@@ -65,7 +63,8 @@ class Sweep:
         live: the ensemble so far, which gets every candidate; needed by the budget's target, plateau and final seeds.
         contribution: values candidates by what they add to an ensemble; None: by their own score.
         store: deletes weights beyond the disk budget.
-        save: puts the study where the next process finds it; called before a trial starts and after it has ended.
+        save: puts the study where the next process finds it; called before a trial starts, after it has ended, and
+            every SAVE_S seconds between.
         clock: time.time(), or a simulation's.
 
     `propose_with` must be called before the first `next`, and `close` when nothing is left to run.
@@ -79,29 +78,24 @@ class Sweep:
     ) -> None:  # fmt: skip
         self.study, self.run, self.job, self.budget, self.weights = study, run, job, budget, weights
         self.board, self.live, self.contribution, self.store = board, live, contribution, store
-        self.save = save
-        self.suggest: Callable[[Trial], TrialConfig] | None = None
+        self.save, self.saved = save, clock()
         self.time, self.goal = Timing(study, budget, clock), Goal(budget, live)
         self.rungs = Rungs() if promote else None
         self.values = Values(study, self.rungs, contribution)
+        self.proposals = Proposals(study, self.time, live, self.values.retold)
         self.running: dict[str, Trial] = {}
         self.epochs: dict[str, int] = {}  # of every trial handed out
-        self.seeds: dict[str, str] = {}  # trials that are only a new seed -> whose configuration it is
         self.waiting: dict[str, Trial] = {}  # at a rung, with their checkpoints
         self.interrupted: list[Trial] = []
         self.retried: dict[str, int] = {}
         self.stopping = False
-        self.out_of_time = False  # too little is left for even one epoch of the next trial
         self.counted = 0  # trials of the study that count towards the budget, running ones included
         self.tried: set[str] = set()  # trials that have ended, or reached a rung and wait
-        self.proposed: set[str] = set()  # parameters of all trials of this sweep
-        seed = len(study.get_trials(deepcopy=False))
-        self.sampler = study.sampler = ViewSampler(study.sampler, study, self.values.retold, seed)
         self._resume()
 
     def propose_with(self, suggest: Callable[[Trial], TrialConfig]) -> None:
         """Who proposes a TrialConfig for an Optuna trial; a UserError from it marks the proposal as invalid."""
-        self.suggest = suggest
+        self.proposals.suggest = suggest
 
     # what is left to do
 
@@ -136,10 +130,7 @@ class Sweep:
             self._learn(candidate)
         for frozen in self.study.get_trials(deepcopy=False):
             id, attrs = trial_id(frozen.number), frozen.user_attrs
-            if "seed_of" in attrs:
-                self.seeds[id] = attrs["seed_of"]
-            if "config" in attrs:
-                self.proposed.add(_key(frozen.params))
+            self.proposals.note(frozen)
             if frozen.state == TrialState.RUNNING:
                 trial = Trial(self.study, frozen._trial_id)
                 self.retried[id] = int(attrs.get("retried", 0))
@@ -169,7 +160,7 @@ class Sweep:
 
     def _waits(self, id: str, frozen: FrozenTrial) -> bool:
         """Note the rungs that an earlier process saw the trial reach; whether it is RUNNING and waits at the last."""
-        if self.rungs is None or id in self.seeds:
+        if self.rungs is None or id in self.proposals.seeds:
             return False
         scores = {epoch: self.values.score(value) for epoch, value in sorted(frozen.intermediate_values.items())}
         kind = frozen.user_attrs["config"]["backbone"] if scores else ""
@@ -202,7 +193,7 @@ class Sweep:
         return {**self.job, "id": id, "config": config.to_dict(), "weights": weights, "deadline": deadline}
 
     def _wants_new(self) -> bool:
-        return not self.out_of_time and (self.budget.trials is None or self.counted < self.budget.trials)
+        return not self.proposals.out_of_time and (self.budget.trials is None or self.counted < self.budget.trials)
 
     def _promoted(self) -> str | None:
         """The waiting trial that goes on next, if any: by the rule, or because no new one can be finished in time."""
@@ -212,7 +203,7 @@ class Sweep:
         left = self.time.left()
         if by_rule is not None or left == math.inf:
             return by_rule
-        if self.out_of_time or self.time.too_short_for_a_trial():
+        if self.proposals.out_of_time or self.time.too_short_for_a_trial():
             return next((id for id in self.rungs.ranked() if self._seconds_to_finish(id) < left), None)
         return None
 
@@ -222,66 +213,11 @@ class Sweep:
         return self.time.of_epochs(frozen.user_attrs["config"], _epochs(frozen) - done)
 
     def _ask(self) -> Trial | None:
-        """A new trial with a configuration that can be trained in the time left, or None."""
-        assert self.suggest is not None, "propose_with() was not called"
-        self._enqueue_seed()
-        reason, too_slow, repeated = "", 0, False
-        for _ in range(MOST_INVALID):
-            self.sampler.exploring = repeated
-            trial = self.study.ask()
-            try:
-                config = self.suggest(trial)
-                if not repeated and self._tried_before(trial):  # the next proposal is a random one
-                    repeated = True
-                    raise UserError("these parameters have been tried")
-            except UserError as error:
-                trial.set_user_attr("outcome", "invalid")
-                trial.set_user_attr("error", str(error))
-                self.study.tell(trial, state=TrialState.FAIL)
-                reason = str(error)
-                continue
-            shortened = self.time.fit(config)
-            if shortened is None:
-                self.study.tell(trial, state=TrialState.FAIL)
-                too_slow += 1
-                if too_slow == MOST_TOO_SLOW:
-                    self.out_of_time = True
-                    return None
-                continue
-            if "seed_of" in trial.user_attrs:
-                self.seeds[trial_id(trial.number)] = trial.user_attrs["seed_of"]
-            trial.set_user_attr("config", shortened.to_dict())
-            self.proposed.add(_key(trial.params))
-            return trial
-        raise UserError(
-            f"{MOST_INVALID} proposals in a row cannot be trained, the last because {reason}; mend the space"
-        )
-
-    def _tried_before(self, trial: Trial) -> bool:
-        """Whether a sampler saw its favourite again and would pay for it again.
-
-        Another seed is no repetition; nor is the next of a space of fixed recipes, whose number alone tells it apart.
-        """
-        return bool(trial.params) and "seed_of" not in trial.user_attrs and _key(trial.params) in self.proposed
-
-    def _enqueue_seed(self) -> None:
-        """In the last part of the budget: make the next proposal a member of the ensemble again, with another seed.
-
-        Members take turns, the heaviest first. A space gives every trial a seed of its own (its number).
-        """
+        """A new trial, or None; in the last part of the budget a member of the ensemble again, with another seed."""
         share = self.budget.final_seeds
-        if not share or self.live is None or not self.live.members or self._share_used() < 1 - share:
-            return
-        weights: dict[str, float] = {}  # of a configuration: its seeds' together
-        for id, weight in self.live.members.items():
-            if id.isdigit():  # others were added by other tools
-                weights[self.seeds.get(id, id)] = weights.get(self.seeds.get(id, id), 0.0) + weight
-        trials = self.study.get_trials(deepcopy=False)
-        known = {id: trials[int(id)] for id in weights if int(id) < len(trials) and trials[int(id)].params}
-        if known:
-            taken = list(self.seeds.values())
-            root = min(known, key=lambda id: (taken.count(id), -weights[id]))
-            self.study.enqueue_trial(known[root].params, user_attrs={"seed_of": root})
+        if share and self._share_used() >= 1 - share:
+            self.proposals.enqueue_seed()
+        return self.proposals.ask()
 
     def _share_used(self) -> float:
         """How much of the budget is used, 0 to 1: of whichever limit is nearest."""
@@ -299,7 +235,7 @@ class Sweep:
             return False
         if self.stopping or self.enough():
             return True
-        if id in self.seeds:  # of a configuration that has proved its worth
+        if id in self.proposals.seeds:  # of a configuration that has proved its worth
             return False
         if self.rungs is None:
             pruned = trial.should_prune()
@@ -321,6 +257,7 @@ class Sweep:
         self.time.end(id)
         if id in self.waiting:  # also when it was cut or lost just there: the checkpoint is older than the report
             self.tried.add(id)
+            self._save()
             self.board.ended(id, "waiting", result)
             return
         if outcome == "storage lost":  # there is nothing that could go on
@@ -385,6 +322,8 @@ class Sweep:
     def tick(self) -> None:
         """Called a few times a second while trials run."""
         self.time.save()
+        if self.time.clock() - self.saved > SAVE_S:  # what was spent outlives the machine that this runs on
+            self._save()
         self.board.refresh()
 
     def remove_stale_checkpoints(self) -> None:
@@ -395,6 +334,7 @@ class Sweep:
                 remove_checkpoint(self.run, path.name)
 
     def _save(self) -> None:
+        self.saved = self.time.clock()
         flush(self.study)
         self.save()
 
@@ -409,7 +349,3 @@ class Sweep:
 def _epochs(trial: FrozenTrial) -> int:
     """How many epochs its configuration asks for; 0 when it died before that was known."""
     return int(trial.user_attrs.get("config", {}).get("epochs", 0))
-
-
-def _key(params: dict[str, Any]) -> str:
-    return json.dumps(params, sort_keys=True, default=str)

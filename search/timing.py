@@ -22,7 +22,7 @@ class Timing:
 
     Args:
         study: keeps what was spent.
-        budget: its `deadline` and `device_seconds`.
+        budget: its `began`, `deadline` and `device_seconds`.
         clock: time.time(), or a simulation's.
     """
 
@@ -32,7 +32,8 @@ class Timing:
         self.began: dict[str, float] = {}  # of every running trial
         self.seconds_per_epoch: dict[tuple[str, str], float] = {}  # by what decides it, see _speed_key
         self.seconds_of_trials: list[float] = []  # that were trained to the end
-        self._started = self._saved = clock()
+        self._saved = clock()
+        self._started = self._saved if budget.began is None else budget.began
         self._used = float(study.user_attrs.get(SECONDS_USED, 0.0))
         self._device_seconds = float(study.user_attrs.get(DEVICE_SECONDS, 0.0))
 

@@ -23,7 +23,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from trainables.worker import LaneSpec, Metrics, Target, run_in_lane
+from trainables.worker import NOT_STARTED, LaneSpec, Metrics, Target, run_in_lane
 
 TICK_S = 0.5
 NOTICE_S = 30.0  # until a cluster has noticed that a machine is gone
@@ -165,7 +165,10 @@ class _Bridge:
         if trial_id not in self.running:
             return
         id = self.running[trial_id]["id"]
-        self.losses[id] += 1
+        if NOT_STARTED in error:  # other jobs of the cluster have the room now
+            print(f"{id} waits: {error}", file=sys.stderr, flush=True)
+        else:
+            self.losses[id] += 1
         if self.losses[id] > MAX_LOSSES:
             self.finish(trial_id, {"outcome": "lost node", "error": error})
         else:

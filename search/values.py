@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.knowledge import rescaled
 from search.objective import Contribution
 from search.promotion import Rungs
+from trainables.candidate import trial_id
 
 
 class Values:
@@ -71,8 +72,3 @@ class Values:
                 score = self.score(self.rungs.scores[min(reached)][id])
                 told.state, told.intermediate_values = TrialState.PRUNED, {-min(reached): score}
         return told
-
-
-def trial_id(number: int) -> str:
-    """The id under which a trial of the study is known everywhere else: its candidate's folder, the board."""
-    return f"{number:04d}"

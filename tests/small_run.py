@@ -22,7 +22,7 @@ def train_run(path: Path, data_dir: Path, trials: int = 3, epochs: int = 4) -> t
     config = SearchConfig(data="folder", data_dir=data_dir, space="laptop", backbones=("speednet",), run=str(path))
     plan = make_plan(config)
     search_run._open_run(plan, config)
-    study = open_study(f"sqlite:///{path}/study.db", plan.run.name, "accuracy", "tpe", "none", 0)
+    study = open_study(f"sqlite:///{path}/study.db", plan.study, "accuracy", "tpe", "none", 0)
     job = {
         "run": str(plan.run), "weights": None, "gpus": 0, "deadline": None,
         "data": {"path": str(plan.data.path), "name": "folder", "size": None, "data_dir": str(data_dir)},

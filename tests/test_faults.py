@@ -149,7 +149,7 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(drivers: Drivers, tmp_path
     assert len(killed) == KILLS
     assert drivers.starts - drivers.slow_starts - drivers.lost_rays == 1 + killed.count("driver") == 7
 
-    study = optuna.load_study(study_name="run", storage=f"sqlite:///{run}/study.db")
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{run}/study.db")
     states = [trial.state.name for trial in study.trials]
     assert "RUNNING" not in states
     assert states.count("COMPLETE") == TRIALS

@@ -17,6 +17,20 @@ def line(board: LiveBoard, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+def test_a_trial_that_goes_on_from_its_rung_waits_no_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    s = sweep(tmp_path)
+    assert s.live is not None
+    board = LiveBoard(s.live, trials=4, deadline=None, shared=False)
+    for id in ("0000", "0001"):
+        board.started(id, TrialConfig())
+        board.ended(id, "waiting", {})
+    assert line(board, capsys).startswith("trials: 2 waiting, 0 running, 4 in all; ")
+    board.started("0001", TrialConfig())
+    assert line(board, capsys).startswith("trials: 1 waiting, 1 running, 4 in all; ")
+    board.ended("0001", "finished", {})
+    assert line(board, capsys).startswith("trials: 1 waiting, 1 finished, 0 running, 4 in all; ")
+
+
 def test_trials_of_earlier_starts_are_counted_but_do_not_make_this_one_look_fast(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,7 +101,7 @@ def test_killed_three_times_and_interrupted_once_nothing_is_lost_or_repeated(tmp
     resumed = [epoch for c in candidates for epoch in c.info["resumed_after_epochs"]]
     assert len(resumed) >= 3, "interrupted trials went on from their last epoch"
     assert min(resumed) >= 1
-    study = optuna.load_study(study_name="run", storage=f"sqlite:///{run}/study.db")
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{run}/study.db")
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 4
     assert not list(run.glob("checkpoints/*/*"))
 

@@ -1,5 +1,6 @@
 """search.refit: the chosen members trained anew on everything, the selection untouched."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,8 +10,12 @@ import numpy as np
 import pytest
 from upath import UPath
 
+from ensemble.demo import Examples, build_page
 from ensemble.ensemble import Ensemble, Member, read_ensemble, write_ensemble
+from ensemble.export import export
+from ensemble.report import summary, write_report
 from search.config import SearchConfig
+from search.lock import lock_run
 from search.refit import Refit, refit, without_validation
 from search.run import sweep
 from tests.tiny_space import write_space
@@ -53,6 +58,12 @@ def test_members_are_trained_on_everything_and_the_selection_stays(pictures: Pat
         assert not (after.path / "select_probs.npy").exists()
     written = {path: path.stat().st_mtime for path in Path(str(target)).glob("candidates/*/candidate.json")}
 
+    held = lock_run(target)
+    assert held is not None
+    with pytest.raises(UserError, match="another search is at work"):
+        refit(Refit(run=str(run), ensemble="both"))
+    held.release()
+
     # the same command again, as a user types it, has nothing to train, reads the test part and says where it is
     ended = subprocess.run(
         [sys.executable, "-m", "search.refit", "--run", str(target)], cwd=ROOT, capture_output=True, text=True
@@ -67,6 +78,21 @@ def test_members_are_trained_on_everything_and_the_selection_stays(pictures: Pat
     ended = subprocess.run([*predict, "--out", str(tmp_path / "p.csv")], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 91
+
+    # it can be shown and exported, although there is no select split to take pictures from
+    async def answer(content: bytes) -> dict:
+        return {}
+
+    assert Examples.of(target) is None
+    build_page(target, ensemble, Examples.of(target), answer, tmp_path)
+    exported = export(target, ensemble, tmp_path / "e.pt2", "torch")
+    assert (exported.real, exported.images) == (False, 1000)
+
+    # and reported on when its ensemble does not say which single model was best
+    found = write_report(target, dataclasses.replace(ensemble, scores={}))
+    assert found["test"].keys() == {"ensemble"}
+    assert [line.split()[0] for line in summary(found)] == ["ensemble"]
+
     ended = subprocess.run(
         [sys.executable, "-m", "ensemble.select", "--run", str(target)], cwd=ROOT, capture_output=True, text=True
     )

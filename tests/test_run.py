@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cluster.connect import Node
 from search import run as search_run
 from search.config import SearchConfig
 from search.lanes import lanes_for
+from search.lock import lock_run
 from search.plan import make_plan
 from trainables.backbones import build
 from trainables.config import TrialConfig
@@ -30,7 +32,7 @@ def suggest(trial, task):
 def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, run: Path, *args: str) -> str:
     """The one line on stderr of a command that must be refused."""
     monkeypatch.setattr(sys, "argv", ["search.run", *args, "--run", str(run)])
-    monkeypatch.setattr(search_run, "connect", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(search_run, "connected", lambda: pytest.fail("Ray was started"))
     before = sorted(run.rglob("*")) if run.exists() else []
     with pytest.raises(SystemExit) as exit:
         search_run.main()
@@ -62,6 +64,8 @@ def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, run:
         (["--warm-start", "nowhere"], "nowhere is not a run directory"),
         (["--top-k", "0"], "--top-k is 0"),
         (["--workers-per-trial", "0"], "--workers-per-trial is 0"),
+        (["--cpus-per-trial", "0"], "--cpus-per-trial is 0"),
+        (["--gpus-per-trial", "1.5"], "--gpus-per-trial is 1.5"),
     ],
 )
 def test_mistakes_on_the_command_line(
@@ -95,6 +99,23 @@ def test_a_space_file_with_an_error_in_it(
     assert "ZeroDivisionError" in refused(capsys, monkeypatch, tmp_path / "run", "--space", str(tmp_path / "broken.py"))
 
 
+def test_a_space_file_that_cannot_propose(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.py").write_text(SPACE.replace("batch_size=4096", "learning_rate=0.1"))
+    line = refused(capsys, monkeypatch, tmp_path / "run", "--space", str(tmp_path / "broken.py"))
+    assert "broken.py cannot propose: TypeError" in line
+    assert "learning_rate" in line
+
+
+def test_a_run_directory_that_cannot_be_written(
+    pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "laptop", "--backbones", "speednet"]
+    assert "cannot be written" in refused(capsys, monkeypatch, tmp_path / "file/run", *args)
+
+
 def test_a_class_folder_without_images(
     pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -124,8 +145,8 @@ def test_a_run_directory_that_another_search_is_working_in(
     config = SearchConfig(data="folder", data_dir=pictures, space="laptop", backbones=("speednet",), run=str(tmp_path))
     plan = make_plan(config)
     search_run._open_run(plan, config)
-    held = search_run._lock(plan.run)
-    assert "another search.run is at work" in refused(capsys, monkeypatch, tmp_path, *args)
+    held = lock_run(plan.run)
+    assert "another search is at work" in refused(capsys, monkeypatch, tmp_path, *args)
     assert held is not None
     held.release()
 
@@ -137,6 +158,27 @@ def test_a_run_directory_of_other_backbones(
     search_run._open_run(make_plan(config), config)
     args = ["--data", "folder", "--data-dir", str(pictures), "--space", "laptop", "--backbones", "keras_cnn"]
     assert "a sweep over speednet, not over keras_cnn" in refused(capsys, monkeypatch, tmp_path, *args)
+
+
+def test_a_run_directory_of_another_scale(
+    pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = SearchConfig(data="folder", data_dir=pictures, space="laptop", scale="tiny", backbones=("speednet",))
+    assert make_plan(config).run.name == "folder-laptop-tiny"
+    config = replace(config, run=str(tmp_path))
+    search_run._open_run(make_plan(config), config)
+    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "laptop", "--backbones", "speednet"]
+    assert "at scale tiny, not of laptop at full" in refused(capsys, monkeypatch, tmp_path, *args)
+
+
+def test_a_study_belongs_to_one_run_whatever_its_folder_is_called(pictures: Path, tmp_path: Path) -> None:
+    config = SearchConfig(data="folder", data_dir=pictures, space="laptop", run=str(tmp_path / "a/photos"))
+    plan = make_plan(config)
+    search_run._open_run(plan, config)
+    assert make_plan(config).study == plan.study
+    (tmp_path / "a/photos").rename(tmp_path / "moved")
+    assert make_plan(replace(config, run=str(tmp_path / "moved"))).study == plan.study
+    assert make_plan(replace(config, run=str(tmp_path / "b/photos"))).study != plan.study  # in the same database
 
 
 def test_a_run_that_goes_on_in_a_cluster_keeps_its_space_and_gets_the_data(
@@ -182,6 +224,8 @@ def test_weights_by_name_from_a_folder(tmp_path: Path) -> None:
         ([Node(64)], {}, (1, 8.0, 0.0, 8)),
         ([Node(32, 4)], {}, (1, 8.0, 1.0, 4)),
         ([Node(32, 4)], {"gpus_per_trial": 0.5}, (1, 4.0, 0.5, 8)),
+        ([Node(32, 2)], {"gpus_per_trial": 0.6}, (1, 16.0, 0.6, 2)),  # no trial gets parts of two GPUs
+        ([Node(32, 4)], {"gpus_per_trial": 2.0}, (1, 16.0, 2.0, 2)),
         ([Node(32, 4)], {"workers_per_trial": 2}, (2, 8.0, 1.0, 2)),
         ([Node(2)], {"cpus_per_trial": 2.0}, (1, 2.0, 0.0, 1)),
         ([Node(2)], {"workers_per_trial": 2}, (2, 1.0, 0.0, 1)),

@@ -129,8 +129,10 @@ def test_a_study_goes_to_the_store_and_comes_back(store: Store) -> None:
     study.tell(study.ask(), 0.5)
     store_study(run, copy)
     study.tell(study.ask(), 0.7)  # in the copy alone
+    copy.with_name(f"{copy.name}-journal").write_bytes(b"of a transaction that a kill cut")
     again = open_study(f"sqlite:///{fetch_study(run)}", "study", "accuracy", "random", "none", 0)
     assert [trial.value for trial in again.trials] == [0.5]
+    assert not copy.with_name(f"{copy.name}-journal").exists()
 
 
 def test_a_node_copies_the_prepared_data_once(

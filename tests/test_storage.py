@@ -30,7 +30,7 @@ from search.sweep import Sweep
 from tests.hand_sweep import NoBoard, climb, finish, scores, suggest, take
 from tests.test_pipeline import SearchProcess, arguments, epochs_on_disk
 from tests.tiny_space import write_space
-from trainables.candidate import list_candidates, open_run, write_array, write_json
+from trainables.candidate import list_candidates, open_run, study_name, write_array, write_json
 from trainables.errors import UserError
 
 PATIENCE = 60  # seconds for a server to start or end
@@ -214,7 +214,7 @@ def trials_seen(dashboard: str, name: str) -> list[str]:
     """States of the study's trials, as the dashboard's page would get them."""
     with contextlib.suppress(OSError):  # it is still starting
         studies = _get(f"{dashboard}/api/studies")["study_summaries"]
-        ids = [study["study_id"] for study in studies if study["study_name"] == name]
+        ids = [study["study_id"] for study in studies if study["study_name"].startswith(name)]
         if ids:
             return [trial["state"] for trial in _get(f"{dashboard}/api/studies/{ids[0]}?after=0")["trials"]]
     return []
@@ -239,7 +239,8 @@ def test_a_sweep_on_postgresql_is_killed_and_goes_on_while_the_dashboard_looks(
     output = SearchProcess(*args, log=log).finish()
 
     assert trials_seen(dashboard, "sweep") == ["Complete"] * 4
-    study = optuna.load_study(study_name="sweep", storage=postgresql)
+    name = study_name(open_run(run))
+    study = optuna.load_study(study_name=name, storage=postgresql)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
     candidates = list_candidates(open_run(run))
     assert [candidate.id for candidate in candidates] == ["0000", "0001", "0002", "0003"]
@@ -247,5 +248,5 @@ def test_a_sweep_on_postgresql_is_killed_and_goes_on_while_the_dashboard_looks(
     assert "ensemble     test accuracy" in output
     assert (run / "report.html").exists()
     # a report and a later sweep read the study there
-    assert len(load_study_for_report(postgresql, "sweep").trials) == 4
+    assert len(load_study_for_report(postgresql, name).trials) == 4
     assert len(read_earlier(str(run), "tune_accuracy", suggest)) == 4

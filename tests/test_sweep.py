@@ -10,6 +10,7 @@ import pytest
 from optuna.trial import TrialState
 from upath import UPath
 
+from ensemble.pool import load_pool
 from search.budget import Budget, parse_keep
 from search.config import Task
 from search.spaces import intel_lites
@@ -312,12 +313,12 @@ def test_the_last_part_goes_to_new_seeds_of_the_members(tmp_path: Path) -> None:
         finish(s, job, true=true)
     assert set(s.live.members) == {"0000", "0002"}  # type: ignore[union-attr]
     seeded = [take(s), take(s)]
-    assert {s.seeds[job["id"]] for job in seeded} == {"0000", "0002"}
+    assert {s.proposals.seeds[job["id"]] for job in seeded} == {"0000", "0002"}
     for job in seeded:
-        same = {**configs[s.seeds[job["id"]]], "seed": int(job["id"])}
+        same = {**configs[s.proposals.seeds[job["id"]]], "seed": int(job["id"])}
         assert job["config"] == same
     assert not s.report(seeded[0]["id"], scores(0.1, 1))  # it does not wait at a rung
-    assert sweep(tmp_path, trials=8, final_seeds=0.5).seeds == s.seeds
+    assert sweep(tmp_path, trials=8, final_seeds=0.5).proposals.seeds == s.proposals.seeds
 
 
 def test_weights_that_can_no_longer_matter_are_dropped(tmp_path: Path) -> None:
@@ -329,6 +330,28 @@ def test_weights_that_can_no_longer_matter_are_dropped(tmp_path: Path) -> None:
     kept = [c.id for c in list_candidates(s.run) if c.has_weights]
     assert kept == ["0000", "0001", "0005"]  # the live member, the saved one, and the best of the others
     assert all((c.path / "select_probs.npy").exists() for c in list_candidates(s.run))
+    left_out = load_pool([s.run]).left_out  # an ensemble that is chosen later can predict new images
+    assert {id for id, why in left_out.items() if "--keep-weights" in why} == {"0002", "0003", "0004"}
+
+
+def test_what_was_spent_is_put_where_the_next_process_finds_it_while_a_long_trial_runs(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=1)
+    now, saved = time.time(), []
+    s.time.clock = lambda: now
+    s.save = lambda: saved.append(s.study.user_attrs.get(SECONDS_USED, 0.0))
+    take(s)
+    for _ in range(300):
+        now += 1
+        s.tick()
+    assert len(saved) == 5  # before the trial, and every minute
+    assert saved[-1] > 200
+
+
+def test_time_counts_from_where_the_process_began(tmp_path: Path) -> None:
+    s = sweep(tmp_path, began=time.time() - 1000)
+    s.time._saved = 0.0
+    s.time.save()
+    assert s.study.user_attrs[SECONDS_USED] >= 1000
 
 
 def test_sizes_of_weights_to_keep() -> None:

@@ -14,7 +14,7 @@ from cluster.connect import Node, connect, disconnect, nodes
 from search import tuner
 from search.lanes import RAY_DIED
 from search.tuner import run_trials
-from trainables.worker import LaneSpec
+from trainables.worker import NOT_STARTED, LaneSpec
 
 LANE = LaneSpec(workers=1, cpus=1)
 
@@ -165,6 +165,18 @@ def test_what_a_lost_lane_leaves_goes_first_and_the_count_starts_anew_with_every
     assert bridge.has_more()
     bridge.interrupt()
     assert sweep.results[last["id"]] == {"outcome": "interrupted"}
+
+
+def test_a_job_that_finds_no_room_waits_and_has_lost_nothing(capfd):
+    sweep = Sweep([{"epochs": 1}])
+    bridge = tuner._Bridge(sweep, lambda: 1)
+    job = bridge.next("a")
+    for _ in range(tuner.MAX_LOSSES + 1):
+        bridge.lose("a", f"LaneLost: {NOT_STARTED} within 300 s")
+        assert bridge.next("a") == job
+    assert f"{job['id']} waits: LaneLost: {NOT_STARTED}" in capfd.readouterr().err
+    bridge.finish("a", {"outcome": "finished"})
+    assert sweep.results == {job["id"]: {"outcome": "finished"}}
 
 
 def test_lanes_may_come_and_go():

@@ -2,22 +2,27 @@
 
     runs/<name>/
       run.json                  data set, class names, split fingerprint, ... (needs `classes`, `split_fingerprint`)
+      study.db                  the Optuna study in SQLite, unless it lies in a database (--storage)
       splits.npz                train / tune / select indices, int64
       select_labels.npy         int64 (N,)
       candidates/<id>/
         candidate.json          written LAST: a candidate without it does not exist (needs `id`)
         select_probs.npy        float32 (N, C), rows sum to 1, in select_labels order
         tune_probs.npy          optional, the same for the tune split
-        weights.safetensors     absent for a candidate that only brings predictions
+        weights.safetensors     absent for a candidate that only brings predictions, and where --keep-weights has
+                                deleted them (candidate.json then has `weights_deleted`)
       checkpoints/<id>/         latest checkpoint of a trial that has not finished
       ensembles/<name>.json
+      report.html, report.json  of the ensemble written last
+      .lock                     held by the one search.run or search.refit that is at work here
       data/<name>-<fingerprint>/  of a run on a cluster or an object store: the prepared data set, see share.py
 
 A run directory may lie on an object store (s3://bucket/run, with s3fs installed). Everything here waits out an outage
 of the store of up to OUTAGE_S seconds; a longer one raises StorageLost.
 
-Only JSON, .npy without pickles, .npz and safetensors are ever read, so opening somebody else's run directory cannot run
-code. Neither torch nor Ray is imported here: listing candidates and reading their predictions takes milliseconds.
+Only JSON, .npy and .npz without pickles, safetensors, SQLite, and checkpoints as tensors alone (`weights_only`) are
+ever read, so opening somebody else's run directory cannot run code. Neither torch nor Ray is imported here: listing
+candidates and reading their predictions takes milliseconds.
 """
 
 import io
@@ -99,6 +104,16 @@ def open_run(path: AnyPath | None = None, root: AnyPath = RUNS) -> UPath:
     if not runs:
         raise UserError(f"no run directory under {root}/; make one with python -m search.run, or name one with --run")
     return max(runs, key=lambda run: (run / "run.json").stat().st_mtime)
+
+
+def trial_id(number: int) -> str:
+    """The candidate that a trial of the study becomes: "0007"."""
+    return f"{number:04d}"
+
+
+def study_name(run: UPath) -> str:
+    """What the run's study is called in its storage: the folder may have been renamed since, or copied."""
+    return str(read_run(run).get("study", run.absolute().name))
 
 
 def read_run(run: UPath) -> dict[str, Any]:

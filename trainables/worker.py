@@ -50,6 +50,7 @@ class Report(Protocol):
 Target = Callable[[Job, Report], dict[str, Any]]
 
 OUT_OF_MEMORY = "out of memory"  # the outcome
+NOT_STARTED = "the lane did not start"  # what a LaneLost says then, and search.tuner reads
 TRIES = 2  # lanes that a job gets when it hangs, or raises on a single rank
 HANG_S = 1800.0  # default of job["hang_s"]
 START_S = 300.0  # a lane may have to wait until another has given its resources back
@@ -255,7 +256,7 @@ class Lane:
                 raise LaneLost(self.end)
             elif len(self.ranks) < self.spec.workers:
                 if payload > START_S:
-                    raise LaneLost(f"the lane did not start within {START_S:g} s: does the cluster have {self.spec}?")
+                    raise LaneLost(f"{NOT_STARTED} within {START_S:g} s: does the cluster have {self.spec}?")
             elif payload > hang_s:
                 hung = f"training function hung: no sign of life for {hang_s:g} s"
                 raise LaneLost(hung, fault=_bug(hung))

@@ -1,7 +1,7 @@
 """Search spaces: one small Python file each, conditional by plain `if`.
 
 A space has
-    TRIALS: int                       trials when neither --trials nor --minutes is given
+    TRIALS: int                       trials when no budget is given
     BACKBONES: dict[str, str]         name -> "pretrained" (no weights: an error), "if found" (no weights: left out),
                                       "or scratch" (no weights: random ones, and the sweep says so), or "scratch"
     suggest(trial, task) -> TrialConfig
@@ -55,10 +55,18 @@ def load_space(name: str, scale: Scale = "full") -> Space:
     if missing:
         raise UserError(f"search space {name} lacks {', '.join(missing)}; see search/spaces/dry_run.py for the shape")
     first = getattr(module, "FIRST", [])
-    space = Space(Path(name).stem, module.TRIALS, module.BACKBONES, module.suggest, first)
-    if scale == "full":
-        return space
-    return space._replace(trials=TINY_TRIALS, suggest=lambda trial, task: _tiny(space.suggest(trial, task)))
+    tiny = scale == "tiny"
+
+    def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
+        try:
+            config = module.suggest(trial, task)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a user's file may raise, and Optuna when its choices have changed
+            raise UserError(f"search space {name} cannot propose: {type(error).__name__}: {error}") from error
+        return _tiny(config) if tiny else config
+
+    return Space(Path(name).stem, TINY_TRIALS if tiny else module.TRIALS, module.BACKBONES, suggest, first)
 
 
 def _tiny(config: TrialConfig) -> TrialConfig:

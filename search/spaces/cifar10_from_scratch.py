@@ -1,4 +1,4 @@
-"""A small CNN from scratch that watches its plateaus, against a fine-tuned VGG16 and others.
+"""A small CNN from scratch, which may wait for plateaus, against a fine-tuned VGG16 and others.
 
     python -m search.run --data cifar10 --data-dir data/cifar10 --space cifar10_from_scratch
 

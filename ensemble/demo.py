@@ -45,13 +45,15 @@ class Examples:
 
     @classmethod
     def of(cls, run: UPath) -> "Examples | None":
-        """None when the data set cannot be opened: neither from this machine nor from beside the run."""
+        """None when the data set cannot be opened, neither from this machine nor from beside the run; or when the
+        select split is empty, for a refit was trained on it, too."""
         info = read_run(run)
         try:
             data = open_shared(run, info["data"].get("path", ""))
         except (UserError, OSError):  # nowhere, damaged, or there is no room for a copy of it
             return None
-        return cls(data.images, load_splits(run).select, select_labels(run), list(info["classes"]))
+        rows = load_splits(run).select
+        return cls(data.images, rows, select_labels(run), list(info["classes"])) if len(rows) else None
 
     def __len__(self) -> int:
         return len(self.rows)

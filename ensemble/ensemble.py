@@ -12,7 +12,12 @@ from trainables import candidate as run_directory
 from trainables.candidate import Candidate
 from trainables.errors import UserError
 
-__all__ = ["Ensemble", "Member", "combine", "read_ensemble", "write_ensemble"]
+__all__ = ["Ensemble", "Member", "combine", "read_ensemble", "run_at", "write_ensemble"]
+
+
+def run_at(home: UPath, name: str) -> UPath:
+    """The run that an ensemble in the run `home` calls `name`: a URL, or a path, absolute or relative to `home`."""
+    return UPath(name) if "://" in name else home / name
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Member:
     Attributes:
         id: the candidate's.
         weight: its share of the average, above 0; all members' sum to 1.
-        run: the run directory that holds it, when that is another one than the ensemble's: absolute, or relative to it.
+        run: the run directory that holds it, when that is another one than the ensemble's; see `run_at`.
         temperature: by which its log-probabilities are divided before they are averaged; 1 leaves them as they are.
     """
 
@@ -33,7 +38,7 @@ class Member:
 
     def candidate(self, home: UPath) -> Candidate:
         """The candidate itself; raises UserError when it is no longer there. home: the run that holds the ensemble."""
-        run = home / self.run if self.run else home
+        run = run_at(home, self.run) if self.run else home
         path = run / "candidates" / self.id
         if not (path / "candidate.json").exists():
             raise UserError(f"{run} has no candidate {self.id}, which the ensemble needs; select again")

@@ -71,7 +71,7 @@ class Exported:
     path: Path
     largest_difference: float
     images: int
-    real: bool  # of the select split; else random ones, for the data set could not be opened
+    real: bool  # of the select split; else random ones, for there is none or the data set could not be opened
     seconds: float
 
 
@@ -134,12 +134,15 @@ def largest_difference(runtime: Runtime, predict: Runtime, images: np.ndarray) -
 
 
 def _images_to_check(run: UPath, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
-    """Images of the select split, or random ones (and False) when the data set is not within reach."""
+    """Images of the select split, or random ones (and False) when it is empty or the data set not within reach."""
     try:
         data = open_shared(run, read_run(run)["data"].get("path", ""))
+        images = np.asarray(data.images[load_splits(run).select[:CHECKED]])
     except (UserError, OSError):  # nowhere, damaged, or there is no room for a copy of it
+        images = np.empty(0, np.uint8)
+    if len(images) == 0:  # a refit was trained on its select split, too
         return np.random.default_rng(0).integers(0, 256, (CHECKED, *size, 3), np.uint8), False
-    return np.asarray(data.images[load_splits(run).select[:CHECKED]]), True
+    return images, True
 
 
 def _need_onnx() -> None:
@@ -224,7 +227,7 @@ def main() -> None:
         ensemble = read_ensemble(run, args.ensemble)
         out = args.out or Path(str(run)) / f"ensemble.{'onnx' if args.format == 'onnx' else 'pt2'}"
         made = export(run, ensemble, out, args.format)
-        kind = "images of the select split" if made.real else "random images (the data set cannot be opened here)"
+        kind = "images of the select split" if made.real else "random images (no select split can be opened here)"
         print(f"{made.path}: {made.path.stat().st_size / 2**20:.1f} MiB after {made.seconds:.0f} s")
         print(f"differs from PyTorch by at most {made.largest_difference:.1e} in probability, on {made.images} {kind}")
 

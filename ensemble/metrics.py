@@ -29,8 +29,11 @@ def accuracy(probs: np.ndarray, labels: np.ndarray) -> float:
 
 
 def true_class(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The floored probability of each row's label, float64 (N,), FLOOR to 1."""
-    return FLOOR + (1 - FLOOR) * probs[np.arange(len(labels)), labels].astype(np.float64)
+    """The floored probability of each row's label, float64 (N,), FLOOR to 1.
+
+    Rounding may have left it a little below 0, which a pool lets pass: that counts as 0.
+    """
+    return FLOOR + (1 - FLOOR) * np.maximum(probs[np.arange(len(labels)), labels].astype(np.float64), 0.0)
 
 
 def log_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:

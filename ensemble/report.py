@@ -14,14 +14,14 @@ import tyro
 from upath import UPath
 
 from ensemble.blend import Blend
-from ensemble.ensemble import Ensemble, Member, read_ensemble
+from ensemble.ensemble import Ensemble, Member, read_ensemble, run_at
 from ensemble.findings import Evidence, findings, section, test_scores
 from ensemble.page import report_page
 from ensemble.pool import Pool, load_pool
 from ensemble.predict import candidate_predictor
 from ensemble.select import best_single
 from ensemble.trials import list_trials, load_study, read_study
-from trainables.candidate import Candidate, open_run, read_run, write_bytes, write_json
+from trainables.candidate import Candidate, open_run, read_run, study_name, write_bytes, write_json
 from trainables.data import Data, open_test
 from trainables.errors import UserError, exit_on_user_error
 from trainables.share import open_shared
@@ -85,7 +85,7 @@ def write_report(run: UPath, ensemble: Ensemble, study: optuna.Study | None = No
 def _pool(run: UPath, ensemble: Ensemble) -> Pool:
     """The candidates of the run and of every other run that a member comes from."""
     others = dict.fromkeys(member.run for member in ensemble.members if member.run)
-    pool = load_pool([run, *(run / other for other in others)])
+    pool = load_pool([run, *(run_at(run, other) for other in others)])
     if ensemble.split_fingerprint not in ("", pool.split_fingerprint):
         raise UserError(f"ensemble {ensemble.name} was chosen on other splits than {run}'s; select again")
     return pool
@@ -97,7 +97,7 @@ def _blend(run: UPath, ensemble: Ensemble, pool: Pool) -> tuple[Blend, int]:
     weights, temperatures = np.zeros(len(pool.candidates)), np.ones(len(pool.candidates))
     found = []
     for member in ensemble.members:
-        place = places.get((str(run / member.run if member.run else run), member.id))
+        place = places.get((str(run_at(run, member.run) if member.run else run), member.id))
         if place is None:
             member.candidate(run)  # says so when it is not there at all
             reason = next(
@@ -110,7 +110,7 @@ def _blend(run: UPath, ensemble: Ensemble, pool: Pool) -> tuple[Blend, int]:
     if stack is not None:  # its members are in the ensemble's order; a blend's are in the pool's
         stack = type(stack)(stack.coefficients[:, np.argsort(found, kind="stable")], stack.intercept)
     named = ensemble.scores.get("best_single", {})
-    home = str(run / named["run"] if named.get("run") else run)
+    home = str(run_at(run, named["run"]) if named.get("run") else run)
     single = places.get((home, str(named.get("id"))))
     blend = Blend(weights, temperatures, stack, ensemble.temperature)
     return blend, best_single(pool) if single is None else single
@@ -135,11 +135,12 @@ def _report_refit(run: UPath, info: dict[str, Any], ensemble: Ensemble) -> dict[
         raise UserError(
             f"{run} is a refit and its data set has no test part, so no labelled image is left to report on"
         )
-    single = Member(str(ensemble.scores["best_single"]["id"]), 1.0).candidate(run)
-    evidence = _on_test(run, ensemble, single, _data(run, info))
+    named = ensemble.scores.get("best_single")  # one written by hand need not say which it was
+    single = (Member(str(named["id"]), 1.0) if named else ensemble.members[0]).candidate(run)
+    test = test_scores(ensemble, single.id, _on_test(run, ensemble, single, _data(run, info)))
     found = {
         "run": run.name, "created": time.time(), "refit_of": info["refit_of"],
-        "test": test_scores(ensemble, single.id, evidence),
+        "test": test if named else {"ensemble": test["ensemble"]},
     }  # fmt: skip
     write_json(run / NUMBERS, found)
     return found
@@ -151,10 +152,7 @@ def _on_test(run: UPath, ensemble: Ensemble, alone: Candidate, data: Data) -> Ev
     candidates = [member.candidate(run) for member in ensemble.members]
     probs = {}
     for candidate in {str(c.path): c for c in [*candidates, alone]}.values():
-        try:
-            probs[str(candidate.path)] = candidate_predictor(candidate)(images)
-        except KeyError as error:
-            raise UserError(f"candidate {candidate.id} cannot predict: its candidate.json lacks {error}") from None
+        probs[str(candidate.path)] = candidate_predictor(candidate)(images)
     together = ensemble.predict([probs[str(candidate.path)] for candidate in candidates])
     return Evidence("test", False, labels, together, probs[str(alone.path)], images, np.arange(len(labels)))
 
@@ -177,12 +175,12 @@ def _on_select(
 
 def summary(found: dict[str, Any]) -> list[str]:
     """The best single model and the ensemble in two lines for a person: on the test part, else on the select split."""
-    if "test" in found:
-        pairs = (("best single", found["test"]["best_single"]), ("ensemble", found["test"]["ensemble"]))
-    else:
-        pairs = (("best single", found["select"]["best_single"]), ("ensemble", found["select"]["select"]))
+    split, together = ("test", "ensemble") if "test" in found else ("select", "select")
     lines = []
-    for name, score in pairs:
+    for name, key in (("best single", "best_single"), ("ensemble", together)):
+        if key not in found[split]:  # a refit of an ensemble that does not say which was best
+            continue
+        score = found[split][key]
         low, high = score["interval"]
         also = ", also used to tune: optimistic" if score["shared"] else ""
         lines.append(
@@ -197,7 +195,7 @@ def main() -> None:
         args = tyro.cli(Report, description=Report.__doc__, prog="python -m ensemble.report")
         run = open_run(args.run)
         ensemble = read_ensemble(run, args.ensemble)
-        study = load_study(args.storage, run.name) if args.storage else None
+        study = load_study(args.storage, study_name(run)) if args.storage else None
         found = write_report(run, ensemble, study)
         print("\n".join(summary(found)))
         print(f"written to {run / (NUMBERS if 'refit_of' in found else PAGE)}")

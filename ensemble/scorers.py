@@ -8,7 +8,6 @@ would the loss be with one more of candidate m" for many m at once:
 - Accuracy skips the rows that a candidate cannot change, which after a few members are most of them.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
@@ -111,27 +110,21 @@ class LogLoss:
 class Brier:
     """Mean squared distance of the average to the one-hot label.
 
-    It is a quadratic form in the weights, so products of predictions are all that is needed, and these add up over
-    rows: whoever has them for parts of the rows has them for any union (see ensemble.auto).
+    It is a quadratic form in the weights, so products of predictions are all that is needed.
     """
 
-    def __init__(self, norms: np.ndarray, true: np.ndarray, rows: float, products: Callable[[int], np.ndarray]) -> None:
-        """norms: (M,) sums of squares of each model's predictions; true: (M,) sums of its probabilities of the labels;
-        products(m): (M,) inner products of m's predictions with everybody's."""
-        self._norms, self._true, self._n, self._products = norms, true, rows, products
-        self._cross = np.zeros(len(norms))  # of the running sum with every candidate
+    def __init__(self, probs: Probs, labels: np.ndarray) -> None:
+        at = np.arange(len(labels)), labels
+        self._n = len(labels)
+        self._norms = np.array([_dot(p, p) for p in probs])  # (M,) sums of squares
+        self._true = np.array([p[at].sum(dtype=np.float64) for p in probs])  # (M,) sums over the labels' probabilities
+        # (M,) products of a member with everybody, computed when it first comes in
+        self._products = cache(lambda m: np.array([_dot(p, probs[m]) for p in probs]))
+        self._cross = np.zeros(len(probs))  # of the running sum with every candidate
         self._norm = self._label = 0.0  # of the running sum: squared length, and mass on the labels
         self._count = 0
-        self.singles = self.losses(np.arange(len(norms)))
+        self.singles = self.losses(np.arange(len(probs)))
         self.order = np.argsort(self.singles, kind="stable")
-
-    @classmethod
-    def of(cls, probs: Probs, labels: np.ndarray) -> "Brier":
-        """From predictions; one product per candidate and member, computed when the member first comes in."""
-        at = np.arange(len(labels)), labels
-        norms = np.array([_dot(p, p) for p in probs])
-        true = np.array([p[at].sum(dtype=np.float64) for p in probs])
-        return cls(norms, true, len(labels), cache(lambda m: np.array([_dot(p, probs[m]) for p in probs])))
 
     def losses(self, candidates: np.ndarray, best_only: bool = False) -> np.ndarray:
         size = self._count + 1
@@ -159,9 +152,9 @@ class Accuracy:
     def __init__(self, probs: Probs, labels: np.ndarray) -> None:
         self._probs, self._labels = [np.ascontiguousarray(p) for p in probs], labels  # take() would copy others
         n = len(labels)
-        true = true_probs(self._probs, labels)
-        self._smooth = LogLoss(true)
-        self._help = true.astype(np.float32)  # (M, N), what each model can add to a label
+        self._smooth = LogLoss(true_probs(self._probs, labels))
+        at = np.arange(n), labels
+        self._help = np.stack([p[at] for p in self._probs]).astype(np.float32)  # (M, N), what each can add to a label
         self._harm = np.empty_like(self._help)  # (M, N), by how much it puts its best class above the label
         right = np.zeros(len(probs), np.int64)
         for m, p in enumerate(self._probs):

@@ -11,7 +11,6 @@ None of them changes its input; all are deterministic for a seed. Candidates are
 "the first one" is how the last tie is broken.
 """
 
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -37,46 +36,27 @@ def greedy(
     limits: Limits = NINE,
     score: Score = "log_loss",
     steps: int = 50,
-    sorted_start: bool = False,
-    bags: int = 0,
-    seed: int = 0,
 ) -> np.ndarray:
     """Add, with replacement, whichever candidate helps the average most; keep the best prefix.
 
     Args:
         score: what is minimised (accuracy: maximised). log_loss is smooth and overfits least.
         steps: most additions, so weights are multiples of 1 / steps or coarser.
-        sorted_start: begin with the best n singles, for the n whose average scores best, instead of with the best one.
-        bags: if above 0, average the outcome over so many runs, each on a random half of the candidates.
 
     Ties go to an existing member, then to the lower log-loss, then to the first candidate.
-    Source: Caruana et al. 2004, "Ensemble Selection from Libraries of Models"; bags and sorted start are its section 2.
+    Source: Caruana et al. 2004, "Ensemble Selection from Libraries of Models".
     """
-    if not bags:
-        start = np.flatnonzero(uniform(probs, labels, limits, score)) if sorted_start else ()
-        return grow(scorer(probs, labels, score), limits, steps, start)
-    rng = np.random.default_rng(seed)
-    total = np.zeros(len(probs))
-    order = scorer(probs, labels, score).order
-    for _ in range(bags):
-        bag = np.sort(order[rng.choice(len(probs), -(-len(probs) // 2), replace=False)])
-        part = [probs[m] for m in bag]
-        try:
-            total[bag] += greedy(part, labels, limits.subset(bag), score, steps, sorted_start)
-        except UserError:  # this half cannot meet the quota or the budget; another can
-            continue
-    weights = trim(total, limits, order)
-    return not_worse(weights, probs, labels, limits, score)
+    return grow(scorer(probs, labels, score), limits, steps)
 
 
-def grow(scorer: Scorer, limits: Limits = NINE, steps: int = 50, start: Sequence[int] | np.ndarray = ()) -> np.ndarray:
+def grow(scorer: Scorer, limits: Limits = NINE, steps: int = 50) -> np.ndarray:
     """The greedy selector itself, over a scorer that nothing has been added to yet.
 
-    start: candidates that are in from the beginning; none: those that limits.min_per_group demands.
+    What limits.min_per_group demands is in from the beginning.
     """
     counts = np.zeros(len(scorer.singles), np.int64)
     best_loss, best = np.inf, counts
-    for m in start if len(start) else limits.quota(scorer.order):
+    for m in limits.quota(scorer.order):
         best_loss = float(scorer.losses(np.array([m]))[0])
         scorer.add(int(m))
         counts[m] += 1
@@ -169,7 +149,7 @@ def scorer(probs: Probs, labels: np.ndarray, score: Score) -> Scorer:
     if score == "log_loss":
         return LogLoss(true_probs(probs, labels))
     if score == "brier":
-        return Brier.of(probs, labels)
+        return Brier(probs, labels)
     if score == "accuracy":
         return Accuracy(probs, labels)
     raise UserError(f"unknown score {score!r}, expected {', '.join(get_args(Score))}")

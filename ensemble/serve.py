@@ -8,6 +8,7 @@ deployment instead of in this process; page and API are the same.
 """
 
 import contextlib
+import math
 import signal
 import socket
 import tempfile
@@ -92,6 +93,11 @@ async def _body(request: "Request", most_bytes: int) -> bytes | None:
     return b"".join(parts)
 
 
+def gpu_share(gpus: float, replicas: int) -> float:
+    """What each replica asks for so that all find room: a share lies on one GPU, so 3 replicas on 2 take a half."""
+    return 1 / math.ceil(replicas / gpus) if gpus else 0.0
+
+
 @contextlib.contextmanager
 def replicas(args: Serve, *answerer: Any) -> Iterator[Answer]:
     """An Answerer in each of several Ray Serve replicas, which share the requests; Ray ends with the context."""
@@ -103,7 +109,10 @@ def replicas(args: Serve, *answerer: Any) -> Iterator[Answer]:
 
     if args.replicas < 1:
         raise UserError(f"--replicas is {args.replicas}, expected at least 1")
-    connect()
+    try:
+        connect()
+    except ConnectionError as error:
+        raise UserError(str(error)) from error
     try:
         cpus, gpus = sum(node.cpus for node in nodes()), sum(node.gpus for node in nodes())
         if args.replicas > cpus:
@@ -113,7 +122,7 @@ def replicas(args: Serve, *answerer: Any) -> Iterator[Answer]:
             name="ensemble",
             num_replicas=args.replicas,
             max_ongoing_requests=ONGOING,
-            ray_actor_options={"num_cpus": 1, "num_gpus": min(1.0, gpus / args.replicas)},
+            ray_actor_options={"num_cpus": 1, "num_gpus": gpu_share(gpus, args.replicas)},
         )
         try:
             handle = serve.run(deploy(Answerer).bind(*answerer), name="ninefold", route_prefix=None)
@@ -134,8 +143,9 @@ def serve(args: Serve) -> None:
     ensemble = read_ensemble(run, args.ensemble)
     try:
         listener = socket.create_server((args.host, args.port))
-    except OSError as error:
-        raise UserError(f"cannot listen on {args.host}:{args.port} ({error.strerror}); choose another --port") from None
+    except (OSError, OverflowError) as error:  # the latter for a port beyond 65535
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot listen on {args.host}:{args.port} ({reason}); choose another --port") from None
     most_bytes, most_pixels = round(args.most_mib * 2**20), round(args.most_megapixels * 1e6)
     what = (str(run.absolute()), args.ensemble, args.device, most_pixels)
     with (

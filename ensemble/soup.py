@@ -21,13 +21,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from upath import UPath
 
 from trainables.augment import Pixels
-from trainables.backbones import load_model
+from trainables.backbones import load_model, load_weights, takes_image_size
 from trainables.candidate import Candidate, list_candidates, open_run, read_run, write_candidate
 from trainables.config import TrialConfig
 from trainables.data import Data
@@ -112,23 +111,24 @@ class Soup:
 def cook(run: UPath, candidates: list[Candidate], data: Data, splits: Splits, device: torch.device) -> Soup:
     """The greedy soup of candidates that share architecture and pretrained weights; written to the run if it is one.
 
-    Raises UserError when a candidate's weights do not fit its configuration.
+    Its images have the size of the best one's. Raises UserError when a candidate's weights are damaged or do not fit.
     """
     ranked = sorted(candidates, key=lambda c: (_tune_log_loss(c), c.id))[:INGREDIENTS]
     best = ranked[0]
-    config = TrialConfig.from_dict(best.info["config"])
     model = load_model(best, device)
+    config = TrialConfig.from_dict(best.info["config"])
+    size = best.info.get("image_size", config.image_size)  # progressive sizes may have been cut short
     pixels = Pixels.of(best.info["mean"], best.info["std"], device)
     precision = best.info.get("precision", "fp32") if device.type == "cuda" else "fp32"
     sample = np.random.default_rng(0).permutation(splits.train)[:BATCHNORM_IMAGES]
     batches = [
-        pixels(torch.from_numpy(data.images[np.sort(part)]).to(device), config.image_size)
+        pixels(torch.from_numpy(data.images[np.sort(part)]).to(device), size)
         for part in np.array_split(sample, max(1, len(sample) // BATCHNORM_BATCH))
     ]
     labels = data.labels
 
     def predict(split: np.ndarray) -> np.ndarray:
-        return predict_probs(model, data.images, split, pixels, config.image_size, config.tta, precision)
+        return predict_probs(model, data.images, split, pixels, size, config.tta, precision)
 
     def loss(state: State) -> float:
         model.load_state_dict(state)
@@ -136,7 +136,7 @@ def cook(run: UPath, candidates: list[Candidate], data: Data, splits: Splits, de
             measure_batchnorm(model, batches)
         return float(scores(predict(splits.tune), labels[splits.tune], "tune")["tune_log_loss"])
 
-    states = [load_safetensors((c.path / "weights.safetensors").read_bytes()) for c in ranked]
+    states = [load_weights(c) for c in ranked]
     single = loss(states[0])
     chosen, mixed_loss = greedy_soup(states, loss)
     members = tuple(ranked[i].id for i in chosen)
@@ -148,7 +148,9 @@ def cook(run: UPath, candidates: list[Candidate], data: Data, splits: Splits, de
     metrics: dict[str, float | int] = {}
     for split, predicted in probs.items():
         metrics |= scores(predicted, labels[getattr(splits, split)], split)
-    id = f"soup-{config.backbone}".replace("/", "-")
+    stem = [config.stem] if config.stem != "default" else []
+    sizes = [str(config.image_size)] if takes_image_size(config.backbone) else []
+    id = "-".join(["soup", config.backbone, *stem, *sizes]).replace("/", "-")  # a run may have one of each kitchen
     info: dict[str, Any] = best.info | {"id": id, "soup": list(members), "metrics": metrics, "finished": time.time()}
     info.pop("curve", None)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -166,7 +168,9 @@ def kitchens(candidates: list[Candidate]) -> list[list[Candidate]]:
         config = candidate.info.get("config", {})
         usable = candidate.has_weights and "tune_log_loss" in candidate.info.get("metrics", {})
         if usable and "soup" not in candidate.info and config.get("pretrained"):
-            key = (config["backbone"], config.get("stem"), config.get("width"))
+            # position embeddings are as many as the patches of an image
+            size = config.get("image_size") if takes_image_size(config["backbone"]) else None
+            key = (config["backbone"], config.get("stem"), config.get("width"), size)
             groups.setdefault(key, []).append(candidate)
     return [group for _, group in sorted(groups.items(), key=lambda item: str(item[0])) if len(group) > 1]
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
+from timm.layers import SyncBatchNormAct
 from upath import UPath
 
 from trainables import learner
@@ -98,3 +99,16 @@ def test_every_image_is_predicted_by_one_of_the_two(folder: Path, splits: Splits
     passes = PLAIN.epochs + 1 + (not splits.shared)  # tune after each epoch, then tune and select for good
     assert sum(by_rank) == passes * len(splits.tune)
     assert abs(by_rank[0] - by_rank[1]) <= passes
+
+
+def test_synced_batchnorms_keep_the_activations_inside_timms() -> None:
+    torch.manual_seed(0)
+    model = build(TrialConfig(backbone="test_efficientnet", image_size=32), 3).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+        synced = learner.with_synced_batchnorm(model)
+        torch.testing.assert_close(synced(images), expected)
+    norms = [module for module in synced.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
+    assert norms
+    assert any(isinstance(norm, SyncBatchNormAct) and not isinstance(norm.act, torch.nn.Identity) for norm in norms)

@@ -1,5 +1,7 @@
 """Stored features of a frozen backbone: the same head as without them, computed once, for whoever asks."""
 
+import hashlib
+import json
 import threading
 import time
 from dataclasses import replace
@@ -81,6 +83,18 @@ def test_trials_share_features_as_long_as_they_ask_for_the_same(own: Data, split
     assert len(stored(own)) == 2
     train(HEAD, own, splits, weights=weights_at(tmp_path / "other.safetensors", seed=6))
     assert len(stored(own)) == 3
+
+
+def test_features_of_an_older_format_are_not_used(own: Data, splits: Splits, weights: WeightSource) -> None:
+    learner = Learner(HEAD, own, splits, weights)
+    learner.choose_layout()
+    assert learner.features is not None
+    older = {key: value for key, value in learner.features.question.items() if key != "format"}
+    question = json.dumps({**older, "precision": "fp32", "mirrored": False}, sort_keys=True)
+    path = own.path.parent.parent / "features" / f"{hashlib.sha256(question.encode()).hexdigest()[:20]}.npy"
+    path.parent.mkdir()
+    np.save(path, np.zeros((len(own.images), 512), np.float16))
+    assert learner.features._take(np.arange(5), mirrored=False).any()
 
 
 def test_two_that_ask_at_the_same_time_compute_once(

@@ -295,7 +295,7 @@ def test_dropout_drops(name: str) -> None:
     assert spread(build(replace(config, dropout=0.5), 5), size) > 0
 
 
-@pytest.mark.parametrize(("name", "size"), [("resnet10t", 32), ("test_vit", 160)])
+@pytest.mark.parametrize(("name", "size"), [("resnet10t", 32), ("test_vit", 160), ("vit_scratch", 32)])
 def test_drop_path_drops_whole_branches(name: str, size: int) -> None:
     torch.manual_seed(0)
     config = TrialConfig(backbone=name, image_size=size)

@@ -32,6 +32,7 @@ COMMANDS = {
     "cloud.yaml": "ray up cluster/cloud.yaml",
     "on_premise.yaml": "ray up cluster/on_premise.yaml",
     "kuberay.yaml": "kubectl apply -f cluster/kuberay.yaml",
+    "rayjob.yaml": "kubectl apply -f cluster/rayjob.yaml",
     "slurm.sh": "sbatch ",
     "runtime_env.yaml": "ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml",
 }
@@ -40,7 +41,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_file_says_its_command_first_and_holds_no_secret(name: str) -> None:
     text = (FOLDER / name).read_text()
-    first = [line for line in text.splitlines()[:6] if line.startswith("#")]
+    first = [line for line in text.splitlines()[:8] if line.startswith("#")]
     assert any(COMMANDS[name] in line for line in first)
     assert not re.search(r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|(?i:password|secret_access_key)\s*[:=]", text)
     assert not re.search(r"(?<![0-9a-zA-Z])[0-9a-f]{32,}(?![0-9a-zA-Z])", text)
@@ -74,8 +75,9 @@ def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [template["spec"] for template in [*templates, spec.get("submitterPodTemplate")] if template]
 
 
-def test_the_kubernetes_file_fits_the_operators_schema() -> None:
-    documents = list(yaml.safe_load_all((FOLDER / "kuberay.yaml").read_text()))
+def test_the_kubernetes_files_fit_the_operators_schema() -> None:
+    texts = [(FOLDER / name).read_text() for name in ("kuberay.yaml", "rayjob.yaml")]
+    documents = [document for text in texts for document in yaml.safe_load_all(text)]
     for document in documents:
         jsonschema.validate(document, kuberay_schema.document(document["kind"]))
     claim, cluster, job = documents

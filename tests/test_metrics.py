@@ -27,6 +27,7 @@ def test_scores_agree_with_scikit_learn(pool):
 def test_log_loss_of_an_impossible_label_is_large_and_finite():
     assert metrics.log_loss(np.array([[1.0, 0.0]]), np.array([1])) == pytest.approx(-np.log(1e-7))
     assert metrics.log_loss(np.array([[1.0, 0.0]]), np.array([0])) == 0
+    assert metrics.log_loss(np.array([[1.001, -0.001]]), np.array([1])) == pytest.approx(-np.log(1e-7)), "by rounding"
 
 
 def test_calibration_error_sees_overconfidence(pool):

@@ -1,6 +1,7 @@
 """Every seed network learns, and every backbone of the seeds goes through the loop."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 import torch
 from conftest import draw_folder
 
-from trainables.backbones import build, head_of
+from trainables.backbones import build, find_weights, head_of
 from trainables.classic import NETWORKS
 from trainables.config import TrialConfig
 from trainables.data import Data, prepare
+from trainables.errors import UserError
 from trainables.splits import Splits, make_splits
 from trainables.train import train
 
@@ -90,3 +92,29 @@ def test_backbones_freeze_train_and_predict(name: str, photos: Data) -> None:
     assert len(moved) > len(start) / 4  # branches that start at zero learn from the second step on
     assert trained.probs["tune"].shape == (8, 3)
     np.testing.assert_allclose(trained.probs["tune"].sum(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fastvit_t8", "tiny_vit_5m_224", "efficientvit_b0", "nextvit_small", "shvit_s1"])
+def test_options_that_a_family_does_not_take_are_left_out(name: str) -> None:
+    with torch.device("meta"):
+        model = build(TrialConfig(backbone=name, image_size=64, drop_path=0.1), 3)
+    assert any(parameter.shape[0] == 3 for parameter in head_of(model).parameters())
+
+
+def test_a_hybrid_that_is_called_vit_takes_small_images() -> None:
+    model = build(TrialConfig(backbone="shvit_s1", image_size=64), 3).eval()
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_a_name_that_timm_refuses_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"^resnet18\.nonsense cannot be built \(.*nonsense.*\); try another backbone"):
+        build(TrialConfig(backbone="resnet18.nonsense"), 3)
+
+
+def test_weights_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "resnet10t.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "resnet14t.pth").write_bytes(b"no tensors")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "resnet18.pth")  # a whole module: opening it may run code
+    for name in ("resnet10t.safetensors", "resnet14t.pth", "resnet18.pth"):
+        with pytest.raises(UserError, match=f"{name} cannot be read as weights"):
+            find_weights(name.split(".")[0], tmp_path)

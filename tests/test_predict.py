@@ -17,7 +17,7 @@ from upath import UPath
 from ensemble import predict
 from ensemble.ensemble import read_ensemble
 from ensemble.predict import Predict, Voters, find_images, predict_folder
-from trainables.candidate import Candidate, list_candidates
+from trainables.candidate import Candidate, list_candidates, read_json, write_json
 from trainables.data import open_data
 from trainables.errors import UserError
 from trainables.splits import load_splits
@@ -197,6 +197,8 @@ def test_new_images_are_added_and_lost_ones_refused(small_run: UPath, folder: Pa
         ({"out": Path("nowhere/out.csv")}, "make it, or name another --out"),
         ({"run": "nowhere"}, "not a run directory"),
         ({"ensemble": "best"}, "it has equal"),
+        ({"device": "gpu"}, "this machine has no device 'gpu', expected .*cpu"),
+        ({"device": "cuda:99"}, "this machine has no device 'cuda:99'"),
     ],
 )
 def test_mistakes(change: dict, expected: str, small_run: UPath, folder: Path, tmp_path: Path) -> None:
@@ -232,3 +234,15 @@ def test_a_member_without_weights(small_run: UPath, folder: Path, tmp_path: Path
     with pytest.raises(UserError, match="candidate 0001 has no weights"):
         predict_folder(Predict(folder, tmp_path / "out.csv", str(run)))
     assert len(list_candidates(UPath(run))) == 3
+
+
+def test_members_whose_files_are_damaged_or_lack_something(small_run: UPath, folder: Path, tmp_path: Path) -> None:
+    run = UPath(shutil.copytree(str(small_run), tmp_path / "run"))
+    args = Predict(folder, tmp_path / "out.csv", str(run))
+    weights, info = run / "candidates/0001/weights.safetensors", run / "candidates/0000/candidate.json"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="the weights of candidate 0001 are damaged"):
+        predict_folder(args)
+    write_json(info, {key: value for key, value in read_json(info).items() if key not in ("mean", "std")})
+    with pytest.raises(UserError, match=r"candidate 0000 cannot predict: its candidate\.json lacks mean, std"):
+        predict_folder(args)

@@ -239,6 +239,21 @@ def test_members_of_two_runs(tmp_path):
     assert "../second/c0" in read_page(first).words
 
 
+def test_a_member_of_a_run_elsewhere(tmp_path):
+    first, _, labels = make_run(tmp_path / "first", models=3)
+    second, *_ = make_run("memory://elsewhere/second", models=3, seed=5)
+    write_array(second / "select_labels.npy", labels)
+    better = (0.8 * np.eye(4)[labels] + 0.05).astype(np.float32)
+    write_candidate(second, {"id": "c0", "config": {"backbone": "net"}}, better)
+    write_ensemble(first, choose(Select(run=(str(first), str(second)))))
+    ensemble = read_ensemble(first)
+    [member] = [m for m in ensemble.members if m.run]
+    assert (member.run, member.candidate(first).architecture) == (str(second), "net")
+    assert (member.id, member.run) in {
+        (m["id"], m["run"]) for m in write_report(first, ensemble)["ensemble"]["members"]
+    }
+
+
 @pytest.mark.parametrize("selector", ["auto", "stacking"])
 def test_temperatures_and_a_stack_are_scored_as_they_were_chosen(selector, tmp_path):
     run, *_ = make_run(tmp_path / "run", models=5)

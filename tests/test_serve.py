@@ -31,7 +31,7 @@ from ensemble.blend import scale
 from ensemble.demo import answer_html
 from ensemble.ensemble import Member, read_ensemble, write_ensemble
 from ensemble.predict import Voters
-from ensemble.serve import Serve
+from ensemble.serve import Serve, gpu_share
 from trainables.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -371,6 +371,13 @@ def test_a_failed_batch_and_a_cancelled_request_are_not_the_end() -> None:
     assert batcher.submit(image).result(timeout=30).shape == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "replicas", "share"), [(0, 2, 0), (1, 1, 1), (1, 3, 1 / 3), (2, 3, 1 / 2), (4, 2, 1), (3, 7, 1 / 3)]
+)
+def test_replicas_share_gpus_so_that_all_find_room(gpus: float, replicas: int, share: float) -> None:
+    assert gpu_share(gpus, replicas) == pytest.approx(share)
+
+
 def test_names_of_classes_and_files_are_no_markup() -> None:
     evil = "<script>alert(1)</script>"
     member = {"id": evil, "architecture": evil, "weight": 1.0, "label": evil, "probability": 0.9}
@@ -385,6 +392,8 @@ def test_mistakes(small_run: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match="choose another --port"):
             serving.serve(Serve(str(small_run), port=port))
+    with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1:99999 .*choose another --port"):
+        serving.serve(Serve(str(small_run), port=99999))
     with pytest.raises(UserError, match="has no ensemble best; it has equal"):
         serving.serve(Serve(str(small_run), "best"))
     with pytest.raises(UserError, match="--replicas is 0"):

@@ -9,6 +9,7 @@ from upath import UPath
 
 from ensemble import soup
 from ensemble.pool import load_pool
+from ensemble.predict import candidate_predictor
 from ensemble.soup import average, greedy_soup, measure_batchnorm
 from trainables.augment import Pixels
 from trainables.backbones import load_model
@@ -123,6 +124,32 @@ def test_a_soup_that_is_better_becomes_a_candidate(run):
     assert candidate.info["soup"] == list(made.members)
     assert soup.kitchens(list_candidates(path))[0] == group, "a soup is no ingredient of the next one"
     assert len(load_pool([path]).candidates) == 4
+
+
+def test_a_soup_is_scored_at_the_size_that_its_best_candidate_was(run):
+    path, data, splits = run
+    changed = [
+        Candidate(c.id, c.path, c.info | {"image_size": 16, "config": c.info["config"] | {"image_size": 12}})
+        for c in list_candidates(path)
+    ]
+    made = soup.cook(path, changed, data, splits, torch.device("cpu"))
+    [candidate] = [c for c in list_candidates(path) if c.id == made.candidate]
+    predicted = candidate_predictor(candidate, "cpu")(data.images[splits.tune])
+    assert np.allclose(predicted, candidate.probs("tune"), atol=1e-5)
+
+
+def test_networks_with_position_embeddings_are_merged_within_a_size(run):
+    path, *_ = run
+
+    def groups(backbone):
+        sized = [
+            Candidate(c.id, c.path, c.info | {"config": c.info["config"] | {"backbone": backbone, "image_size": size}})
+            for c, size in zip(list_candidates(path), (32, 48, 32), strict=True)
+        ]
+        return [[c.id for c in group] for group in soup.kitchens(sized)]
+
+    assert groups("resnet18") == [["0000", "0001", "0002"]]
+    assert groups("vit_tiny_patch16_224") == [["0000", "0002"]]
 
 
 def test_random_starts_and_lone_networks_are_not_merged(run):

@@ -193,6 +193,12 @@ def test_configurations_that_cannot_be_are_refused() -> None:
             replace(SMALL, **wrong)
 
 
+@pytest.mark.parametrize("name", ["optimizer", "schedule", "flip", "tta", "precision", "stem"])
+def test_a_word_that_is_no_choice_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} is 'adam', expected [a-z]"):
+        replace(SMALL, **{name: "adam"})
+
+
 def test_config_survives_json() -> None:
     config = replace(SMALL, progressive=[8, 12, 16])
     assert TrialConfig.from_dict(config.to_dict()) == config

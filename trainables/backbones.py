@@ -6,6 +6,7 @@ Every network here has timm's interface: `forward_features`, `forward_head(x, pr
 import difflib
 import functools
 import importlib.resources
+import re
 import socket
 import urllib.request
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from urllib.parse import urlparse
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainables.candidate import Candidate
+from trainables.candidate import Candidate, read_bytes
 from trainables.classic import NETWORKS, build_classic
 from trainables.config import Stem, TrialConfig
 from trainables.errors import UserError
@@ -111,25 +113,21 @@ def find_weights(name: str, weights_dir: str | Path | None = None) -> WeightSour
 def build(config: TrialConfig, num_classes: int, weights: WeightSource | None = None) -> nn.Module:
     """The network of a trial with a head for `num_classes`; pretrained from `weights` when given.
 
-    Raises UserError when the weights do not fit the architecture, or the name is unknown.
+    Raises UserError when the weights cannot be read or do not fit the architecture, or there is no such network.
     """
     name = config.backbone
     check_backbone(name)
     if name in NETWORKS:
-        return build_classic(name, num_classes, config.width, config.dropout)
+        return build_classic(name, num_classes, config.width, config.dropout, config.drop_path)
     if name in SQUEEZENETS:
         model: nn.Module = SqueezeNet(name, num_classes, config.dropout)
     else:
         options: dict[str, Any] = {"num_classes": num_classes, "drop_rate": config.dropout}
         if config.drop_path > 0:
             options["drop_path_rate"] = config.drop_path
-        if _takes_image_size(name):
+        if takes_image_size(name):
             options["img_size"] = config.image_size
-        try:
-            model = timm.create_model(name, pretrained=False, **options)
-        except TypeError:  # a family without stochastic depth
-            options.pop("drop_path_rate", None)
-            model = timm.create_model(name, pretrained=False, **options)
+        model = _create(name, options)
     if weights is not None:
         load_pretrained(model, name, weights)
     if config.stem == "small":
@@ -137,18 +135,28 @@ def build(config: TrialConfig, num_classes: int, weights: WeightSource | None = 
     return model
 
 
+def _create(name: str, options: dict[str, Any]) -> nn.Module:
+    """timm's network; of these options what its family does not take (stochastic depth, an image size) is left out."""
+    while True:
+        try:
+            return timm.create_model(name, pretrained=False, **options)
+        except (TypeError, RuntimeError, ValueError) as error:
+            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if refused and refused[1] in options:
+                options = {key: value for key, value in options.items() if key != refused[1]}
+                continue
+            if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(f"{name} cannot be built ({reason}); try another backbone or image_size") from None
+
+
 def load_pretrained(model: nn.Module, name: str, source: WeightSource) -> None:
     """Copy pretrained weights into everything but the head, which starts close to zero.
 
-    Raises UserError when they are another network's.
+    Raises UserError when they cannot be read or are another network's.
     """
-    if source.kind == "hub":
-        state = _load_hub(name)
-    elif source.path.endswith(".safetensors"):
-        state = load_file(source.path)
-    else:
-        state = torch.load(source.path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state.get("model", state))
+    state = _load_hub(name) if source.kind == "hub" else _load_file(source.path)
     target = model.state_dict()
     if source.kind == "offline":  # the package names its tensors otherwise, but in the same order
         state = dict(zip(target, state.values(), strict=True))
@@ -190,18 +198,31 @@ def normalisation(name: str, pretrained: bool, mean: Any, std: Any) -> tuple[lis
 def load_model(candidate: Candidate, device: str | torch.device = "cpu") -> nn.Module:
     """The trained network of a candidate, in eval mode, from its config and weights.safetensors.
 
-    Raises UserError when the candidate has no weights, or they do not fit its configuration.
+    Raises UserError when the candidate has no weights, they do not fit its configuration, or candidate.json lacks what
+    it takes to predict with them.
     """
-    if not candidate.has_weights:
-        raise UserError(f"candidate {candidate.id} has no weights (they were dropped, or it only brought predictions)")
+    state = load_weights(candidate)
+    if missing := [key for key in ("config", "num_classes", "mean", "std") if key not in candidate.info]:
+        raise UserError(
+            f"candidate {candidate.id} cannot predict: its candidate.json lacks {', '.join(missing)}; select without it"
+        )
     config = TrialConfig.from_dict(candidate.info["config"])
     model = build(config, int(candidate.info["num_classes"]))
-    state = load_safetensors((candidate.path / "weights.safetensors").read_bytes())
     try:
         model.load_state_dict(state)
     except RuntimeError:
         raise UserError(f"the weights of candidate {candidate.id} do not fit {config.backbone}") from None
     return model.to(device).eval()
+
+
+def load_weights(candidate: Candidate) -> dict[str, Tensor]:
+    """The tensors in a candidate's weights.safetensors. Raises UserError when it has none or they are damaged."""
+    if not candidate.has_weights:
+        raise UserError(f"candidate {candidate.id} has no weights (they were dropped, or it only brought predictions)")
+    try:
+        return load_safetensors(read_bytes(candidate.path / "weights.safetensors"))
+    except SafetensorError as error:
+        raise UserError(f"the weights of candidate {candidate.id} are damaged ({error}); select without it") from None
 
 
 def head_of(model: nn.Module) -> nn.Module:
@@ -262,6 +283,20 @@ def _load_hub(name: str) -> dict[str, Tensor]:
     return timm.create_model(name, pretrained=True).state_dict()
 
 
+def _load_file(path: str) -> dict[str, Tensor]:
+    """Weights from a .safetensors file, or from one of torch.save that holds nothing but tensors."""
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(state.get("state_dict", state.get("model", state)))
+    except Exception as error:  # of safetensors, pickle, zip; and AttributeError for what is no dictionary
+        raise UserError(
+            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged or holds more than tensors; "
+            "expected .safetensors, or a state_dict written by torch.save"
+        ) from None
+
+
 @functools.cache
 def _go_offline_when_cut_off() -> None:
     """Without a network huggingface_hub tries again for a minute per file; its cache needs none of that."""
@@ -276,8 +311,8 @@ def _go_offline_when_cut_off() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
-def _takes_image_size(name: str) -> bool:
-    """Vision transformers fix their number of patches when built; convnets take any size."""
+def takes_image_size(name: str) -> bool:
+    """Whether it may be a network for one image size: vision transformers fix their number of patches when built."""
     return any(part in name for part in ("vit_", "deit", "beit", "swin", "eva", "mixer"))
 
 

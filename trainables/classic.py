@@ -207,13 +207,13 @@ def _keras_cnn(num_classes: int, width: float, drop_rate: float) -> nn.Module:
     return PlainNet(num_classes, body, blocks[-1][-1], (_scaled(128, width),), nn.ReLU, drop_rate or 0.3)
 
 
-def _vit_scratch(num_classes: int, width: float, drop_rate: float) -> nn.Module:
+def _vit_scratch(num_classes: int, width: float, drop_rate: float, drop_path_rate: float = 0.0) -> nn.Module:
     """A small ViT for 32x32 images: patches of 4, six blocks of width 192, by timm; positions as fixed sines and
     cosines (Beyer et al., 2022, arXiv:2205.01580), which few images could not teach it."""
     dim = max(64, round(192 * width / 64) * 64)
     model = VisionTransformer(
         img_size=32, patch_size=4, embed_dim=dim, depth=6, num_heads=dim // 64, mlp_ratio=2.0, num_classes=num_classes,
-        drop_rate=drop_rate, class_token=False, global_pool="avg", dynamic_img_size=True,
+        drop_rate=drop_rate, drop_path_rate=drop_path_rate, class_token=False, global_pool="avg", dynamic_img_size=True,
     )  # fmt: skip
     positions = build_sincos2d_pos_embed([8, 8], dim, temperature=100.0)
     model.pos_embed = nn.Parameter(positions.unsqueeze(0), requires_grad=False)
@@ -235,6 +235,8 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_classic(name: str, num_classes: int, width: float, drop_rate: float) -> nn.Module:
-    """One of NETWORKS by name, randomly initialised."""
+def build_classic(name: str, num_classes: int, width: float, drop_rate: float, drop_path_rate: float) -> nn.Module:
+    """One of NETWORKS by name, randomly initialised; drop_path_rate is for vit_scratch alone."""
+    if name == "vit_scratch":  # the others have no residual branches to drop
+        return _vit_scratch(num_classes, width, drop_rate, drop_path_rate)
     return NETWORKS[name](num_classes=num_classes, width=width, drop_rate=drop_rate)

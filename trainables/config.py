@@ -5,7 +5,7 @@ Standard library only, so that a search space, a test or another tool can build 
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trainables.errors import UserError
 
@@ -30,7 +30,8 @@ class TrialConfig:
         width: width multiplier of the from-scratch networks of trainables.classic.
         epochs: passes over the train split, freeze epochs included.
         freeze_epochs: epochs at the start during which only the head learns (parameters and BatchNorm are frozen).
-        batch_size: effective batch, over all workers and accumulation steps.
+        batch_size: effective batch, over all workers and accumulation steps. An epoch is cut into
+            round(images / batch_size) batches of nearly equal size, so they may be a little smaller or larger.
         accumulate: micro-batches per optimiser step; an out-of-memory error doubles it.
         lr: peak learning rate of the head; the body's is lr * body_lr.
         body_lr: factor on lr for everything but the head.
@@ -42,7 +43,9 @@ class TrialConfig:
             to 0), "constant", "plateau" (halved when the tune log-loss has not improved for 2 epochs).
         warmup: fraction of all steps over which lr rises linearly; for "onecycle" and "triangular" the rising part.
         label_smoothing: 0 to 1.
-        dropout, drop_path: probabilities, 0 to 1.
+        dropout: probability, 0 to 1.
+        drop_path: probability of stochastic depth, 0 to 1; without effect on networks that have none: squeezenet, those
+            of trainables.classic but vit_scratch, and a few families of timm.
         mixup, cutmix: Beta(a, a) parameter; 0 switches it off. With both, each batch takes one of them at random.
         cutout: side of a square set to the mean, as a fraction of the image; 0 is off.
         flip: mirror "random"ly, or "alternating" (every image is mirrored every second epoch).
@@ -55,7 +58,7 @@ class TrialConfig:
         balanced: draw every class equally often.
         patience: stop after that many epochs without a better tune log-loss and keep the best epoch; 0 is off.
         tta: what predictions average over: nothing, the mirror image, or mirror and one-pixel shifts.
-        precision: "auto" measures a few steps and takes the fastest that is safe.
+        precision: "auto" takes the fastest that is safe: on a CPU by measuring a few steps, on CUDA bf16 or else fp16.
         seed: of initialisation, order and augmentation.
     """
 
@@ -101,6 +104,10 @@ class TrialConfig:
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
                 raise UserError(f"{name} is {value}, expected {low} to {high}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"{name} is {value!r}, expected {', '.join(choices)}")
         if self.ema and self.lookahead:
             raise UserError("ema and lookahead are both on, expected at most one of them")
         if self.freeze_epochs > self.epochs:
@@ -120,6 +127,9 @@ class TrialConfig:
         return cls(**plain)
 
 
+_CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(hint) for name, hint in get_type_hints(TrialConfig).items() if get_origin(hint) is Literal
+}
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("image_size", 8, 4096),
     ("width", 0.05, 16),

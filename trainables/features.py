@@ -24,6 +24,8 @@ from trainables.config import TrialConfig
 from trainables.data import Data
 from trainables.inference import autocast, eval_batch
 
+FORMAT = 2  # of what is stored; in 1, several GPUs had stored features of networks without their activations
+
 
 class OutOfTime(RuntimeError):
     """The sweep's time was over before the features were complete."""
@@ -60,7 +62,7 @@ class FrozenFeatures:
         self.usable = weights is not None and not config.progressive and self._head_takes_vectors()
         self.question = {
             "backbone": config.backbone, "stem": config.stem, "weights": weights and _identity(weights),
-            "size": config.image_size, "data": data.fingerprint,
+            "size": config.image_size, "data": data.fingerprint, "format": FORMAT,
         }  # fmt: skip
 
     def logits(self, indices: np.ndarray, epoch: int, generator: torch.Generator) -> Tensor:

@@ -10,20 +10,26 @@ from torch import Tensor, nn
 
 from trainables.augment import Pixels
 from trainables.config import TestTimeAugmentation
+from trainables.errors import UserError
 
 EVAL_BATCH = 500
 EVAL_PIXELS_CPU = 150_000  # of a batch on a CPU: larger ones leave its caches, and took twice as long
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device asked for, else cuda, else mps, else cpu."""
-    if name:
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+    """The device asked for, else cuda, else mps, else cpu. Raises UserError when this machine does not have it."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = {"cuda": gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    here = [kind for kind, count in devices.items() if count]
+    if not name:
+        return torch.device(here[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # no device of any machine
+        device = torch.device("meta")
+    if (device.index or 0) >= devices.get(device.type, 0):
+        raise UserError(f"this machine has no device {name!r}, expected {' or '.join(here)}")
+    return device
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:

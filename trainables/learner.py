@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -79,7 +80,7 @@ class Learner:
             model.prepare(self.pixels(self._images(sample), config.image_size))  # type: ignore[operator]
         model.to(self.device)
         if self.world > 1 and self.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = with_synced_batchnorm(model)
         self.model: nn.Module = model
         self.optimizers = make_optimizers(
             model, head_of(model), config.optimizer, config.lr, config.body_lr, config.layer_decay,
@@ -259,6 +260,14 @@ class Learner:
         return tensor.tolist()
 
 
+def with_synced_batchnorm(model: nn.Module) -> nn.Module:
+    """The model with BatchNorms that take their statistics over all ranks, each with the activation that it had.
+
+    Not torch's own conversion: it takes timm's BatchNormAct2d for a plain BatchNorm and drops the activation inside.
+    """
+    return convert_sync_batchnorm(model)
+
+
 def image_size_of(config: TrialConfig, epoch: int) -> int:
     """The image size of an epoch: progressive sizes are spread evenly over the epochs."""
     if not config.progressive:
@@ -267,7 +276,10 @@ def image_size_of(config: TrialConfig, epoch: int) -> int:
 
 
 def _batches(config: TrialConfig, labels: np.ndarray, train: np.ndarray, epoch: int) -> list[np.ndarray]:
-    """The epoch's batches of image indices, of nearly equal size: no image is dropped and no batch is tiny."""
+    """The epoch's batches of image indices, of nearly equal size: no image is dropped and no batch is tiny.
+
+    Their number is rounded, so with few of them they may be up to half as large again as config.batch_size.
+    """
     rng = np.random.default_rng((config.seed, epoch))
     if config.balanced:
         counts = np.bincount(labels[train])

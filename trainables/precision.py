@@ -1,4 +1,4 @@
-"""Which precision and memory layout is fastest here, measured on a few steps rather than assumed.
+"""Which precision and memory layout is fastest here: known of a GPU; on a CPU measured on a few steps.
 
 On a CPU with AVX512-BF16, bf16 autocast makes a ResNet-like net 2.5x faster and EfficientNet-lite 1.5x slower, so no
 rule by device alone is right. The answer is kept on the node, for every trial of a sweep asks the same few questions.

@@ -112,7 +112,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @functools.lru_cache(maxsize=2)
 def _open(run: str, *where: tuple[str, Any]) -> tuple[Data, Splits]:
-    """The data and splits of a run; a lane opens them once. A node without the prepared data prepares it itself."""
+    """The data and splits of a run; a lane opens them once. A node without the prepared data prepares it itself.
+
+    Raises UserError when its images are no longer the run's: the splits would mean other images.
+    """
     data_spec = dict(where)
     try:
         data = open_shared(UPath(run), data_spec["path"])
@@ -121,6 +124,12 @@ def _open(run: str, *where: tuple[str, Any]) -> tuple[Data, Splits]:
     except UserError:
         folder = data_spec["data_dir"]
         data = prepare(data_spec["name"], Path(folder) if folder else None, size=data_spec["size"])
+        expected = Path(data_spec["path"]).name
+        if data.path.name != expected:  # which ends in the fingerprint
+            raise UserError(
+                f"the images have changed since {run} began: prepared again they are {data.path.name}, expected "
+                f"{expected}; restore them, or start a new run"
+            ) from None
     return data, load_splits(UPath(run))
 
 
@@ -139,7 +148,7 @@ def _write(run: UPath, job: dict[str, Any], config: TrialConfig, data: Data, spl
         "tune_and_select_shared": splits.shared,
         "curve": trained.curve,
         "params": sum(p.numel() for p in trained.model.parameters()),
-        **_cost(trained.model, trained.pixels.mean.device, config.image_size),
+        **_cost(trained.model, trained.pixels.mean.device, trained.image_size),
         "seconds": round(trained.seconds, 3),
         "node": job.get("node", platform.node()),
         "resumed_after_epochs": trained.resumed,

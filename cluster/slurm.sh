@@ -1,11 +1,12 @@
 #!/bin/bash
 # A sweep in one Slurm allocation: a Ray head on its first node, workers on the others, the sweep on the head.
 #
-#   sbatch --nodes=4 --gpus-per-node=4 --time=04:00:00 cluster/slurm.sh --data folder --data-dir /shared/PHOTOS \
-#       --run /shared/runs/NAME --minutes 225
+#   sbatch --nodes=4 --gpus-per-node=4 --cpus-per-task=32 --time=04:00:00 cluster/slurm.sh \
+#       --data folder --data-dir /shared/PHOTOS --run /shared/runs/NAME --minutes 225
 #
 # Submit it from this repository, on a file system that all nodes see; what follows the script's name goes to
-# python -m search.run. PYTHON names the interpreter of an environment with Ninefold in it (default: .venv/bin/python).
+# python -m search.run. A node's CPUs are shared out to its GPUs: with fewer CPUs than GPUs some would stay idle.
+# PYTHON names the interpreter of an environment with Ninefold in it (default: .venv/bin/python).
 # Two minutes before the time limit the sweep is stopped; the same command goes on with it.
 #SBATCH --job-name=ninefold
 #SBATCH --ntasks-per-node=1

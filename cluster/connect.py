@@ -17,6 +17,7 @@ from ray.util.placement_group import (
 )
 
 OBJECT_STORE_BYTES = 256 * 2**20  # images travel as memory-mapped files, so Ray's third of the memory is not needed
+KNOCK_S = 10.0
 MOST_DEMANDED = 16  # places at a time; when they have come, the next
 DASHBOARD = "RAY_API_SERVER_ADDRESS"
 ENVIRONMENT = {  # a local cluster hands these on to all its processes
@@ -51,6 +52,7 @@ def connect(cpus: int | None = None) -> str:
         os.environ.setdefault(key, value)
     if in_cluster():
         try:
+            _knock(os.environ["RAY_ADDRESS"])
             context = ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except Exception as error:  # nobody there, another version of Ray or of Python, a token that is refused
             where, why = os.environ["RAY_ADDRESS"], " ".join(str(error).split())[:300]
@@ -76,6 +78,13 @@ def connect(cpus: int | None = None) -> str:
         # Ray installs its own SIGTERM handler in init, which ends the process at once: replace it afterwards.
         signal.signal(signal.SIGTERM, _like_ctrl_c)
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
+
+
+def _knock(address: str) -> None:
+    """Raise OSError when nobody listens at host:port, which Ray would go on trying for many minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), KNOCK_S).close()
 
 
 def _like_ctrl_c(*_: object) -> None:

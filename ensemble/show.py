@@ -37,8 +37,11 @@ def show(pool: Pool, ensemble: Ensemble) -> None:
         console.print(line, markup=False)
     if len(ensemble.frontier) > 1:
         console.print(_frontier(ensemble))
+    left_out: dict[str, list[str]] = {}  # by the reason, for --keep-weights leaves out many
     for id, reason in ensemble.left_out.items():
-        console.print(f"left out {id}: {reason}", style="yellow", markup=False)
+        left_out.setdefault(reason, []).append(id)
+    for reason, ids in left_out.items():
+        console.print(f"left out {', '.join(ids)}: {reason}", style="yellow", markup=False)
 
 
 def where(score: dict[str, Any]) -> str:

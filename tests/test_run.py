@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cluster.connect import Node
+from cluster.connect import Node, _like_ctrl_c, free_port
 from search import run as search_run
 from search.config import SearchConfig
-from search.lanes import lanes_for
+from search.lanes import connected, lanes_for
 from search.lock import lock_run
 from search.plan import make_plan
 from trainables.backbones import build
@@ -240,6 +241,22 @@ def test_weights_by_name_from_a_folder(tmp_path: Path) -> None:
 def test_lanes_fill_the_cluster(machines: list[Node], config: dict, expected: tuple) -> None:
     spec, lanes = lanes_for(machines, SearchConfig(**config))
     assert (spec.workers, spec.cpus, spec.gpus, lanes) == expected
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=f"RAY_ADDRESS={address} cannot be joined .*refused.*; unset it"), connected():
+        pass
+
+
+def test_sigterm_ends_even_a_shells_background_job() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts those
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _like_ctrl_c()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("machines", [[], [Node(2)], [Node(2), Node(2)]])

@@ -1,6 +1,7 @@
 """The command, on run directories written by hand: good ones, damaged ones, several at once."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,7 +175,15 @@ def test_bad_predictions_are_named_and_left_out(tmp_path):
     for id, reason in expected.items():
         assert reason in ensemble.left_out[id]
     assert ensemble.members == clean.members, "what is left out must not change the choice"
-    assert "left out x_nan" in run_command("--run", run, cwd=tmp_path).stdout
+    assert re.search(r"left out ([\w, ]+, )?x_nan", run_command("--run", run, cwd=tmp_path).stdout)
+
+
+def test_many_that_are_left_out_for_one_reason_are_one_line(tmp_path):
+    run, probs, _ = make_run(tmp_path / "run")
+    for name in ("a", "b", "c"):
+        write_candidate(run, {"id": name, "weights_deleted": True}, probs[0] * 0.5 + probs[1] * 0.5)
+    told = " ".join(run_command("--run", run, cwd=tmp_path).stdout.split())
+    assert "left out a, b, c: its weights were deleted (--keep-weights)" in told
 
 
 def test_runs_on_the_same_splits_merge(tmp_path):

@@ -65,9 +65,9 @@ def epochs_on_disk(run: Path) -> int:
     return sum(1 for _ in run.glob("checkpoints/*/state.pt"))
 
 
-def test_killed_three_times_and_interrupted_once_nothing_is_lost_or_repeated(tmp_path: Path, pictures: Path) -> None:
+def test_killed_twice_and_interrupted_once_nothing_is_lost_or_repeated(tmp_path: Path, pictures: Path) -> None:
     run, space, log = tmp_path / "run", tmp_path / "tiny.py", tmp_path / "log"
-    write_space(space, trials=4, epochs=12)
+    write_space(space, trials=3, epochs=12)
     args = arguments(run, pictures, space)
     candidate_times: dict[str, float] = {}
 
@@ -76,8 +76,7 @@ def test_killed_three_times_and_interrupted_once_nothing_is_lost_or_repeated(tmp
 
     moments: list[Callable[[], bool]] = [
         lambda: (run / "run.json").exists() and (run / "study.db").exists(),  # before anything was trained
-        lambda: (run / "checkpoints/0000/state.pt").exists(),  # in the middle of the first trial
-        lambda: len(remember()) >= 2 and epochs_on_disk(run) > 0,  # in the middle of a later one
+        lambda: len(remember()) >= 1 and epochs_on_disk(run) > 0,  # in the middle of a trial
     ]
     for moment in moments:
         search = SearchProcess(*args, log=log)
@@ -87,22 +86,22 @@ def test_killed_three_times_and_interrupted_once_nothing_is_lost_or_repeated(tmp
             assert remember()[id] == when, f"{id} was trained again"
         candidate_times = remember()
     search = SearchProcess(*args, log=log)
-    search.wait_until(lambda: len(remember()) >= 3 and epochs_on_disk(run) > 0)
+    search.wait_until(lambda: len(remember()) >= 2 and epochs_on_disk(run) > 0)
     search.process.send_signal(signal.SIGINT)
     assert "the same command goes on" in search.finish()
     output = SearchProcess(*args, log=log).finish()
 
     candidates = list_candidates(open_run(run))
-    assert [c.id for c in candidates] == ["0000", "0001", "0002", "0003"]
+    assert [c.id for c in candidates] == ["0000", "0001", "0002"]
     for candidate in candidates:
         if candidate.id in candidate_times:
             assert candidate_times[candidate.id] == (candidate.path / "candidate.json").stat().st_mtime
         assert [row["epoch"] for row in candidate.info["curve"]] == list(range(1, 13))
     resumed = [epoch for c in candidates for epoch in c.info["resumed_after_epochs"]]
-    assert len(resumed) >= 3, "interrupted trials went on from their last epoch"
+    assert len(resumed) >= 2, "interrupted trials went on from their last epoch"
     assert min(resumed) >= 1
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{run}/study.db")
-    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 4
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 3
     assert not list(run.glob("checkpoints/*/*"))
 
     # and what a person gets

@@ -143,8 +143,8 @@ def test_odd_file_names_survive(small_run: UPath, pictures: Path, tmp_path: Path
 
 
 def test_killed_it_goes_on(small_run: UPath, folder: Path, tmp_path: Path) -> None:
-    """kill -9 in the middle, of a process that would need minutes; the same command then completes the file."""
-    for i in range(200):
+    """kill -9 in the middle, of a process with thousands of images; the same command then completes the file."""
+    for i in range(100):
         shutil.copytree(folder / "grid", folder / f"more{i}")
     out = tmp_path / "out.csv"
     command = [
@@ -161,20 +161,19 @@ def test_killed_it_goes_on(small_run: UPath, folder: Path, tmp_path: Path) -> No
     process.wait()
     before = out.read_bytes()
     assert json.loads((tmp_path / "out.csv.json").read_text())["complete"] is False
-    assert 500 < before.count(b"\n") < 6091, "it was killed in the middle"
+    assert 500 < before.count(b"\n") < 3091, "it was killed in the middle"
 
-    refused = subprocess.run([*command, "--probs"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "other columns" in refused.stderr
+    with pytest.raises(UserError, match="other columns"):
+        predict_folder(Predict(folder, out, str(small_run), probs=True, device="cpu"))
 
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert finished.stdout == f"6090 images in {out}\n"
+    assert finished.stdout == f"3090 images in {out}\n"
     assert out.read_bytes().startswith(before), "nothing was done again"
     rows = rows_of(out)
-    assert len(rows) == 6091
-    assert len({row[0] for row in rows}) == 6091
+    assert len(rows) == 3091
+    assert len({row[0] for row in rows}) == 3091
     labels = {row[0]: row[1] for row in rows}
-    for i in range(200):
+    for i in range(100):
         assert labels[f"more{i}/7"] == labels["grid/7"]
 
 

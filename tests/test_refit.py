@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,13 @@ from upath import UPath
 from ensemble.demo import Examples, build_page
 from ensemble.ensemble import Ensemble, Member, read_ensemble, write_ensemble
 from ensemble.export import export
+from ensemble.predict import Predict, predict_folder
 from ensemble.report import summary, write_report
+from ensemble.select import Select, open_pool
 from search.config import SearchConfig
 from search.lock import lock_run
 from search.refit import Refit, refit, without_validation
-from search.run import sweep
-from tests.tiny_space import write_space
-from trainables.candidate import list_candidates, read_json, read_run
+from trainables.candidate import list_candidates, read_json, read_run, write_json
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 from trainables.splits import load_splits
@@ -35,14 +37,18 @@ def test_early_stopping_becomes_the_best_epoch() -> None:
     assert without_validation(TrialConfig(epochs=10, schedule="onecycle"), curve[:2]).epochs == 10, "a cut one is whole"
 
 
-def test_members_are_trained_on_everything_and_the_selection_stays(pictures: Path, tmp_path: Path) -> None:
-    space, run = tmp_path / "space.py", tmp_path / "run"
-    write_space(space, trials=2, epochs=4)
-    sweep(SearchConfig(data="folder", data_dir=pictures, space=str(space), run=str(run), pruner="none"))
+def test_members_are_trained_on_everything_and_the_selection_stays(
+    pictures: Path, small_run: UPath, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
     source = UPath(run)
+    searched = asdict(SearchConfig(data="folder", data_dir=pictures, cpus_per_trial=float(os.cpu_count() or 1)))
+    write_json(source / "run.json", {**read_run(source), "search": {**searched, "data_dir": str(pictures)}})
     both = (Member("0001", 0.75), Member("0000", 0.25, temperature=1.5))
     chosen = read_ensemble(source)
-    write_ensemble(source, Ensemble("both", both, "by hand", chosen.split_fingerprint, chosen.scores))
+    scores = {**chosen.scores, "best_single": {"id": "0001", "run": ""}}
+    write_ensemble(source, Ensemble("both", both, "by hand", chosen.split_fingerprint, scores))
 
     target, ensemble = refit(Refit(run=str(run), ensemble="both"))
 
@@ -51,7 +57,7 @@ def test_members_are_trained_on_everything_and_the_selection_stays(pictures: Pat
     old, new = load_splits(source), load_splits(target)
     assert sorted(new.train) == sorted({*old.train, *old.tune, *old.select})
     assert read_run(target)["splits"]["select"] == 0
-    for before, after in zip(list_candidates(source), list_candidates(target), strict=True):
+    for before, after in zip(list_candidates(source)[:2], list_candidates(target), strict=True):
         assert after.has_weights
         assert after.info["config"] == before.info["config"]
         assert after.info["metrics"] == {}, "no split is left to score it on"
@@ -74,9 +80,7 @@ def test_members_are_trained_on_everything_and_the_selection_stays(pictures: Pat
     assert {path: path.stat().st_mtime for path in written} == written
 
     # and images can be predicted with it, but nothing selected from it
-    predict = [sys.executable, "-m", "ensemble.predict", "--run", str(target), "--images", str(pictures / "test")]
-    ended = subprocess.run([*predict, "--out", str(tmp_path / "p.csv")], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    predict_folder(Predict(images=pictures / "test", out=tmp_path / "p.csv", run=str(target)))
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 91
 
     # it can be shown and exported, although there is no select split to take pictures from
@@ -93,15 +97,12 @@ def test_members_are_trained_on_everything_and_the_selection_stays(pictures: Pat
     assert found["test"].keys() == {"ensemble"}
     assert [line.split()[0] for line in summary(found)] == ["ensemble"]
 
-    ended = subprocess.run(
-        [sys.executable, "-m", "ensemble.select", "--run", str(target)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert ended.returncode == 2
-    assert len(ended.stderr.strip().splitlines()) == 1
+    with pytest.raises(UserError, match="select"):
+        open_pool(Select(run=(str(target),)))
 
 
 def test_what_cannot_be_retrained_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    from trainables.candidate import write_candidate, write_json
+    from trainables.candidate import write_candidate
 
     run = UPath(tmp_path / "run")
     write_json(run / "run.json", {"classes": ["a", "b"], "split_fingerprint": "x"})

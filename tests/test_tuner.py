@@ -118,6 +118,7 @@ def test_trials_run_in_order_in_one_lane_with_pruning_and_bugs_between(ray_clust
     assert capfd.readouterr() == ("", "")  # quiet
 
 
+@pytest.mark.slow
 def test_the_job_of_a_killed_tune_actor_goes_on_in_a_new_lane(ray_cluster, tmp_path):
     job = {"epochs": 6, "epoch_s": 0.3, "checkpoint": str(tmp_path / "epoch")}
     sweep = Sweep([job, {"epochs": 1}], at=("0000", 2), do=kill_tune_actor)

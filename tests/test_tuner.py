@@ -289,7 +289,8 @@ def driver(request, tmp_path):
         driver.kill()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/test_pipeline.py, too, has a Ctrl-C, in a short epoch
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_one_ctrl_c_or_sigterm_ends_the_sweep_when_the_running_epoch_has_ended(driver, sign, tmp_path):
     (os.killpg if sign == signal.SIGINT else os.kill)(driver.pid, sign)
     assert driver.stderr.readline() == tuner.STOPPING + "\n"

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 import optuna
 import psutil
 import pytest
+from ray._private.utils import get_num_cpus  # of a container, too
 
 from tests.tiny_space import write_space
 from trainables.candidate import list_candidates, open_run
@@ -56,18 +56,19 @@ class SearchProcess:
 def arguments(run: Path, pictures: Path, space: Path) -> list[str]:
     return [
         "--data", "folder", "--data-dir", str(pictures), "--space", str(space), "--run", str(run),
-        "--pruner", "none", "--cpus-per-trial", str(os.cpu_count()),
+        "--pruner", "none", "--cpus-per-trial", str(get_num_cpus()),
     ]  # fmt: skip
 
 
-def epochs_on_disk(run: Path) -> int:
-    """Epochs in all checkpoints and candidates: something to kill by."""
-    return sum(1 for _ in run.glob("checkpoints/*/state.pt"))
+def in_training(run: Path) -> bool:
+    """Whether some trial has a checkpoint and is no candidate yet: the moment to kill it."""
+    ids = [path.parent.name for path in run.glob("checkpoints/*/state.pt")]  # listed first: it goes last
+    return any(not (run / "candidates" / id / "candidate.json").exists() for id in ids)
 
 
 def test_killed_twice_and_interrupted_once_nothing_is_lost_or_repeated(tmp_path: Path, pictures: Path) -> None:
     run, space, log = tmp_path / "run", tmp_path / "tiny.py", tmp_path / "log"
-    write_space(space, trials=3, epochs=12)
+    write_space(space, trials=3, epochs=30)
     args = arguments(run, pictures, space)
     candidate_times: dict[str, float] = {}
 
@@ -76,7 +77,7 @@ def test_killed_twice_and_interrupted_once_nothing_is_lost_or_repeated(tmp_path:
 
     moments: list[Callable[[], bool]] = [
         lambda: (run / "run.json").exists() and (run / "study.db").exists(),  # before anything was trained
-        lambda: len(remember()) >= 1 and epochs_on_disk(run) > 0,  # in the middle of a trial
+        lambda: len(remember()) >= 1 and in_training(run),  # in the middle of a trial
     ]
     for moment in moments:
         search = SearchProcess(*args, log=log)
@@ -86,7 +87,7 @@ def test_killed_twice_and_interrupted_once_nothing_is_lost_or_repeated(tmp_path:
             assert remember()[id] == when, f"{id} was trained again"
         candidate_times = remember()
     search = SearchProcess(*args, log=log)
-    search.wait_until(lambda: len(remember()) >= 2 and epochs_on_disk(run) > 0)
+    search.wait_until(lambda: len(remember()) >= 2 and in_training(run))
     search.process.send_signal(signal.SIGINT)
     assert "the same command goes on" in search.finish()
     output = SearchProcess(*args, log=log).finish()
@@ -96,7 +97,7 @@ def test_killed_twice_and_interrupted_once_nothing_is_lost_or_repeated(tmp_path:
     for candidate in candidates:
         if candidate.id in candidate_times:
             assert candidate_times[candidate.id] == (candidate.path / "candidate.json").stat().st_mtime
-        assert [row["epoch"] for row in candidate.info["curve"]] == list(range(1, 13))
+        assert [row["epoch"] for row in candidate.info["curve"]] == list(range(1, 31))
     resumed = [epoch for c in candidates for epoch in c.info["resumed_after_epochs"]]
     assert len(resumed) >= 2, "interrupted trials went on from their last epoch"
     assert min(resumed) >= 1

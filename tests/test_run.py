@@ -72,7 +72,10 @@ def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, run:
 def test_mistakes_on_the_command_line(
     args: list[str], expected: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def no_hub(name: str) -> None:
+        raise OSError("no hub here")
+
+    monkeypatch.setattr("trainables.backbones._load_hub", no_hub)
     line = refused(capsys, monkeypatch, tmp_path / "run", *args)
     assert expected in line
 

@@ -1,6 +1,7 @@
 """The command, on run directories written by hand: good ones, damaged ones, several at once."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -93,6 +94,7 @@ def test_a_shared_split_is_said_wherever_a_score_is(tmp_path):
 
 def test_the_newest_run_is_taken(tmp_path, monkeypatch):
     make_run(tmp_path / "runs" / "old", prefix="o")
+    os.utime(tmp_path / "runs" / "old" / "run.json", (1, 1))
     make_run(tmp_path / "runs" / "new", prefix="n")
     monkeypatch.chdir(tmp_path)
     assert choose(Select()).members[0].id.startswith("n")

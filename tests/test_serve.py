@@ -332,27 +332,30 @@ def test_replicas_of_ray_serve_answer_alike(
 
 def test_waiting_images_are_predicted_together() -> None:
     sizes = []
-    go = threading.Event()
+    taken, go = threading.Event(), threading.Event()
 
     def votes(images: np.ndarray) -> list[np.ndarray]:
+        taken.set()
         go.wait()
         sizes.append(len(images))
         return [images.reshape(len(images), -1)[:, :2] / 255] * 3
 
     batcher = Batcher(votes)
-    futures = [batcher.submit(np.full((2, 2, 3), i, np.uint8)) for i in range(50)]
+    futures = [batcher.submit(np.full((2, 2, 3), 0, np.uint8))]
+    assert taken.wait(30)
+    futures += [batcher.submit(np.full((2, 2, 3), i, np.uint8)) for i in range(1, 50)]
     go.set()
     for i, future in enumerate(futures):
         np.testing.assert_allclose(future.result(timeout=30), np.full((3, 2), i / 255))
-    assert sum(sizes) == 50
-    assert max(sizes) == LARGEST_BATCH
+    assert sizes == [1, LARGEST_BATCH, 49 - LARGEST_BATCH]
 
 
 def test_a_failed_batch_and_a_cancelled_request_are_not_the_end() -> None:
     calls = []
-    go = threading.Event()
+    taken, go = threading.Event(), threading.Event()
 
     def votes(images: np.ndarray) -> list[np.ndarray]:
+        taken.set()
         go.wait()
         calls.append(len(images))
         if len(calls) == 1:
@@ -362,7 +365,7 @@ def test_a_failed_batch_and_a_cancelled_request_are_not_the_end() -> None:
     batcher = Batcher(votes)
     image = np.zeros((2, 2, 3), np.uint8)
     failing = batcher.submit(image)
-    time.sleep(0.2)  # it is in the first batch by now
+    assert taken.wait(30)  # it is in the first batch now
     cancelled = [batcher.submit(image) for _ in range(3)]
     assert all(future.cancel() for future in cancelled)
     go.set()

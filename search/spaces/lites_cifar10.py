@@ -6,7 +6,7 @@ One epoch trains the head alone, then five the whole network: 32-pixel images me
 from 224, so they are enlarged, and the first epochs, which only have to get near, see fewer pixels (Howard, 2018; Tan
 and Le, 2021).
 
-The first, lite0, reached 93.5 % on the 5,000 select images in 40 minutes on two cores (AVX2 alone).
+On the 5,000 select images lite0 reached 93.5 % in 40 minutes and lite1 94.1 % in 58, on two cores (AVX2 alone).
 """
 
 from dataclasses import replace

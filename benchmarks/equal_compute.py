@@ -27,8 +27,8 @@ from ensemble.selection import best_single, greedy
 from ensemble.show import make_console
 from search.config import SearchConfig
 from search.run import sweep
-from trainables.candidate import list_candidates, open_run, read_run
 from trainables.errors import UserError, exit_on_user_error
+from trainables.run_directory import list_candidates, open_run, read_run
 
 SPACE = '''"""The best configuration of a sweep, again and again with other seeds."""
 from trainables.config import TrialConfig
@@ -60,14 +60,15 @@ class EqualCompute:
 def train_seeds(run: Any, trials: int) -> Any:
     """The run directory with `trials` candidates of the best configuration of `run`, trained now where missing."""
     info = read_run(run)
-    best = min(list_candidates(run), key=lambda c: float(c.info["metrics"]["tune_log_loss"]))
-    config = best.info["config"]
-    asked = info["search"]
+    best = min(list_candidates(run), key=lambda c: float(c.info.metrics["tune_log_loss"]))
+    config = best.info.config
+    assert config is not None
+    asked = info.search
     target = run.parent / f"{run.name}-seeds"
     with tempfile.TemporaryDirectory() as folder:
         space = Path(folder) / "seeds.py"
-        start = "pretrained" if config["pretrained"] else "scratch"
-        space.write_text(SPACE.format(trials=trials, backbone=config["backbone"], start=start, config=config))
+        start = "pretrained" if config.pretrained else "scratch"
+        space.write_text(SPACE.format(trials=trials, backbone=config.backbone, start=start, config=config.to_dict()))
         data_dir = asked.get("data_dir")
         sweep(
             SearchConfig(

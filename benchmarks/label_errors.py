@@ -18,10 +18,9 @@ import tyro
 from rich.table import Table
 
 from ensemble.show import make_console
-from trainables.candidate import open_run, read_run
 from trainables.errors import UserError, exit_on_user_error
-from trainables.share import open_shared
-from trainables.splits import load_splits
+from trainables.run_directory import open_run
+from trainables.share import open_run_data
 from trainables.suspects import find_suspects
 
 
@@ -44,8 +43,7 @@ class LabelErrors:
 def measure(args: LabelErrors) -> list[dict[str, Any]]:
     """One row per draw: the share of the planted errors that was found, and cleanlab's estimate of all wrong labels."""
     run = open_run(args.run)
-    data = open_shared(run, read_run(run)["data"]["path"])
-    splits = load_splits(run)
+    data, splits = open_run_data(run)
     rows = np.union1d(splits.tune, splits.select)
     if args.flips > len(rows):
         raise UserError(f"--flips is {args.flips}, but {run} has {len(rows)} images in tune and select")

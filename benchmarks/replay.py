@@ -23,8 +23,8 @@ from search.config import Objective, Pruner
 from search.objective import Contribution
 from search.study import open_study
 from search.sweep import Sweep
-from trainables.candidate import write_candidate
 from trainables.config import TrialConfig
+from trainables.run_directory import CandidateInfo, write_candidate
 
 ORDERED = ("lr",)  # levels that a sampler may take for a scale; the others are categories
 
@@ -123,7 +123,7 @@ class Ours:
         }
         true = self.curves.true_probs["tune"][index]
         probs = np.stack([true, 1 - true], axis=1)
-        write_candidate(self.sweep.run, {"id": name, "metrics": metrics}, probs[:1], probs)
+        write_candidate(self.sweep.run, CandidateInfo(name, metrics=metrics, outcome="finished"), probs[:1], probs)
         self.sweep.finish(name, {"outcome": "finished", **metrics})
 
 

@@ -37,9 +37,10 @@ from search.live import EnsembleSoFar
 from search.study import open_study
 from search.sweep import Sweep
 from search.tuner import run_trials
-from trainables.candidate import write_array, write_candidate, write_json
 from trainables.config import TrialConfig
 from trainables.errors import UserError, exit_on_user_error
+from trainables.run_directory import CandidateInfo, write_candidate
+from trainables.storage import write_array, write_json
 from trainables.worker import LaneSpec
 
 EPOCHS = 3
@@ -129,12 +130,12 @@ def noop(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> dict[
     for epoch in range(1, EPOCHS + 1):
         curve.append({"epoch": epoch, **metrics, "seconds": 0.001 * epoch})
         report(curve[-1])
-    info = {
-        "id": job["id"], "config": job["config"], "metrics": metrics, "curve": curve, "outcome": "finished",
-        "split_fingerprint": "none", "seconds": 0.001 * EPOCHS,
-    }  # fmt: skip
+    config, seconds = TrialConfig.from_dict(job["config"]), 0.001 * EPOCHS
+    info = CandidateInfo(
+        job["id"], config, metrics, tuple(curve), "finished", seconds=seconds, split_fingerprint="none"
+    )
     write_candidate(UPath(job["run"]), info, probs)
-    return {"outcome": "finished", **metrics, "seconds": info["seconds"]}
+    return {"outcome": "finished", **metrics, "seconds": seconds}
 
 
 def suggest(trial: optuna.Trial) -> TrialConfig:

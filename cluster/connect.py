@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -61,6 +62,9 @@ def connect(cpus: int | None = None) -> str:
                 "unset it to run on this machine alone"
             ) from error
     else:
+        if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ:
+            # Its own, so that nothing is written into HOME, and no other local Ray knows it.
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         port = free_port()
         # Ray Train's cleaner looks for its dashboard by itself, and dies when a second Ray runs on the machine.
         os.environ[DASHBOARD] = f"http://127.0.0.1:{port}"

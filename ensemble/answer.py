@@ -14,8 +14,8 @@ import numpy as np
 from ensemble.blend import scale
 from ensemble.ensemble import read_ensemble
 from ensemble.predict import Voters
-from trainables.candidate import open_run
 from trainables.decode import decode_bytes
+from trainables.run_directory import open_runs
 
 LARGEST_BATCH = 32
 GATHERING = 0.005  # seconds that the first image of a batch waits for others
@@ -68,10 +68,10 @@ class Answerer:
     Raises UserError when the run, the ensemble or a member's weights are missing.
     """
 
-    def __init__(self, run: str, ensemble: str | None, device: str | None, most_pixels: int) -> None:
-        home = open_run(run)
-        self.voters = Voters.load(home, read_ensemble(home, ensemble), device)
-        self.architectures = [m.candidate(home).architecture for m in self.voters.ensemble.members]
+    def __init__(self, runs: list[str], ensemble: str | None, device: str | None, most_pixels: int) -> None:
+        homes = open_runs(runs)
+        self.voters = Voters.load(homes, read_ensemble(homes[0], ensemble), device)
+        self.architectures = [m.candidate(homes).architecture for m in self.voters.ensemble.members]
         self.most_pixels = most_pixels
         self.voters.votes(np.zeros((1, *self.voters.size, 3), np.uint8))  # the first request need not wait longer
         self.batcher = Batcher(self.voters.votes)

@@ -18,10 +18,9 @@ from PIL import Image
 from upath import UPath
 
 from ensemble.ensemble import Ensemble
-from trainables.candidate import read_run, select_labels
 from trainables.errors import UserError
-from trainables.share import open_shared
-from trainables.splits import load_splits
+from trainables.run_directory import select_labels
+from trainables.share import open_run_data, select_images
 
 if TYPE_CHECKING:
     import gradio
@@ -47,13 +46,15 @@ class Examples:
     def of(cls, run: UPath) -> "Examples | None":
         """None when the data set cannot be opened, neither from this machine nor from beside the run; or when the
         select split is empty, for a refit was trained on it, too."""
-        info = read_run(run)
         try:
-            data = open_shared(run, info["data"].get("path", ""))
+            data, splits = open_run_data(run)
+            if not len(splits.select):
+                return None
+            labels = select_labels(run)
+            rows = select_images(run, data, splits, labels)
         except (UserError, OSError):  # nowhere, damaged, or there is no room for a copy of it
             return None
-        rows = load_splits(run).select
-        return cls(data.images, rows, select_labels(run), list(info["classes"])) if len(rows) else None
+        return cls(data.images, rows, labels, list(data.classes))
 
     def __len__(self) -> int:
         return len(self.rows)

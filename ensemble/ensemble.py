@@ -1,6 +1,10 @@
 """What an ensemble is: members with weights, how their predictions combine, and the JSON file that says so."""
 
+import contextlib
+import dataclasses
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,16 +12,44 @@ import numpy as np
 from upath import UPath
 
 from ensemble.blend import Blend, Probs, Stack, combine
-from trainables import candidate as run_directory
-from trainables.candidate import Candidate
 from trainables.errors import UserError
+from trainables.run_directory import ID, Candidate, read_candidate, refuse_links, safe_id
+from trainables.storage import exists, is_link, is_local, list_folder, parse, read_json, write_json
 
-__all__ = ["Ensemble", "Member", "combine", "read_ensemble", "run_at", "write_ensemble"]
+__all__ = [
+    "Ensemble",
+    "Member",
+    "combine",
+    "list_ensembles",
+    "read_ensemble",
+    "relative_run",
+    "run_of",
+    "write_ensemble",
+]
 
 
-def run_at(home: UPath, name: str) -> UPath:
-    """The run that an ensemble in the run `home` calls `name`: a URL, or a path, absolute or relative to `home`."""
-    return UPath(name) if "://" in name else home / name
+def relative_run(run: UPath, home: UPath) -> str:
+    """How an ensemble in `home` names another run: relative where both are local, so that they move together."""
+    if run == home:
+        return ""
+    if is_local(run) and is_local(home):
+        return os.path.relpath(str(run), str(home))
+    return str(run)
+
+
+def run_of(runs: Sequence[UPath], name: str) -> UPath:
+    """The run that an ensemble calls `name`, among those that the user named: the ensemble's own first.
+
+    No other is opened, because a file could name any path or address. Raises UserError when it is not among them.
+    """
+    home = runs[0]
+    if not name:
+        return home
+    for run in runs[1:]:
+        place = str(run) if "://" in name else os.path.abspath(str(run))
+        if place == (name if "://" in name else os.path.abspath(os.path.join(str(home), name))):
+            return run
+    raise UserError(f"the ensemble has members of the run {name}; name it, too: --run {home} --run {name}")
 
 
 @dataclass(frozen=True)
@@ -27,7 +59,7 @@ class Member:
     Attributes:
         id: the candidate's.
         weight: its share of the average, above 0; all members' sum to 1.
-        run: the run directory that holds it, when that is another one than the ensemble's; see `run_at`.
+        run: the run directory that holds it, when that is another one than the ensemble's; see `run_of`.
         temperature: by which its log-probabilities are divided before they are averaged; 1 leaves them as they are.
     """
 
@@ -36,13 +68,18 @@ class Member:
     run: str = ""
     temperature: float = 1.0
 
-    def candidate(self, home: UPath) -> Candidate:
-        """The candidate itself; raises UserError when it is no longer there. home: the run that holds the ensemble."""
-        run = run_at(home, self.run) if self.run else home
+    def __post_init__(self) -> None:
+        safe_id(self.id, "a member's id")
+        if not 0 <= self.weight <= 1 + 1e-6 or not 0 < self.temperature < np.inf:
+            raise ValueError(f"member {self.id} has weight {self.weight} and temperature {self.temperature}")
+
+    def candidate(self, runs: Sequence[UPath]) -> Candidate:
+        """The candidate itself; raises UserError when it is not there. runs: the ensemble's own first; see `run_of`."""
+        run = run_of(runs, self.run)
         path = run / "candidates" / self.id
-        if not (path / "candidate.json").exists():
+        if not exists(path / "candidate.json"):
             raise UserError(f"{run} has no candidate {self.id}, which the ensemble needs; select again")
-        return Candidate(self.id, path, run_directory.read_json(path / "candidate.json"))
+        return read_candidate(path)
 
 
 @dataclass(frozen=True)
@@ -90,6 +127,12 @@ class Ensemble:
         """(len(members),) float64, in the members' order."""
         return np.array([member.weight for member in self.members])
 
+    def single(self) -> Member | None:
+        """The best single model that the ensemble was compared with, alone; None when its scores do not name it."""
+        named = self.scores.get("best_single", {})
+        id, run = named.get("id"), named.get("run", "")
+        return Member(id, 1.0, run) if isinstance(id, str) and isinstance(run, str) else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; what is empty is left away, so that a plain average reads as one."""
         members = []
@@ -124,68 +167,82 @@ class Ensemble:
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], name: str = "ensemble") -> "Ensemble":
-        """The inverse of `to_dict`; needs only `members`. Raises UserError when they are damaged."""
+    def from_dict(cls, values: dict[str, Any], name: str) -> "Ensemble":
+        """The inverse of `to_dict`; needs only `members`. Its name is the file's. Raises UserError for damage."""
+        if "members" not in values:
+            raise UserError(f"ensemble {name} is damaged: expected members: [{{id, weight}}]; select again")
         try:
-            members = tuple(_member(entry) for entry in values["members"])
-            stack = _stack(values["stack"], len(members)) if "stack" in values else None
-            temperature = _temperature(values)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"ensemble {name} is damaged: expected members: [{{id, weight}}]; select again") from None
-        total = sum(member.weight for member in members)
-        if not members or min(member.weight for member in members) < 0 or abs(total - 1) > 1e-3:
+            found = parse({**values, "name": name}, _File, f"ensemble {name}")
+            stack = None if found.stack is None else _stack(found.stack, len(found.members))
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"ensemble {name} is damaged ({error}); select again") from None
+        total = sum(member.weight for member in found.members)
+        if not found.members or abs(total - 1) > 1e-3 or not 0 < found.temperature < np.inf:
             raise UserError(f"ensemble {name} is damaged: its weights sum to {total:g}, expected 1; select again")
-        return cls(
-            name=str(values.get("name", name)),
-            members=members,
-            selector=str(values.get("selector", "unknown")),
-            split_fingerprint=str(values.get("split_fingerprint", "")),
-            scores=values.get("scores", {}),
-            stack=stack,
-            temperature=temperature,
-            options=values.get("options", {}),
-            left_out=values.get("left_out", {}),
-            frontier=tuple(values.get("frontier", ())),
-            insight=values.get("insight", {}),
-            created=float(values.get("created", 0.0)),
-        )
+        return cls(**{key: getattr(found, key) for key in _PLAIN}, stack=stack)
+
+
+@dataclass(frozen=True)
+class _File:
+    """An ensemble as its file has it; see Ensemble."""
+
+    name: str
+    members: tuple[Member, ...]
+    selector: str = "unknown"
+    split_fingerprint: str = ""
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stack: dict[str, Any] | None = None
+    temperature: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    frontier: tuple[dict[str, float], ...] = ()
+    insight: dict[str, Any] = field(default_factory=dict)
+    created: float = 0.0
+
+
+_PLAIN = tuple(part.name for part in dataclasses.fields(_File) if part.name != "stack")
 
 
 def write_ensemble(run: UPath, ensemble: Ensemble) -> UPath:
     """Write ensembles/<name>.json, whole or not at all, and return its path."""
-    path = run / "ensembles" / f"{ensemble.name}.json"
-    run_directory.write_json(path, ensemble.to_dict())
+    refuse_links(run)
+    path = run / "ensembles" / f"{safe_id(ensemble.name, 'the name of an ensemble')}.json"
+    write_json(path, ensemble.to_dict())
     return path
 
 
 def read_ensemble(run: UPath, name: str | None = None) -> Ensemble:
     """The ensemble of that name, or the one written last. Raises UserError when there is none."""
-    folder = run / "ensembles"
-    files = {path.stem: path for path in folder.glob("*.json")} if folder.exists() else {}
+    files = _files(run)
     if not files:
         raise UserError(f"{run} has no ensemble yet; make one with python -m ensemble.select --run {run}")
     if name is None:
         name = max(files, key=lambda stem: files[stem].stat().st_mtime)
     if name not in files:
         raise UserError(f"{run} has no ensemble {name}; it has {', '.join(sorted(files))}")
-    return Ensemble.from_dict(run_directory.read_json(files[name]), name)
+    return Ensemble.from_dict(read_json(files[name]), name)
 
 
-def _member(entry: dict[str, Any]) -> Member:
-    id, weight = str(entry["id"]), float(entry["weight"])
-    return Member(id, weight, str(entry.get("run", "")), _temperature(entry))
+def list_ensembles(run: UPath) -> list[Ensemble]:
+    """Every ensemble of a run that can be read."""
+    found = []
+    for name, path in sorted(_files(run).items()):
+        with contextlib.suppress(UserError, OSError):
+            found.append(Ensemble.from_dict(read_json(path), name))
+    return found
 
 
-def _temperature(values: dict[str, Any]) -> float:
-    temperature = float(values.get("temperature", 1.0))
-    if not 0 < temperature < np.inf:
-        raise ValueError(f"temperature {temperature}")
-    return temperature
+def _files(run: UPath) -> dict[str, UPath]:
+    return {
+        path.stem: path
+        for path in list_folder(run / "ensembles")
+        if path.suffix == ".json" and ID.fullmatch(path.stem) and not is_link(path)
+    }
 
 
 def _stack(values: dict[str, Any], members: int) -> Stack:
     stack = Stack(np.array(values["coefficients"], np.float64), np.array(values["intercept"], np.float64))
     classes = len(stack.intercept)
-    if stack.coefficients.shape != (classes, members, classes):
+    if stack.coefficients.shape != (classes, members, classes) or not np.isfinite(stack.coefficients).all():
         raise ValueError(f"coefficients {stack.coefficients.shape}")
     return stack

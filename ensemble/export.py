@@ -24,7 +24,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,10 +38,9 @@ from upath import UPath
 from ensemble.ensemble import Ensemble, read_ensemble
 from ensemble.module import EnsembleModule
 from ensemble.predict import Voters
-from trainables.candidate import open_run, read_run
 from trainables.errors import UserError, exit_on_user_error
-from trainables.share import open_shared
-from trainables.splits import load_splits
+from trainables.run_directory import open_runs, read_run
+from trainables.share import open_run_data
 
 OPSET = 20
 TOLERANCE = 1e-4  # largest difference of a probability
@@ -58,8 +57,8 @@ class Export:
     """File to write; default: ensemble.onnx or ensemble.pt2 in the run directory."""
     format: Literal["onnx", "torch"] = "onnx"
     """ONNX, or torch.export's .pt2."""
-    run: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """Run directory; default: the newest under runs/."""
+    run: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH")] = ()
+    """Run directory; default: the newest under runs/. Where the ensemble merges runs, all of them, its own first."""
     ensemble: str | None = None
     """Name of an ensemble of the run; default: the one written last."""
 
@@ -79,7 +78,7 @@ Runtime = Callable[[np.ndarray], np.ndarray]
 """A file opened by the runtime that it is for: uint8 (N, H, W, 3) to float32 (N, C)."""
 
 
-def export(run: UPath, ensemble: Ensemble, out: Path, format: Literal["onnx", "torch"]) -> Exported:
+def export(runs: Sequence[UPath], ensemble: Ensemble, out: Path, format: Literal["onnx", "torch"]) -> Exported:
     """Write the file, whole and checked or not at all.
 
     Raises UserError when a member's weights are missing, the folder does not exist, packages are missing, the ensemble
@@ -90,10 +89,10 @@ def export(run: UPath, ensemble: Ensemble, out: Path, format: Literal["onnx", "t
         raise UserError(f"folder {out.absolute().parent} does not exist; make it, or name another --out")
     if format == "onnx":
         _need_onnx()
-    voters = Voters.load(run, ensemble, "cpu", precision="fp32")
-    images, real = _images_to_check(run, voters.size)
-    module = EnsembleModule(run, ensemble)
-    metadata = describe(run, ensemble)
+    voters = Voters.load(runs, ensemble, "cpu", precision="fp32")
+    images, real = _images_to_check(runs[0], voters.size)
+    module = EnsembleModule(runs, ensemble)
+    metadata = describe(runs, ensemble)
     write = _write_onnx if format == "onnx" else _write_torch
     descriptor, name = tempfile.mkstemp(dir=out.absolute().parent, prefix=f".{out.name}.", suffix=".tmp")
     os.close(descriptor)
@@ -113,14 +112,14 @@ def export(run: UPath, ensemble: Ensemble, out: Path, format: Literal["onnx", "t
     return Exported(out, worst, len(images), real, time.perf_counter() - started)
 
 
-def describe(run: UPath, ensemble: Ensemble) -> dict[str, str]:
+def describe(runs: Sequence[UPath], ensemble: Ensemble) -> dict[str, str]:
     """The file's metadata: JSON texts by name."""
     members = [
-        {"id": m.id, "architecture": m.candidate(run).architecture, "weight": m.weight} for m in ensemble.members
+        {"id": m.id, "architecture": m.candidate(runs).architecture, "weight": m.weight} for m in ensemble.members
     ]
-    made_by = {"run": run.name, "name": ensemble.name, "selector": ensemble.selector, "members": members}
+    made_by = {"run": runs[0].name, "name": ensemble.name, "selector": ensemble.selector, "members": members}
     return {
-        "classes": json.dumps([str(name) for name in read_run(run)["classes"]]),
+        "classes": json.dumps(read_run(runs[0]).classes),
         "ensemble": json.dumps(made_by),
         "select": json.dumps(ensemble.scores.get("select", {})),
     }
@@ -136,8 +135,8 @@ def largest_difference(runtime: Runtime, predict: Runtime, images: np.ndarray) -
 def _images_to_check(run: UPath, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
     """Images of the select split, or random ones (and False) when it is empty or the data set not within reach."""
     try:
-        data = open_shared(run, read_run(run)["data"].get("path", ""))
-        images = np.asarray(data.images[load_splits(run).select[:CHECKED]])
+        data, splits = open_run_data(run)
+        images = np.asarray(data.images[splits.select[:CHECKED]])
     except (UserError, OSError):  # nowhere, damaged, or there is no room for a copy of it
         images = np.empty(0, np.uint8)
     if len(images) == 0:  # a refit was trained on its select split, too
@@ -223,10 +222,10 @@ def _silence() -> Iterator[None]:
 def main() -> None:
     with exit_on_user_error():
         args = tyro.cli(Export, description=Export.__doc__, prog="python -m ensemble.export")
-        run = open_run(args.run)
-        ensemble = read_ensemble(run, args.ensemble)
-        out = args.out or Path(str(run)) / f"ensemble.{'onnx' if args.format == 'onnx' else 'pt2'}"
-        made = export(run, ensemble, out, args.format)
+        runs = open_runs(args.run)
+        ensemble = read_ensemble(runs[0], args.ensemble)
+        out = args.out or Path(str(runs[0])) / f"ensemble.{'onnx' if args.format == 'onnx' else 'pt2'}"
+        made = export(runs, ensemble, out, args.format)
         kind = "images of the select split" if made.real else "random images (no select split can be opened here)"
         print(f"{made.path}: {made.path.stat().st_size / 2**20:.1f} MiB after {made.seconds:.0f} s")
         print(f"differs from PyTorch by at most {made.largest_difference:.1e} in probability, on {made.images} {kind}")

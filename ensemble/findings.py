@@ -1,6 +1,6 @@
 """What a report has to tell, as numbers: report.json."""
 
-import re
+import dataclasses
 import shlex
 import time
 from collections import Counter
@@ -19,6 +19,8 @@ from ensemble.pool import Pool
 from ensemble.select import describe, score_all
 from ensemble.select import where as select_split
 from ensemble.trials import LEFT_NOTHING, Trial
+from trainables.run_directory import RunInfo
+from trainables.storage import hide_password
 
 WORST = 24  # images of the highest loss that are named
 
@@ -50,7 +52,7 @@ class Evidence:
 
 
 def findings(
-    run: UPath, info: dict[str, Any], ensemble: Ensemble, pool: Pool, blend: Blend, single: int, evidence: Evidence,
+    run: UPath, info: RunInfo, ensemble: Ensemble, pool: Pool, blend: Blend, single: int, evidence: Evidence,
     trials: list[Trial],
 ) -> dict[str, Any]:  # fmt: skip
     """All numbers of a report as plain JSON; every score names its split and the number of its images."""
@@ -63,8 +65,8 @@ def findings(
         found["test"] = test_scores(ensemble, pool.candidates[single].id, evidence)
     return found | {
         "select": scores,
-        "data": section(info, "data"),
-        "splits": section(info, "splits"),
+        "data": dataclasses.asdict(info.data),
+        "splits": dataclasses.asdict(info.splits),
         "classes": pool.classes,
         "ensemble": {
             "name": ensemble.name, "selector": ensemble.selector, "temperature": ensemble.temperature,
@@ -123,8 +125,8 @@ def _members(pool: Pool, blend: Blend, single: int) -> list[dict[str, Any]]:
             "without": insight["leave_one_out"][k],
             **insight["repairs"]["by_member"][k],
             "mends": diagnosis.mended_classes(together, alone, np.asarray(pool.probs[m]), pool.labels, pool.classes),
-            "params": pool.candidates[m].info.get("params"),
-            "latency_ms": pool.candidates[m].info.get("latency_ms"),
+            "params": pool.candidates[m].info.params,
+            "latency_ms": pool.candidates[m].info.latency_ms,
         }
         for k, m in enumerate(order)
     ]  # fmt: skip
@@ -153,26 +155,21 @@ def _growth(ensemble: Ensemble, pool: Pool, blend: Blend) -> dict[str, Any]:
     return {"most_members": limits.k, "singles": singles, "ensembles": points}
 
 
-def _reproduce(info: dict[str, Any], ensemble: Ensemble) -> dict[str, Any]:
+def _reproduce(info: RunInfo, ensemble: Ensemble) -> dict[str, Any]:
     """What one needs to do the same again."""
-    command = str(info.get("command", ""))
-    parts = shlex.split(command) if command.count("'") % 2 == 0 else command.split()
+    parts = shlex.split(info.command) if info.command.count("'") % 2 == 0 else info.command.split()
+    command = info.command
     if parts and parts[0].endswith("search/run.py"):
         command = f"python -m search.run {shlex.join(parts[1:])}".strip()
+    seed = info.search.get("split_seed")
     return {
-        "command": re.sub(r"://([^:/@\s]+):[^@\s]+@", r"://\1:***@", command),  # a page is shown around
-        "versions": {str(k): str(v) for k, v in section(info, "versions").items()},
-        "space": info.get("space"),
-        "split_seed": section(info, "search").get("split_seed"),
-        "split_fingerprint": info["split_fingerprint"],
-        "data_fingerprint": section(info, "data").get("fingerprint"),
+        "command": hide_password(command),  # a page is shown around
+        "versions": info.versions,
+        "space": info.space or None,
+        "split_seed": seed if isinstance(seed, int) else None,
+        "split_fingerprint": info.split_fingerprint,
+        "data_fingerprint": info.data.fingerprint or None,
         "selector": ensemble.selector,
         "options": ensemble.options,
-        "started": info.get("created"),
+        "started": info.created,
     }
-
-
-def section(info: dict[str, Any], key: str) -> dict[str, Any]:
-    """A part of run.json; {} where a hand-written one lacks it."""
-    value = info.get(key)
-    return value if isinstance(value, dict) else {}

@@ -3,6 +3,8 @@
 It computes in fp32 what `Voters` computes in the members' own precision and numpy.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,9 +14,8 @@ from ensemble.ensemble import Ensemble
 from ensemble.metrics import FLOOR
 from trainables.augment import Pixels
 from trainables.backbones import load_model
-from trainables.candidate import Candidate
-from trainables.config import TrialConfig
 from trainables.inference import view_logits
+from trainables.run_directory import Candidate
 
 LOG_FLOOR = float(torch.tensor(FLOOR).log())
 
@@ -27,12 +28,15 @@ class MemberModule(nn.Module):
 
     def __init__(self, candidate: Candidate, temperature: float) -> None:
         super().__init__()
-        config = TrialConfig.from_dict(candidate.info["config"])
         self.network = load_model(candidate)
-        self.size = int(candidate.info.get("image_size", config.image_size))
-        self.tta = config.tta
+        info = candidate.info
+        assert info.config is not None  # load_model has refused it
+        assert info.mean is not None
+        assert info.std is not None
+        self.size = info.image_size or info.config.image_size
+        self.tta = info.config.tta
         self.temperature = temperature
-        pixels = Pixels.of(candidate.info["mean"], candidate.info["std"], torch.device("cpu"))
+        pixels = Pixels.of(info.mean, info.std, torch.device("cpu"))
         self.register_buffer("mean", pixels.mean)
         self.register_buffer("std", pixels.std)
 
@@ -50,10 +54,10 @@ class EnsembleModule(nn.Module):
     coefficients: Tensor
     intercept: Tensor
 
-    def __init__(self, run: UPath, ensemble: Ensemble) -> None:
+    def __init__(self, runs: Sequence[UPath], ensemble: Ensemble) -> None:
         super().__init__()
         members = [member for member in ensemble.members if member.weight > 0]
-        self.members = nn.ModuleList(MemberModule(m.candidate(run), m.temperature) for m in members)
+        self.members = nn.ModuleList(MemberModule(m.candidate(runs), m.temperature) for m in members)
         self.weights = [member.weight for member in members]
         self.temperature = ensemble.temperature
         self.stacked = ensemble.stack is not None

@@ -160,18 +160,22 @@ def _grid(evidence: Evidence, classes: list[str]) -> list[dict[str, Any]]:
 def _trial(trial: Trial) -> dict[str, Any]:
     """A trial as page.js shows it: nothing but text."""
     info, scores, cost = trial.info, [], []
-    metrics = info.get("metrics")
     for split in ("tune", "select"):
-        if isinstance(metrics, dict) and f"{split}_accuracy" in metrics:
-            size = metrics.get(f"{split}_images")
-            name = f"{split} accuracy ({size:,} images)" if isinstance(size, int) else f"{split} accuracy"
-            scores.append([name, percent(metrics[f"{split}_accuracy"])])
-            scores.append([f"{split} log-loss", f"{metrics.get(f'{split}_log_loss', float('nan')):.4f}"])
-    for key, name, shape in COSTS:
-        if isinstance(info.get(key), int | float):
-            cost.append([name, shape(info[key])])
-    if isinstance(info.get("precision"), str):
-        cost.append(["precision", info["precision"]])
+        if f"{split}_accuracy" in info.metrics:
+            size = info.metrics.get(f"{split}_images")
+            name = f"{split} accuracy" if size is None else f"{split} accuracy ({int(size):,} images)"
+            scores.append([name, percent(info.metrics[f"{split}_accuracy"])])
+            scores.append([f"{split} log-loss", f"{info.metrics.get(f'{split}_log_loss', float('nan')):.4f}"])
+    for value, name, text in (
+        (info.seconds, "training", "{:,.0f} s"),
+        (info.params, "parameters", "{:,}"),
+        (info.flops and info.flops / 1e6, "operations per image", "{:,.1f} million"),
+        (info.latency_ms, "latency", "{:.2f} ms per image"),
+    ):
+        if value is not None:
+            cost.append([name, text.format(value)])
+    if trial.candidate is not None:
+        cost.append(["precision", info.precision])
     return {
         "title": f"{trial.id} {trial.architecture}",
         "summary": f"{trial.outcome}: {OUTCOMES[trial.outcome]}" if trial.outcome in OUTCOMES else trial.outcome,
@@ -181,14 +185,6 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "cost": cost,
         "config": [[str(k), str(v)] for k, v in trial.config.items()],
     }
-
-
-COSTS = (
-    ("seconds", "training", lambda value: f"{value:,.0f} s"),
-    ("params", "parameters", lambda value: f"{value:,}"),
-    ("flops", "operations per image", lambda value: f"{value / 1e6:,.1f} million"),
-    ("latency_ms", "latency", lambda value: f"{value:.2f} ms per image"),
-)
 
 
 def _foreign(pool: Pool) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Usable is checked, never assumed: predictions that are missing, truncated, of th
 normalised, duplicated or made on other splits are named with the reason and left out: one spoils every average.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,9 +11,11 @@ import numpy as np
 from upath import UPath
 
 from ensemble.blend import chunks
+from ensemble.ensemble import relative_run
 from ensemble.limits import Limits
-from trainables.candidate import Candidate, list_candidates, read_run, select_labels
 from trainables.errors import UserError
+from trainables.run_directory import Candidate, find_candidates, read_run, select_labels
+from trainables.storage import Damaged
 
 TOLERANCE = 1e-3
 """How far from 1 a row may sum, and below 0 a probability may lie: what half precision and rounded text files leave."""
@@ -50,7 +51,7 @@ class Pool:
 
     def numbers(self, key: str) -> np.ndarray:
         """A number of every candidate's candidate.json, such as "latency_ms", float64 (M,); NaN where it has none."""
-        return np.array([_number(candidate.info.get(key)) for candidate in self.candidates])
+        return np.array([_number(getattr(candidate.info, key)) for candidate in self.candidates])
 
 
 def load_pool(runs: Sequence[UPath]) -> Pool:
@@ -59,32 +60,37 @@ def load_pool(runs: Sequence[UPath]) -> Pool:
     Raises UserError when the runs are on different splits or classes, or when nothing usable is left.
     """
     first = read_run(runs[0])
-    classes, fingerprint = list(first["classes"]), str(first["split_fingerprint"])
+    classes, fingerprint = list(first.classes), first.split_fingerprint
     for run in runs[1:]:
         other = read_run(run)
-        if str(other["split_fingerprint"]) != fingerprint:
+        if other.split_fingerprint != fingerprint:
             raise UserError(
-                f"{run} and {runs[0]} are on different splits (fingerprints {other['split_fingerprint']} and "
+                f"{run} and {runs[0]} are on different splits (fingerprints {other.split_fingerprint} and "
                 f"{fingerprint}); only runs on the same data and split seed can be merged"
             )
-        if list(other["classes"]) != classes:
+        if list(other.classes) != classes:
             raise UserError(f"{run} and {runs[0]} have different classes; only runs on the same data can be merged")
     labels = _labels(runs[0], len(classes))
     usable: list[Candidate] = []
     probs: list[np.ndarray] = []
     left_out: dict[str, str] = {}
     seen: dict[bytes, list[int]] = {}
-    found = [(run, candidate) for run in runs for candidate in list_candidates(run)]
-    for run, candidate in found:
-        name = candidate.id if run is runs[0] else f"{run.name}/{candidate.id}"
+    found: list[tuple[str, Candidate]] = []  # under the names that the first run has for them
+    for run in runs:
+        candidates, damaged = find_candidates(run)
+        prefix = "" if run is runs[0] else f"{run.name}/"
+        found += [(f"{prefix}{candidate.id}", candidate) for candidate in candidates]
+        left_out |= {f"{prefix}{id}": reason for id, reason in damaged.items()}
+    total = len(found) + len(left_out)
+    for name, candidate in found:
         try:
             array = candidate.probs("select")
             _check(array, candidate, labels, len(classes), fingerprint)
             # float32 as the format says, else converted; the same mapped memory, but no np.memmap to slow each slice
             array = np.asarray(array, np.float32)
-            if candidate.info.get("weights_deleted"):
+            if candidate.info.weights_deleted:
                 raise _BadError("its weights were deleted (--keep-weights), so it cannot predict new images")
-        except (OSError, ValueError) as error:
+        except (OSError, Damaged, _BadError) as error:
             left_out[name] = str(error) if isinstance(error, _BadError) else f"cannot be read ({error})"
             continue
         key = array[np.arange(len(labels)), labels].tobytes()
@@ -95,14 +101,12 @@ def load_pool(runs: Sequence[UPath]) -> Pool:
         seen.setdefault(key, []).append(len(usable))
         usable.append(candidate)
         probs.append(array)
-    if not found:
+    if not total:
         raise UserError(f"{runs[0]} has no candidates yet; wait for the first trial to finish, or run the search")
     if not usable:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
-        raise UserError(f"{runs[0]} has {len(found)} candidates and none is usable ({reasons})")
-    splits = first.get("splits", {})
-    shared = bool(splits.get("shared", False)) if isinstance(splits, dict) else False
-    return Pool(usable, probs, labels, classes, fingerprint, shared, list(runs), left_out)
+        raise UserError(f"{runs[0]} has {total} candidates and none is usable ({reasons})")
+    return Pool(usable, probs, labels, classes, fingerprint, first.splits.shared, list(runs), left_out)
 
 
 def limits_for(
@@ -126,15 +130,6 @@ def limits_for(
     )
 
 
-def relative_run(run: UPath, home: UPath) -> str:
-    """How an ensemble in `home` names another run: relative where both are local, so that they move together."""
-    if run == home:
-        return ""
-    if run.protocol in ("", "file") and home.protocol in ("", "file"):
-        return os.path.relpath(str(run), str(home))
-    return str(run)
-
-
 class _BadError(ValueError):
     """Predictions that can be read but not used."""
 
@@ -142,12 +137,10 @@ class _BadError(ValueError):
 def _labels(run: UPath, classes: int) -> np.ndarray:
     try:
         labels = np.asarray(select_labels(run))
-    except (OSError, ValueError) as error:
+    except (OSError, Damaged) as error:
         raise UserError(f"{run / 'select_labels.npy'} cannot be read ({error}); selection needs the labels") from None
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
-        raise UserError(
-            f"{run / 'select_labels.npy'} holds {labels.dtype} {labels.shape}, expected integers (N,) with N above 0"
-        )
+    if not len(labels):
+        raise UserError(f"{run / 'select_labels.npy'} is empty; selection needs the labels")
     if labels.min() < 0 or labels.max() >= classes:
         raise UserError(
             f"{run / 'select_labels.npy'} holds labels {labels.min()} to {labels.max()}, "
@@ -158,11 +151,9 @@ def _labels(run: UPath, classes: int) -> np.ndarray:
 
 def _check(array: np.ndarray, candidate: Candidate, labels: np.ndarray, classes: int, fingerprint: str) -> None:
     """Raise _BadError with what is wrong with these predictions."""
-    own = candidate.info.get("split_fingerprint")
-    if own is not None and str(own) != fingerprint:
+    own = candidate.info.split_fingerprint
+    if own is not None and own != fingerprint:
         raise _BadError(f"made on other splits (fingerprint {own}, the run's is {fingerprint})")
-    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
-        raise _BadError(f"holds {array.dtype} {array.shape}, expected float ({len(labels)}, {classes})")
     if array.shape[0] != len(labels):
         raise _BadError(f"has {array.shape[0]} rows, the select split {len(labels)}")
     if array.shape[1] != classes:

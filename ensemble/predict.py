@@ -10,7 +10,7 @@ import contextlib
 import csv
 import os
 import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +26,17 @@ from upath import UPath
 from ensemble.ensemble import Ensemble, read_ensemble
 from trainables.augment import Pixels
 from trainables.backbones import load_model
-from trainables.candidate import Candidate, open_run, read_json, read_run, write_json
-from trainables.config import TestTimeAugmentation, TrialConfig
+from trainables.config import TestTimeAugmentation
 from trainables.data import read_images
 from trainables.decode import list_images
 from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import pick_device, predict_probs
+from trainables.run_directory import Candidate, open_runs, read_run
+from trainables.storage import read_json, write_json
 
-BATCH = 500  # images between two writes to the file
+BATCH = 500  # images between two writes to the file, at most
+BATCH_BYTES = 128 * 2**20  # of their pixels
+LARGEST_SIDE = 4096
 NAMED = 5  # unreadable images that are told by name
 
 
@@ -45,8 +48,8 @@ class Predict:
     """Folder of images; its subfolders are searched too."""
     out: Path = Path("predictions.csv")
     """CSV to write: id (path below the folder without the ending; with it where names repeat), label."""
-    run: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """Run directory; default: the newest under runs/."""
+    run: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH")] = ()
+    """Run directory; default: the newest under runs/. Where the ensemble merges runs, all of them, its own first."""
     ensemble: str | None = None
     """Name of an ensemble of the run; default: the one written last."""
     probs: bool = False
@@ -74,14 +77,16 @@ def candidate_predictor(
     place = pick_device(device)
     model = load_model(candidate, place)
     info = candidate.info
-    config = TrialConfig.from_dict(info["config"])
-    pixels = Pixels.of(info["mean"], info["std"], place)
+    assert info.config is not None  # load_model has refused it
+    assert info.mean is not None
+    assert info.std is not None
+    pixels = Pixels.of(info.mean, info.std, place)
     if precision is None:
-        precision = info.get("precision", "fp32")
+        precision = info.precision
         if precision == "fp16" and place.type != "cuda":
             precision = "fp32"
-    size = info.get("image_size", config.image_size)
-    return lambda images: predict_probs(model, images, None, pixels, size, tta or config.tta, precision)
+    size, views = info.image_size or info.config.image_size, tta or info.config.tta
+    return lambda images: predict_probs(model, images, None, pixels, size, views, precision)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,16 +108,23 @@ class Voters:
     @classmethod
     def load(
         cls,
-        run: UPath,
+        runs: Sequence[UPath],
         ensemble: Ensemble,
         device: str | None = None,
         tta: TestTimeAugmentation | None = None,
         precision: str | None = None,
     ) -> "Voters":
         """Raises UserError when a member is gone or has no weights, or the run does not say how it stores images."""
-        info = read_run(run)
-        members = [candidate_predictor(m.candidate(run), device, tta, precision) for m in ensemble.members]
-        return cls(ensemble, tuple(str(name) for name in info["classes"]), stored_size(run), tuple(members))
+        info = read_run(runs[0])
+        candidates = [member.candidate(runs) for member in ensemble.members]
+        for candidate in candidates:
+            if candidate.info.num_classes not in (None, len(info.classes)):
+                raise UserError(
+                    f"candidate {candidate.id} knows {candidate.info.num_classes} classes, its run "
+                    f"{len(info.classes)}; select without it"
+                )
+        members = [candidate_predictor(candidate, device, tta, precision) for candidate in candidates]
+        return cls(ensemble, info.classes, stored_size(runs[0]), tuple(members))
 
     def votes(self, images: np.ndarray) -> list[np.ndarray]:
         """Each member's probabilities, float32 (N, C), of uint8 images (N, *size, 3)."""
@@ -125,14 +137,13 @@ class Voters:
 
 def stored_size(run: UPath) -> tuple[int, int]:
     """(height, width) to which a run's data set was decoded, and new images must be. Raises UserError if unknown."""
-    try:
-        height, width = read_run(run)["data"]["size"]
-        return int(height), int(width)
-    except (KeyError, TypeError, ValueError):
+    size = read_run(run).data.size
+    if size is None or not all(1 <= side <= LARGEST_SIDE for side in size):
         raise UserError(
             f"{run / 'run.json'} does not say to which size images are to be decoded; "
-            "expected data.size: [height, width]"
-        ) from None
+            f"expected data.size: [height, width], each 1 to {LARGEST_SIDE}"
+        )
+    return size
 
 
 def find_images(folder: Path) -> dict[str, Path]:
@@ -152,10 +163,10 @@ def predict_folder(args: Predict) -> tuple[int, dict[str, str]]:
     Raises UserError, before anything is written, when images or ensemble are missing or the CSV is not this one's.
     """
     images = find_images(args.images)
-    run = open_run(args.run)
-    ensemble = read_ensemble(run, args.ensemble)
+    runs = open_runs(args.run)
+    run, ensemble = runs[0], read_ensemble(runs[0], args.ensemble)
     tta = None if args.tta == "own" else args.tta
-    voters = Voters.load(run, ensemble, args.device, tta)
+    voters = Voters.load(runs, ensemble, args.device, tta)
     header = ["id", "label", *(voters.classes if args.probs else [])]
     if not args.out.absolute().parent.is_dir():
         raise UserError(f"folder {args.out.absolute().parent} does not exist; make it, or name another --out")
@@ -196,7 +207,8 @@ def _batches(
 ) -> Iterator[tuple[list[str], list[np.ndarray | None], dict[str, str]]]:
     """Ids, pixels (None: unreadable) and the unreadable's reasons; the next batch is decoded while one is worked on."""
     todo = [id for id in images if id not in done]
-    parts = [todo[start : start + BATCH] for start in range(0, len(todo), BATCH)]
+    step = max(1, min(BATCH, BATCH_BYTES // (3 * size[0] * size[1])))
+    parts = [todo[start : start + step] for start in range(0, len(todo), step)]
 
     def read(ids: list[str]) -> tuple[list[str], list[np.ndarray | None], dict[str, str]]:
         reasons: dict[str, str] = {}

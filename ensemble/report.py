@@ -5,7 +5,8 @@ nothing else reads the test labels. Whatever else is told of the select split sa
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,18 +15,19 @@ import tyro
 from upath import UPath
 
 from ensemble.blend import Blend
-from ensemble.ensemble import Ensemble, Member, read_ensemble, run_at
-from ensemble.findings import Evidence, findings, section, test_scores
+from ensemble.ensemble import Ensemble, read_ensemble, run_of
+from ensemble.findings import Evidence, findings, test_scores
 from ensemble.page import report_page
 from ensemble.pool import Pool, load_pool
 from ensemble.predict import candidate_predictor
 from ensemble.select import best_single
 from ensemble.trials import list_trials, load_study, read_study
-from trainables.candidate import Candidate, open_run, read_run, study_name, write_bytes, write_json
 from trainables.data import Data, open_test
 from trainables.errors import UserError, exit_on_user_error
-from trainables.share import open_shared
-from trainables.splits import load_splits
+from trainables.run_directory import Candidate, RunInfo, open_runs, read_run, study_name
+from trainables.share import open_run_data, select_images
+from trainables.splits import Splits
+from trainables.storage import write_bytes, write_json
 
 PAGE, NUMBERS = "report.html", "report.json"
 
@@ -34,42 +36,45 @@ PAGE, NUMBERS = "report.html", "report.json"
 class Report:
     """Report on a run and its ensemble: report.html to look at, report.json to read on."""
 
-    run: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """Run directory; default: the newest under runs/."""
+    run: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH")] = ()
+    """Run directory; default: the newest under runs/. Where the ensemble merges runs, all of them, its own first."""
     ensemble: str | None = None
     """Name of an ensemble of the run; default: the one written last."""
     storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
     """Optuna storage of the study; default: study.db in the run directory."""
 
 
-def write_report(run: UPath, ensemble: Ensemble, study: optuna.Study | None = None) -> dict[str, Any]:
+def write_report(runs: Sequence[UPath], ensemble: Ensemble, study: optuna.Study | None = None) -> dict[str, Any]:
     """Write report.html and report.json, and return what the latter holds: `test` only where there is a test part.
 
-    Of a refit only report.json: all its labelled images were trained on, so the test part is all there is to tell of.
+    Of a refit only report.json: all its labelled images were trained on, so the test part is all there is to report on.
 
-    study: the run's; by default it is read from study.db. Raises UserError when the ensemble's members are not usable.
+    runs: the ensemble's own, then the others that its members come from. study: the run's; by default it is read from
+    study.db. Raises UserError when the ensemble's members are not usable.
     """
-    info = read_run(run)
-    if "refit_of" in info:
-        return _report_refit(run, info, ensemble)
-    pool = _pool(run, ensemble)
-    blend, single = _blend(run, ensemble, pool)
+    run, info = runs[0], read_run(runs[0])
+    if info.refit_of is not None:
+        return _report_refit(runs, info, ensemble)
+    pool = load_pool(runs)
+    if ensemble.split_fingerprint not in ("", pool.split_fingerprint):
+        raise UserError(f"ensemble {ensemble.name} was chosen on other splits than {run}'s; select again")
+    blend, single = _blend(runs, ensemble, pool)
     missing: dict[str, str] = {}
-    data = None
+    data = splits = None
     try:
-        data = _data(run, info)
+        data, splits = open_run_data(run, info)
     except UserError as error:
         missing["images"] = str(error)
     evidence = None
-    if _has_test(info) and data is not None:
+    if info.splits.test and data is not None:
         try:
-            evidence = _on_test(run, ensemble, pool.candidates[single], data)
+            evidence = _on_test(runs, ensemble, pool.candidates[single], data)
         except UserError as error:
             missing["test"] = str(error)
-    elif _has_test(info):
+    elif info.splits.test:
         missing["test"] = missing["images"]
     if evidence is None:
-        evidence = _on_select(run, pool, blend, single, data, missing)
+        evidence = _on_select(run, pool, blend, single, data, splits, missing)
     if study is None:
         try:
             study = read_study(run)
@@ -82,24 +87,15 @@ def write_report(run: UPath, ensemble: Ensemble, study: optuna.Study | None = No
     return found
 
 
-def _pool(run: UPath, ensemble: Ensemble) -> Pool:
-    """The candidates of the run and of every other run that a member comes from."""
-    others = dict.fromkeys(member.run for member in ensemble.members if member.run)
-    pool = load_pool([run, *(run_at(run, other) for other in others)])
-    if ensemble.split_fingerprint not in ("", pool.split_fingerprint):
-        raise UserError(f"ensemble {ensemble.name} was chosen on other splits than {run}'s; select again")
-    return pool
-
-
-def _blend(run: UPath, ensemble: Ensemble, pool: Pool) -> tuple[Blend, int]:
+def _blend(runs: Sequence[UPath], ensemble: Ensemble, pool: Pool) -> tuple[Blend, int]:
     """The ensemble as a blend of the pool's candidates, and the index of the single model that it is compared with."""
     places = {(str(c.path.parent.parent), c.id): m for m, c in enumerate(pool.candidates)}
     weights, temperatures = np.zeros(len(pool.candidates)), np.ones(len(pool.candidates))
     found = []
     for member in ensemble.members:
-        place = places.get((str(run_at(run, member.run) if member.run else run), member.id))
+        place = places.get((str(run_of(runs, member.run)), member.id))
         if place is None:
-            member.candidate(run)  # says so when it is not there at all
+            member.candidate(runs)  # says so when it is not there at all
             reason = next(
                 (why for id, why in pool.left_out.items() if id.endswith(member.id)), "its predictions are unusable"
             )
@@ -109,47 +105,33 @@ def _blend(run: UPath, ensemble: Ensemble, pool: Pool) -> tuple[Blend, int]:
     stack = ensemble.stack
     if stack is not None:  # its members are in the ensemble's order; a blend's are in the pool's
         stack = type(stack)(stack.coefficients[:, np.argsort(found, kind="stable")], stack.intercept)
-    named = ensemble.scores.get("best_single", {})
-    home = str(run_at(run, named["run"]) if named.get("run") else run)
-    single = places.get((home, str(named.get("id"))))
+    named = ensemble.single()
+    single = None if named is None else places.get((str(run_of(runs, named.run)), named.id))
     blend = Blend(weights, temperatures, stack, ensemble.temperature)
     return blend, best_single(pool) if single is None else single
 
 
-def _has_test(info: dict[str, Any]) -> bool:
-    return bool(section(info, "splits").get("test"))
-
-
-def _data(run: UPath, info: dict[str, Any]) -> Data:
-    spec = section(info, "data")
-    if "path" not in spec:
-        raise UserError("run.json does not say where the images lie")
-    data = open_shared(run, spec["path"])
-    if data.fingerprint != spec.get("fingerprint", data.fingerprint):
-        raise UserError(f"{spec['path']} holds other images than this run's; prepare them again")
-    return data
-
-
-def _report_refit(run: UPath, info: dict[str, Any], ensemble: Ensemble) -> dict[str, Any]:
-    if not _has_test(info):
+def _report_refit(runs: Sequence[UPath], info: RunInfo, ensemble: Ensemble) -> dict[str, Any]:
+    run = runs[0]
+    if not info.splits.test:
         raise UserError(
             f"{run} is a refit and its data set has no test part, so no labelled image is left to report on"
         )
-    named = ensemble.scores.get("best_single")  # one written by hand need not say which it was
-    single = (Member(str(named["id"]), 1.0) if named else ensemble.members[0]).candidate(run)
-    test = test_scores(ensemble, single.id, _on_test(run, ensemble, single, _data(run, info)))
+    named = ensemble.single()  # one written by hand need not say which it was
+    single = (named or ensemble.members[0]).candidate(runs)
+    test = test_scores(ensemble, single.id, _on_test(runs, ensemble, single, open_run_data(run, info)[0]))
     found = {
-        "run": run.name, "created": time.time(), "refit_of": info["refit_of"],
+        "run": run.name, "created": time.time(), "refit_of": info.refit_of and asdict(info.refit_of),
         "test": test if named else {"ensemble": test["ensemble"]},
     }  # fmt: skip
     write_json(run / NUMBERS, found)
     return found
 
 
-def _on_test(run: UPath, ensemble: Ensemble, alone: Candidate, data: Data) -> Evidence:
+def _on_test(runs: Sequence[UPath], ensemble: Ensemble, alone: Candidate, data: Data) -> Evidence:
     """The frozen ensemble and the best single model on the test part. Raises UserError when one cannot predict."""
     images, labels = open_test(data.path)
-    candidates = [member.candidate(run) for member in ensemble.members]
+    candidates = [member.candidate(runs) for member in ensemble.members]
     probs = {}
     for candidate in {str(c.path): c for c in [*candidates, alone]}.values():
         probs[str(candidate.path)] = candidate_predictor(candidate)(images)
@@ -158,17 +140,15 @@ def _on_test(run: UPath, ensemble: Ensemble, alone: Candidate, data: Data) -> Ev
 
 
 def _on_select(
-    run: UPath, pool: Pool, blend: Blend, single: int, data: Data | None, missing: dict[str, str]
+    run: UPath, pool: Pool, blend: Blend, single: int, data: Data | None, splits: Splits | None, missing: dict[str, str]
 ) -> Evidence:
     """The same from the stored predictions on the select split; notes in `missing` why there are no images."""
     images, rows = None, np.arange(len(pool.labels))
-    if data is not None:
+    if data is not None and splits is not None:
         try:
-            rows = load_splits(run).select
-            if not np.array_equal(data.labels[rows], pool.labels):
-                raise UserError(f"the labels in {data.path} are not those of this run's select split")
+            rows = select_images(run, data, splits, pool.labels)
             images = data.images
-        except (UserError, IndexError) as error:
+        except UserError as error:
             missing["images"] = str(error)
     return Evidence("select", pool.shared, pool.labels, blend(pool.probs), np.asarray(pool.probs[single]), images, rows)
 
@@ -193,10 +173,10 @@ def summary(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     with exit_on_user_error():
         args = tyro.cli(Report, description=Report.__doc__, prog="python -m ensemble.report")
-        run = open_run(args.run)
-        ensemble = read_ensemble(run, args.ensemble)
+        runs = open_runs(args.run)
+        run, ensemble = runs[0], read_ensemble(runs[0], args.ensemble)
         study = load_study(args.storage, study_name(run)) if args.storage else None
-        found = write_report(run, ensemble, study)
+        found = write_report(runs, ensemble, study)
         print("\n".join(summary(found)))
         print(f"written to {run / (NUMBERS if 'refit_of' in found else PAGE)}")
 

@@ -28,8 +28,8 @@ from ensemble.selection import Score
 from ensemble.show import show
 from ensemble.stacking import stacking
 from ensemble.weighting import cmaes, convex
-from trainables.candidate import open_run
 from trainables.errors import UserError, exit_on_user_error
+from trainables.run_directory import open_run
 
 Selector = Callable[[Probs, np.ndarray, Limits, Score], np.ndarray | Blend | Choice]
 

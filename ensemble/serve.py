@@ -22,8 +22,8 @@ import tyro
 from ensemble.answer import Answerer
 from ensemble.demo import Answer, Examples, build_page, mount_options
 from ensemble.ensemble import read_ensemble
-from trainables.candidate import open_run
 from trainables.errors import UserError, exit_on_user_error
+from trainables.run_directory import open_runs
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -36,8 +36,8 @@ ONGOING = 64  # requests that a replica works on at a time, which are what it ba
 class Serve:
     """Show an ensemble on a page, and answer pictures over HTTP."""
 
-    run: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """Run directory; default: the newest under runs/."""
+    run: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH")] = ()
+    """Run directory; default: the newest under runs/. Where the ensemble merges runs, all of them, its own first."""
     ensemble: str | None = None
     """Name of an ensemble of the run; default: the one written last."""
     host: str = "127.0.0.1"
@@ -139,7 +139,8 @@ def replicas(args: Serve, *answerer: Any) -> Iterator[Answer]:
 
 def serve(args: Serve) -> None:
     """Answer until interrupted. Raises UserError for whatever a user can mend, before anything is answered."""
-    run = open_run(args.run)
+    runs = open_runs(args.run)
+    run = runs[0]
     ensemble = read_ensemble(run, args.ensemble)
     try:
         listener = socket.create_server((args.host, args.port))
@@ -147,7 +148,7 @@ def serve(args: Serve) -> None:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot listen on {args.host}:{args.port} ({reason}); choose another --port") from None
     most_bytes, most_pixels = round(args.most_mib * 2**20), round(args.most_megapixels * 1e6)
-    what = (str(run.absolute()), args.ensemble, args.device, most_pixels)
+    what = ([str(run.absolute()) for run in runs], args.ensemble, args.device, most_pixels)
     with (
         listener,
         tempfile.TemporaryDirectory(prefix="ninefold-") as uploads,

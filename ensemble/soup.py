@@ -15,8 +15,8 @@ images (Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima"): those 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -27,13 +27,12 @@ from upath import UPath
 
 from trainables.augment import Pixels
 from trainables.backbones import load_model, load_weights, takes_image_size
-from trainables.candidate import Candidate, list_candidates, open_run, read_run, write_candidate
-from trainables.config import TrialConfig
 from trainables.data import Data
 from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import pick_device, predict_probs, scores
-from trainables.share import open_shared
-from trainables.splits import Splits, load_splits
+from trainables.run_directory import Candidate, list_candidates, open_run, write_candidate
+from trainables.share import open_run_data
+from trainables.splits import Splits
 
 State = dict[str, Tensor]
 INGREDIENTS = 12  # best candidates of an architecture that are tried; each costs a pass over train samples and tune
@@ -116,10 +115,13 @@ def cook(run: UPath, candidates: list[Candidate], data: Data, splits: Splits, de
     ranked = sorted(candidates, key=lambda c: (_tune_log_loss(c), c.id))[:INGREDIENTS]
     best = ranked[0]
     model = load_model(best, device)
-    config = TrialConfig.from_dict(best.info["config"])
-    size = best.info.get("image_size", config.image_size)  # progressive sizes may have been cut short
-    pixels = Pixels.of(best.info["mean"], best.info["std"], device)
-    precision = best.info.get("precision", "fp32") if device.type == "cuda" else "fp32"
+    config = best.info.config
+    assert config is not None  # load_model has refused it
+    assert best.info.mean is not None
+    assert best.info.std is not None
+    size = best.info.image_size or config.image_size  # progressive sizes may have been cut short
+    pixels = Pixels.of(best.info.mean, best.info.std, device)
+    precision = best.info.precision if device.type == "cuda" else "fp32"
     sample = np.random.default_rng(0).permutation(splits.train)[:BATCHNORM_IMAGES]
     batches = [
         pixels(torch.from_numpy(data.images[np.sort(part)]).to(device), size)
@@ -145,14 +147,13 @@ def cook(run: UPath, candidates: list[Candidate], data: Data, splits: Splits, de
 
     loss(average([states[i] for i in chosen]))  # leaves the model as the soup
     probs = {split: predict(getattr(splits, split)) for split in ("tune", "select")}
-    metrics: dict[str, float | int] = {}
+    metrics: dict[str, float] = {}
     for split, predicted in probs.items():
         metrics |= scores(predicted, labels[getattr(splits, split)], split)
     stem = [config.stem] if config.stem != "default" else []
     sizes = [str(config.image_size)] if takes_image_size(config.backbone) else []
-    id = "-".join(["soup", config.backbone, *stem, *sizes]).replace("/", "-")  # a run may have one of each kitchen
-    info: dict[str, Any] = best.info | {"id": id, "soup": list(members), "metrics": metrics, "finished": time.time()}
-    info.pop("curve", None)
+    id = "-".join(["soup", config.backbone, *stem, *sizes])  # a run may have one of each kitchen
+    info = replace(best.info, id=id, soup=members, metrics=metrics, curve=(), finished=time.time())
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_candidate(run, info, probs["select"], probs["tune"], save_safetensors(state))
     return Soup(config.backbone, members, mixed_loss, single, id)
@@ -165,18 +166,18 @@ def kitchens(candidates: list[Candidate]) -> list[list[Candidate]]:
     """
     groups: dict[tuple, list[Candidate]] = {}
     for candidate in candidates:
-        config = candidate.info.get("config", {})
-        usable = candidate.has_weights and "tune_log_loss" in candidate.info.get("metrics", {})
-        if usable and "soup" not in candidate.info and config.get("pretrained"):
+        config = candidate.info.config
+        usable = candidate.has_weights and "tune_log_loss" in candidate.info.metrics
+        if usable and not candidate.info.soup and config is not None and config.pretrained:
             # position embeddings are as many as the patches of an image
-            size = config.get("image_size") if takes_image_size(config["backbone"]) else None
-            key = (config["backbone"], config.get("stem"), config.get("width"), size)
+            size = config.image_size if takes_image_size(config.backbone) else None
+            key = (config.backbone, config.stem, config.width, size)
             groups.setdefault(key, []).append(candidate)
     return [group for _, group in sorted(groups.items(), key=lambda item: str(item[0])) if len(group) > 1]
 
 
 def _tune_log_loss(candidate: Candidate) -> float:
-    return float(candidate.info["metrics"]["tune_log_loss"])
+    return candidate.info.metrics["tune_log_loss"]
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def main() -> None:
             raise UserError(
                 f"{run} has no two pretrained candidates of one architecture with weights; nothing to merge"
             )
-        data, splits = open_shared(run, read_run(run)["data"]["path"]), load_splits(run)
+        data, splits = open_run_data(run)
         for group in groups:
             soup = cook(run, group, data, splits, pick_device(args.device))
             told = f"{soup.backbone}: best single tune log-loss {soup.best_single_log_loss:.4f}"

@@ -11,8 +11,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from upath import UPath
 
-from trainables.candidate import Candidate, study_name, trial_id
 from trainables.errors import UserError
+from trainables.run_directory import Candidate, CandidateInfo, study_name, trial_id
+from trainables.storage import exists, hide_password, is_link, is_local, read_bytes
 
 NO_TIME = "not started"  # what a proposal that did not fit into the time left is called here
 LEFT_NOTHING = ("diverged", "out of memory", "invalid", "bug", "lost node", "failed")  # outcomes that are failures
@@ -41,9 +42,9 @@ class Trial:
     traceback: str = ""
 
     @property
-    def info(self) -> dict[str, Any]:
-        """The candidate's candidate.json, {} without one."""
-        return self.candidate.info if self.candidate else {}
+    def info(self) -> CandidateInfo:
+        """The candidate's candidate.json, an empty one without a candidate."""
+        return self.candidate.info if self.candidate else CandidateInfo(self.id)
 
     @property
     def architecture(self) -> str:
@@ -56,20 +57,34 @@ def read_study(run: UPath) -> optuna.Study:
     Raises UserError when there is none, or none that Optuna can read.
     """
     path = run / "study.db"
-    if not path.exists():
+    if not exists(path) or is_link(path):
         raise UserError(f"{run.name} has no study.db; a study in another storage is read with --storage URL")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         copy = Path(folder) / "study.db"
         try:
-            if path.protocol in ("", "file"):  # through SQLite, which waits for a writer in the middle of a transaction
+            if is_local(path):  # through SQLite, which waits for a writer in the middle of a transaction
                 source = sqlite3.connect(f"{Path(str(path)).resolve().as_uri()}?mode=ro", uri=True)
                 with contextlib.closing(source), contextlib.closing(sqlite3.connect(copy)) as target:
                     source.backup(target)
             else:
-                copy.write_bytes(path.read_bytes())
+                copy.write_bytes(read_bytes(path))
+            _check_schema(copy)
             return load_study(f"sqlite:///{copy}", study_name(run))
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"{path} is no study database ({error})") from None
+
+
+def _check_schema(file: Path) -> None:
+    """Raise UserError for a database with anything but tables and indexes.
+
+    A view or a trigger in the place of a table is a program, which may never end.
+    """
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        entries = database.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+    for kind, name, sql in entries:
+        text = str(sql or "").upper()
+        if kind not in ("table", "index") or "CREATE VIRTUAL" in text or "GENERATED ALWAYS" in text or " AS (" in text:
+            raise UserError(f"its study.db holds a {kind} ({str(name)[:40]!r}) that no study has")
 
 
 def load_study(storage: str, name: str) -> optuna.Study:
@@ -86,7 +101,7 @@ def load_study(storage: str, name: str) -> optuna.Study:
     except UserError:
         raise
     except Exception as error:  # SQLAlchemy's many, and a driver that is not installed
-        raise UserError(f"the study cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the study cannot be read: {hide_password(str(error).splitlines()[0])}") from None
     return optuna.load_study(study_name=name, storage=memory)
 
 
@@ -115,7 +130,9 @@ def _of_study(frozen: FrozenTrial, candidate: Candidate | None, is_accuracy: boo
             )
     known = _of_candidate(candidate) if candidate else None
     curve = tuple(v for _, v in sorted(frozen.intermediate_values.items())) if is_accuracy else ()
-    config = attributes.get("config") or frozen.params
+    config = attributes.get("config")
+    if not isinstance(config, dict):
+        config = frozen.params
     return Trial(
         id=trial_id(frozen.number),
         outcome=outcome,
@@ -129,11 +146,10 @@ def _of_study(frozen: FrozenTrial, candidate: Candidate | None, is_accuracy: boo
 
 def _of_candidate(candidate: Candidate) -> Trial:
     info = candidate.info
-    config, curve = info.get("config"), info.get("curve")
     return Trial(
         id=candidate.id,
-        outcome=str(info.get("outcome", "added")),
-        config=config if isinstance(config, dict) else {},
+        outcome=info.outcome,
+        config=info.config.to_dict() if info.config else {},
         candidate=candidate,
-        curve=tuple(row["tune_accuracy"] for row in curve if "tune_accuracy" in row) if isinstance(curve, list) else (),
+        curve=tuple(row["tune_accuracy"] for row in info.curve if "tune_accuracy" in row),
     )

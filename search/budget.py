@@ -7,9 +7,11 @@ from typing import Any
 
 from upath import UPath
 
+from ensemble.ensemble import list_ensembles
 from search.live import EnsembleSoFar
-from trainables.candidate import Candidate, exists, list_folder, patiently, read_json, write_json
 from trainables.errors import UserError
+from trainables.run_directory import Candidate, mark_weights_deleted
+from trainables.storage import exists, patiently
 
 RISE = 1e-4  # nats by which the live ensemble's log-loss must fall to count as better
 
@@ -106,15 +108,15 @@ class WeightStore:
 
     def __init__(self, run: UPath, keep: KeepWeights) -> None:
         self.run, self.keep = run, keep
-        self.kept: dict[str, tuple[float, int]] = {}  # id -> select log-loss, bytes
+        self.kept: dict[str, tuple[float, int, Candidate]] = {}  # id -> select log-loss, bytes, whose
 
     def add(self, candidate: Candidate) -> None:
-        loss = candidate.info.get("metrics", {}).get("select_log_loss")
+        loss = candidate.info.metrics.get("select_log_loss")
         path = candidate.path / "weights.safetensors"
         # what other tools have added is theirs, and a soup is an ensemble's
-        if loss is not None and "soup" not in candidate.info and exists(path):
+        if loss is not None and not candidate.info.soup and exists(path):
             size = patiently(path, lambda: path.stat().st_size)
-            self.kept[candidate.id] = (float(loss), size)
+            self.kept[candidate.id] = (float(loss), size, candidate)
 
     def trim(self, members: set[str]) -> list[str]:
         """Delete weights until the limit is kept, the worst by select log-loss first; returns whose.
@@ -125,12 +127,11 @@ class WeightStore:
             return []
         safe = members | saved_members(self.run)
         gone = []
-        for id in sorted(self.kept, key=lambda id: self.kept[id], reverse=True):
+        for id in sorted(self.kept, key=lambda id: self.kept[id][:2], reverse=True):
             if id not in safe and self._too_many():
-                folder = self.run / "candidates" / id
-                path = folder / "weights.safetensors"
-                # noted first: an ensemble must not count on it any longer
-                write_json(folder / "candidate.json", {**read_json(folder / "candidate.json"), "weights_deleted": True})
+                candidate = self.kept[id][2]
+                path = candidate.path / "weights.safetensors"
+                mark_weights_deleted(candidate)  # first: an ensemble must not count on them any longer
                 patiently(path, partial(path.unlink, missing_ok=True))
                 del self.kept[id]
                 gone.append(id)
@@ -139,10 +140,9 @@ class WeightStore:
     def _too_many(self) -> bool:
         if self.keep.candidates is not None and len(self.kept) > self.keep.candidates:
             return True
-        return self.keep.bytes is not None and sum(size for _, size in self.kept.values()) > self.keep.bytes
+        return self.keep.bytes is not None and sum(size for _, size, _ in self.kept.values()) > self.keep.bytes
 
 
 def saved_members(run: UPath) -> set[str]:
     """Ids of all candidates of this run that a saved ensemble consists of."""
-    files = [file for file in list_folder(run / "ensembles") if file.suffix == ".json"]
-    return {member["id"] for file in files for member in read_json(file).get("members", []) if not member.get("run")}
+    return {member.id for ensemble in list_ensembles(run) for member in ensemble.members if not member.run}

@@ -11,7 +11,7 @@ from trainables.backbones import WeightSource
 from trainables.errors import UserError
 
 DataName = Literal["digits", "cifar10", "cifar100", "folder"]
-Sampler = Literal["tpe", "gp", "random", "qmc", "cmaes", "nsga2"]
+Sampler = Literal["tpe", "gp", "random", "qmc"]
 Pruner = Literal["asha", "hyperband", "median", "promote", "wilcoxon", "none"]
 Objective = Literal["accuracy", "log_loss", "ensemble"]
 Scale = Literal["full", "tiny"]

@@ -11,39 +11,47 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ensemble.trials import load_study, read_study
-from trainables.candidate import list_candidates, open_run, read_run, study_name, trial_id
 from trainables.config import TrialConfig
 from trainables.errors import UserError
+from trainables.run_directory import list_candidates, open_run, study_name, trial_id
+from trainables.storage import exists
 
 WARM = "warm"  # trial attribute: which trial of which run it was
 DRAWS = 100  # proposals from which the parameters of a space are learnt
 FEWEST = 5  # own scores from which on those of earlier sweeps are put on their scale
 
 
-def read_earlier(run: str, metric: str, suggest: Callable[[Trial], TrialConfig]) -> list[FrozenTrial]:
-    """The candidates of the run directory `run` as trials to add to a study, with the parameters that the space has.
+def read_earlier(
+    run: str, metric: str, suggest: Callable[[Trial], TrialConfig], storage: str | None = None
+) -> list[FrozenTrial]:
+    """Return the candidates of the run directory `run` as trials to add to a study, with the parameters of the space.
 
-    `metric` is what the study is about ("tune_accuracy" or "tune_log_loss"). Raises UserError when there are none.
+    `metric` is what the study is about ("tune_accuracy" or "tune_log_loss"). A run without a study.db has its study in
+    a database: in `storage`, if the user named one. The address in its run.json is never dialled, because the run may
+    be somebody else's. Raises UserError when there are none.
     """
     earlier = open_run(run)
-    storage = read_run(earlier).get("search", {}).get("storage")
     try:
-        study = load_study(storage, study_name(earlier)) if storage else read_study(earlier)
+        if not exists(earlier / "study.db") and storage:
+            study = load_study(storage, study_name(earlier))
+        else:
+            study = read_study(earlier)
     except UserError as error:
         raise UserError(f"--warm-start {run}: {error}") from error
-    scores = {c.id: c.info.get("metrics", {}).get(metric) for c in list_candidates(earlier)}
+    scores = {c.id: c.info.metrics.get(metric) for c in list_candidates(earlier)}
     space, found = _distributions(suggest), []
     for trial in study.get_trials(deepcopy=False):
         id = trial_id(trial.number)
         shared = {key: value for key, value in trial.params.items() if key in space and _fits(value, space[key])}
-        if scores.get(id) is not None and shared:
+        score = scores.get(id)
+        if score is not None and shared:
             found.append(
                 optuna.create_trial(
-                    value=float(scores[id]), params=shared, distributions={key: space[key] for key in shared},
+                    value=score, params=shared, distributions={key: space[key] for key in shared},
                     user_attrs={WARM: f"{earlier.absolute().name}/{id}"},
                 )
             )  # fmt: skip
@@ -90,7 +98,7 @@ def _distributions(suggest: Callable[[Trial], TrialConfig]) -> dict[str, BaseDis
 
 
 def _fits(value: Any, distribution: BaseDistribution) -> bool:
-    try:
-        return distribution._contains(distribution.to_internal_repr(value))
-    except (ValueError, TypeError):
-        return False
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and distribution.low <= value <= distribution.high  # type: ignore[attr-defined]

@@ -20,8 +20,8 @@ from ensemble.limits import Limits
 from ensemble.metrics import accuracy, log_loss
 from ensemble.pool import load_pool
 from ensemble.selection import greedy
-from trainables.candidate import Candidate, list_candidates, select_labels
 from trainables.config import TrialConfig
+from trainables.run_directory import Candidate, list_candidates, select_labels
 
 if TYPE_CHECKING:  # it imports Ray
     from cluster.metrics import SweepMetrics

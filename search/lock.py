@@ -3,8 +3,8 @@
 from filelock import FileLock, Timeout
 from upath import UPath
 
-from trainables.candidate import is_local
 from trainables.errors import UserError
+from trainables.storage import is_local
 
 
 def lock_run(run: UPath) -> FileLock | None:

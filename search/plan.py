@@ -11,14 +11,15 @@ from upath import UPath
 from cluster.connect import in_cluster
 from search.config import SearchConfig, Task
 from search.knowledge import read_earlier
-from search.spaces import Space, load_space
+from search.spaces import Space, known_spaces, load_space
 from trainables.backbones import WeightSource, check_backbone, check_image_size, find_weights
-from trainables.candidate import RUNS, exists, reach, read_json, study_name
 from trainables.classic import NETWORKS
 from trainables.config import TrialConfig
 from trainables.data import Data, prepare
 from trainables.errors import UserError
+from trainables.run_directory import RUNS, read_run, study_name
 from trainables.splits import Splits, make_splits
+from trainables.storage import exists, reach
 
 TRIED_PROPOSALS = 20
 
@@ -77,7 +78,11 @@ def make_plan(config: SearchConfig) -> Plan:
     trials = config.trials or (None if other_budget else space.trials)
     metric = "tune_accuracy" if config.objective == "accuracy" else "tune_log_loss"
     task = make_task(backbones, data, splits, config, device="cpu")
-    earlier = [t for old in config.warm_start for t in read_earlier(old, metric, lambda t: space.suggest(t, task))]
+
+    def propose(trial: optuna.Trial) -> TrialConfig:
+        return space.suggest(trial, task)
+
+    earlier = [t for old in config.warm_start for t in read_earlier(old, metric, propose, config.storage)]
     return Plan(run, data, splits, space, backbones, trials, study, missing, earlier)
 
 
@@ -120,10 +125,14 @@ def _check_space(
 
 def _auto_space(config: SearchConfig) -> str:
     if config.run and exists(reach(config.run) / "run.json"):
-        begun = read_json(reach(config.run) / "run.json")
-        asked = begun.get("search", {}).get("space", "auto")
-        if "space" in begun:  # a run that goes on on another machine keeps its space
-            return str(begun["space"] if asked == "auto" else asked)
+        begun = read_run(reach(config.run))
+        if begun.space:  # a run that continues on another machine keeps its space
+            # a file is imported only when the user names it: the run may be somebody else's
+            if begun.space not in known_spaces() or str(begun.search.get("space")).endswith(".py"):
+                raise UserError(
+                    f"{config.run} is a sweep of a space of its own, {begun.space}; name its file with --space"
+                )
+            return begun.space
     if config.data == "digits":
         return "dry_run"
     has_gpus = torch.cuda.is_available() or in_cluster()  # a cluster is joined for its GPUs

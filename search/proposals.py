@@ -10,9 +10,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from search.live import EnsembleSoFar
 from search.timing import Timing
 from search.view import Retell, ViewSampler
-from trainables.candidate import trial_id
 from trainables.config import TrialConfig
 from trainables.errors import UserError
+from trainables.run_directory import trial_id
 
 MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
 MOST_TOO_SLOW = 5  # proposals in a row that do not fit into the time left

@@ -11,6 +11,7 @@ import dataclasses
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,11 +29,23 @@ from search.lanes import Lanes, connected
 from search.lock import lock_run
 from search.tuner import run_trials
 from trainables.backbones import find_weights
-from trainables.candidate import is_local, open_run, read_json, read_run, remove_temporaries, write_json
 from trainables.config import TrialConfig
+from trainables.data import default_cache
 from trainables.errors import UserError, exit_on_user_error
-from trainables.share import open_shared, share_data
+from trainables.run_directory import (
+    RefitOf,
+    RunInfo,
+    SplitSizes,
+    open_run,
+    open_runs,
+    read_run,
+    refuse_links,
+    remove_temporaries,
+    to_json,
+)
+from trainables.share import open_run_data, share_data
 from trainables.splits import load_splits, save_splits
+from trainables.storage import hide_password, is_local, write_json
 from trainables.trial import run_trial
 
 REUSED = ("workers_per_trial", "gpus_per_trial", "cpus_per_trial")
@@ -42,10 +55,14 @@ REUSED = ("workers_per_trial", "gpus_per_trial", "cpus_per_trial")
 class Refit:
     """Retrain an ensemble's members on train + tune + select. Repeating the command goes on where it stopped."""
 
-    run: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """Run directory; default: the newest under runs/."""
+    run: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH")] = ()
+    """Run directory; default: the newest under runs/. Where the ensemble merges runs, all of them, its own first."""
     ensemble: str | None = None
     """Name of an ensemble of the run; default: the one written last."""
+    data_dir: Path | None = None
+    """Where the images lie; needed when neither this machine's cache nor the run has them."""
+    weights_dir: Path | None = None
+    """Folder with pretrained weights, as for search.run."""
 
 
 class Jobs:
@@ -83,13 +100,14 @@ def refit(args: Refit) -> tuple[UPath, Ensemble]:
 
     Raises UserError for an ensemble that cannot be retrained, and when a member failed or the refit was stopped.
     """
-    source, name = open_run(args.run), args.ensemble
-    if "refit_of" in read_run(source):  # the newest run is the refit itself: go on with it
-        origin = read_run(source)["refit_of"]
-        source, name = open_run(origin["run"]), origin["ensemble"]
-    info, ensemble = read_run(source), read_ensemble(source, name)
+    (source, *others), name = open_runs(args.run), args.ensemble
+    refit_of = read_run(source).refit_of
+    if refit_of is not None:  # the newest run is the refit itself: continue with it
+        source, name = _refitted_run(source), refit_of.ensemble
+    runs, info = [source, *others], read_run(source)
+    ensemble = read_ensemble(source, name)
     target = UPath(f"{source}-refit").absolute()
-    jobs = [_job(source, target, info, member) for member in _to_train(ensemble)]
+    jobs = [_job(runs, target, info, member, args) for member in _to_train(ensemble)]
     _open_target(target, source, info, ensemble)
     lock = lock_run(target)
     remove_temporaries(target)
@@ -106,6 +124,13 @@ def refit(args: Refit) -> tuple[UPath, Ensemble]:
     return target, refitted
 
 
+def _refitted_run(target: UPath) -> UPath:
+    """The run that `target` is the refit of: its neighbour by name, because no path in a file is followed."""
+    if not target.name.endswith("-refit"):
+        raise UserError(f"{target} is a refit that was renamed; name the run that it is of with --run")
+    return open_run(target.parent / target.name.removesuffix("-refit"))
+
+
 def _train(jobs: list[dict[str, Any]], config: SearchConfig, progress: Progress) -> None:
     with connected(), progress:
         lanes = Lanes(config)
@@ -119,62 +144,59 @@ def _train(jobs: list[dict[str, Any]], config: SearchConfig, progress: Progress)
         raise UserError(f"{len(going.errors)} members could not be retrained ({going.errors[0]})")
 
 
-def _open_target(target: UPath, source: UPath, info: dict[str, Any], ensemble: Ensemble) -> None:
+def _open_target(target: UPath, source: UPath, info: RunInfo, ensemble: Ensemble) -> None:
     """Create the refit's run directory, run.json last; refuses one of another ensemble."""
-    origin = {"run": str(source), "ensemble": ensemble.name, "created": ensemble.created}
+    refuse_links(target)
+    origin = RefitOf(str(source), ensemble.name, ensemble.created)
     if (target / "run.json").exists():
-        if read_json(target / "run.json").get("refit_of") != origin:
+        if read_run(target).refit_of != origin:
             raise UserError(f"{target} holds the refit of another ensemble; remove it first")
         return
     splits = load_splits(source).undivided()
     if in_cluster() or not is_local(target):
-        share_data(target, open_shared(source, info["data"]["path"]))
+        share_data(target, open_run_data(source, info)[0])
     save_splits(target, splits)
-    sizes = {"train": len(splits.train), "tune": 0, "select": 0, "shared": False}
-    write_json(
-        target / "run.json",
-        {
-            **info,
-            "refit_of": origin,
-            "split_fingerprint": splits.fingerprint,
-            "splits": {**info.get("splits", {}), **sizes},
-            "command": shlex.join(sys.argv),
-            "created": time.time(),
-        },
+    refitted = dataclasses.replace(
+        info,
+        refit_of=origin,
+        split_fingerprint=splits.fingerprint,
+        splits=SplitSizes(train=len(splits.train), test=info.splits.test),
+        command=hide_password(shlex.join(sys.argv)),
+        created=time.time(),
     )
+    write_json(target / "run.json", to_json(refitted))
 
 
 def _to_train(ensemble: Ensemble) -> list[Member]:
     """The members, and the best single model, which a report compares them with."""
-    single = ensemble.scores.get("best_single")
-    if single is None or any(member.id == single["id"] and member.run == single["run"] for member in ensemble.members):
+    single = ensemble.single()
+    if single is None or any((member.id, member.run) == (single.id, single.run) for member in ensemble.members):
         return list(ensemble.members)
-    return [*ensemble.members, Member(single["id"], 0.0, single["run"])]
+    return [*ensemble.members, single]
 
 
-def _job(source: UPath, target: UPath, info: dict[str, Any], member: Member) -> dict[str, Any]:
+def _job(runs: list[UPath], target: UPath, info: RunInfo, member: Member, args: Refit) -> dict[str, Any]:
     """What a lane needs to train one member anew."""
-    candidate = member.candidate(source)
-    if "config" not in candidate.info or "soup" in candidate.info or "search" not in info:
-        what = "is a soup" if "soup" in candidate.info else "only brought predictions, or its run does not say how"
+    old = member.candidate(runs).info
+    if old.config is None or old.soup or not info.data.folder:
+        what = "is a soup" if old.soup else "only brought predictions, or its run does not say of which images"
         raise UserError(f"member {member.id} cannot be retrained: it {what}; select without it")
-    config = without_validation(TrialConfig.from_dict(candidate.info["config"]), candidate.info.get("curve", []))
-    search, data = info["search"], info["data"]
-    weights = find_weights(config.backbone, search.get("weights_dir")) if config.pretrained else None
+    config = without_validation(old.config, old.curve)
+    weights = find_weights(config.backbone, args.weights_dir) if config.pretrained else None
     return {
         "run": str(target),
         "id": _new_id(member),
         "config": config.to_dict(),
         "weights": weights and asdict(weights),
         "data": {
-            "path": data["path"], "name": data["name"], "size": search["stored_size"],
-            "data_dir": str(Path(search["data_dir"]).resolve()) if search["data_dir"] else None,
+            "path": str(default_cache() / "data" / info.data.folder), "name": info.data.name,
+            "size": info.data.stored_size, "data_dir": str(args.data_dir.resolve()) if args.data_dir else None,
         },
         "deadline": None,
     }  # fmt: skip
 
 
-def without_validation(config: TrialConfig, curve: list[dict[str, Any]]) -> TrialConfig:
+def without_validation(config: TrialConfig, curve: Sequence[dict[str, float]]) -> TrialConfig:
     """The config that trains the same way when no tune split is left to watch.
 
     Early stopping becomes as many epochs as were best on the tune split, and the plateau schedule a cosine.
@@ -194,8 +216,7 @@ def without_validation(config: TrialConfig, curve: list[dict[str, Any]]) -> Tria
 def _refitted(ensemble: Ensemble) -> Ensemble:
     """The same ensemble over the retrained members; its select scores say that they were measured before."""
     before = {name: {**score, "before_refit": True} for name, score in ensemble.scores.items()}
-    if "best_single" in before:
-        single = Member(before["best_single"]["id"], 1.0, before["best_single"]["run"])
+    if (single := ensemble.single()) is not None:
         before["best_single"] |= {"id": _new_id(single), "run": ""}
     members = tuple(dataclasses.replace(member, id=_new_id(member), run="") for member in ensemble.members)
     return dataclasses.replace(ensemble, members=members, scores=before, frontier=(), insight={}, created=time.time())
@@ -206,9 +227,12 @@ def _new_id(member: Member) -> str:
     return f"{Path(member.run).name}-{member.id}" if member.run else member.id
 
 
-def _lane_config(info: dict[str, Any]) -> SearchConfig:
-    """The sweep's own resources for a trial."""
-    return SearchConfig(**{key: info["search"][key] for key in REUSED})
+def _lane_config(info: RunInfo) -> SearchConfig:
+    """The sweep's own resources for a trial; raises UserError when run.json does not hold any that make sense."""
+    try:
+        return SearchConfig(**{key: info.search[key] for key in REUSED if key in info.search})
+    except TypeError:
+        raise UserError("run.json does not say what a trial takes (search.cpus_per_trial, ...)") from None
 
 
 def _label(job: dict[str, Any]) -> str:
@@ -224,8 +248,8 @@ def main() -> None:
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
         print(f"{len(ensemble.members)} members retrained; ensemble {ensemble.name} in {run}")
-        if read_run(run)["splits"].get("test"):
-            print("\n".join(summary(write_report(run, ensemble))))
+        if read_run(run).splits.test:
+            print("\n".join(summary(write_report([run], ensemble))))
         print(f"next:\n  python -m ensemble.predict --run {run} --images FOLDER")
 
 

@@ -37,25 +37,28 @@ from search.study import fetch_study, open_study, store_study
 from search.sweep import Sweep
 from search.timing import SECONDS_USED
 from search.tuner import run_trials
-from trainables.candidate import (
-    is_local,
-    list_candidates,
-    read_json,
-    remove_temporaries,
-    write_array,
-    write_json,
-)
 from trainables.errors import UserError, exit_on_user_error
+from trainables.run_directory import (
+    DataInfo,
+    RunInfo,
+    SplitSizes,
+    list_candidates,
+    read_run,
+    refuse_links,
+    remove_temporaries,
+    to_json,
+)
 from trainables.share import share_data
 from trainables.splits import save_splits
+from trainables.storage import hide_password, is_local, write_array, write_json
 from trainables.trial import run_trial
 
 LIBRARIES = ("torch", "timm", "ray", "optuna")
 # Share of --minutes, and most seconds, kept for predictions, selection and summary: without and with a test part
 RESERVES = ((0.05, 60.0), (0.15, 300.0))
 LEADERBOARD_ROWS = 10
+LEADERBOARD_METRICS = {"tune_accuracy", "select_accuracy", "select_log_loss"}
 TRACEBACK_LINES = 8  # of a trial that failed through a bug; the study keeps all of them
-LEADERBOARD_KEYS = {"metrics", "config", "curve", "params", "latency_ms", "seconds"}
 
 
 def sweep(config: SearchConfig) -> Ensemble | None:
@@ -144,56 +147,61 @@ def sweep(config: SearchConfig) -> Ensemble | None:
 
 def _open_run(plan: Plan, config: SearchConfig) -> None:
     """Create the run directory, run.json last; or make sure that an existing one is of the same data and splits."""
+    refuse_links(plan.run)
     path = plan.run / "run.json"
-    if path.exists():
-        info = read_json(path)
-        if info.get("split_fingerprint") != plan.splits.fingerprint:
-            raise UserError(
-                f"{plan.run} holds a run on other data or splits ({info.get('data', {}).get('name', 'unknown')}); "
-                f"name another with --run"
-            )
-        asked = sorted(plan.backbones)
-        if info.get("backbones", asked) != asked:
-            raise UserError(
-                f"{plan.run} is a sweep over {', '.join(info['backbones'])}, not over {', '.join(asked)}; "
-                "ask for the same backbones (and have their weights), or name another with --run"
-            )
-        began = (info.get("space", plan.space.name), info.get("search", {}).get("scale", config.scale))
-        if began != (plan.space.name, config.scale):
-            raise UserError(
-                f"{plan.run} is a sweep of space {began[0]} at scale {began[1]}, not of {plan.space.name} at "
-                f"{config.scale}; ask for the same, or name another with --run"
-            )
+    begun = read_run(plan.run) if path.exists() else None
+    if begun is not None:
+        _check_continues(plan, config, begun)
     splits, data = plan.splits, plan.data
     if in_cluster() or not is_local(plan.run):
         share_data(plan.run, data)  # of an old run, too: it may have begun on one machine, without a copy
-    if path.exists():
+    if begun is not None:
         return
     save_splits(plan.run, splits)
     write_array(plan.run / "select_labels.npy", np.asarray(data.labels)[splits.select])
-    write_json(
-        path,
-        {
-            "classes": list(data.classes),
-            "split_fingerprint": splits.fingerprint,
-            "splits": {
-                "train": len(splits.train), "tune": len(splits.tune), "select": len(splits.select),
-                "test": data.test_images, "shared": splits.shared,
-            },
-            "data": {
-                "name": config.data, "fingerprint": data.fingerprint, "path": str(data.path),
-                "size": [int(side) for side in data.images.shape[1:3]],
-                "mean": [float(x) for x in data.mean], "std": [float(x) for x in data.std],
-            },
-            "search": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
-            "space": plan.space.name,
-            "study": plan.study,
-            "backbones": sorted(plan.backbones),
-            "command": shlex.join(sys.argv),
-            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-            "created": time.time(),
-        },
-    )  # fmt: skip
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    info = RunInfo(
+        classes=data.classes,
+        split_fingerprint=splits.fingerprint,
+        splits=SplitSizes(
+            len(splits.train), len(splits.tune), len(splits.select), test=data.test_images, shared=splits.shared
+        ),
+        data=DataInfo(
+            name=config.data,
+            fingerprint=data.fingerprint,
+            folder=data.path.name,
+            size=(data.images.shape[1], data.images.shape[2]),
+            stored_size=config.stored_size,
+            mean=data.mean,
+            std=data.std,
+        ),
+        search={**options, "storage": config.storage and hide_password(config.storage)},
+        space=plan.space.name,
+        backbones=tuple(sorted(plan.backbones)),
+        study=plan.study,
+        command=hide_password(shlex.join(sys.argv)),
+        versions={name: importlib.metadata.version(name) for name in LIBRARIES},
+        created=time.time(),
+    )
+    write_json(path, to_json(info))
+
+
+def _check_continues(plan: Plan, config: SearchConfig, begun: RunInfo) -> None:
+    """Raise UserError unless the run that is there already is of the same data, backbones and space."""
+    if begun.split_fingerprint != plan.splits.fingerprint:
+        raise UserError(f"{plan.run} holds a run on other data or splits ({begun.data.name}); name another with --run")
+    asked = sorted(plan.backbones)
+    if begun.backbones and sorted(begun.backbones) != asked:
+        raise UserError(
+            f"{plan.run} is a sweep over {', '.join(begun.backbones)}, not over {', '.join(asked)}; "
+            "ask for the same backbones (and have their weights), or name another with --run"
+        )
+    was = (begun.space or plan.space.name, begun.search.get("scale", config.scale))
+    if was != (plan.space.name, config.scale):
+        raise UserError(
+            f"{plan.run} is a sweep of space {was[0]} at scale {was[1]}, not of {plan.space.name} at "
+            f"{config.scale}; ask for the same, or name another with --run"
+        )
 
 
 def _conclude(console: Console, plan: Plan, config: SearchConfig, going: Sweep, began: float) -> Ensemble | None:
@@ -219,7 +227,7 @@ def _conclude(console: Console, plan: Plan, config: SearchConfig, going: Sweep, 
     if going.stopping:
         console.print("the test part stays unread until the sweep is complete")
     else:
-        found = write_report(plan.run, ensemble, going.study)
+        found = write_report([plan.run], ensemble, going.study)
         if "test" not in found:
             why = found["missing"].get("test", "the data set has no test part")
             console.print(f"{why}, so nothing is said about unseen images beyond the select split", markup=False)
@@ -246,8 +254,8 @@ def _print_start(console: Console, plan: Plan, config: SearchConfig, going: Swee
 
 def _print_leaderboard(console: Console, run: UPath) -> None:
     # candidates that other tools have added need not have all of this
-    rows: list[dict[str, Any]] = [c.info for c in list_candidates(run) if c.info.keys() >= LEADERBOARD_KEYS]
-    rows.sort(key=lambda info: info["metrics"]["select_log_loss"])
+    scored = [c.info for c in list_candidates(run) if c.info.metrics.keys() >= LEADERBOARD_METRICS and c.info.config]
+    rows = sorted(scored, key=lambda info: info.metrics["select_log_loss"])
     if not rows:
         return
     table = Table(
@@ -258,11 +266,12 @@ def _print_leaderboard(console: Console, run: UPath) -> None:
     for heading in ("tune acc.", "select acc.", "select log-loss", "epochs", "lr", "params", "ms/image", "seconds"):
         table.add_column(heading, justify="right")
     for info in rows[:LEADERBOARD_ROWS]:
-        m, c = info["metrics"], info["config"]
+        m, c = info.metrics, info.config
+        assert c is not None
         table.add_row(
-            info["id"], c["backbone"], f"{m['tune_accuracy']:.2%}", f"{m['select_accuracy']:.2%}",
-            f"{m['select_log_loss']:.4f}", str(len(info["curve"])), f"{c['lr']:.1e}", f"{info['params'] / 1e6:.2f} M",
-            f"{info['latency_ms']:.1f}", f"{info['seconds']:.0f}",
+            info.id, c.backbone, f"{m['tune_accuracy']:.2%}", f"{m['select_accuracy']:.2%}",
+            f"{m['select_log_loss']:.4f}", str(len(info.curve)), f"{c.lr:.1e}", f"{(info.params or 0) / 1e6:.2f} M",
+            f"{info.latency_ms or 0:.1f}", f"{info.seconds or 0:.0f}",
         )  # fmt: skip
     console.print(table)
 
@@ -292,8 +301,8 @@ def main() -> None:
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
         except optuna.exceptions.StorageInternalError as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
-            raise UserError(f"the study's storage failed: {reason}; the same command goes on") from error
+            reason = hide_password(str(error.__cause__ or error).splitlines()[0])
+            raise UserError(f"the study's storage failed: {reason}; the same command goes on") from None
 
 
 if __name__ == "__main__":

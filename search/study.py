@@ -13,9 +13,9 @@ from upath import UPath
 
 from search.config import Objective, Pruner, Sampler
 from search.storage import OneWriter
-from trainables.candidate import exists, is_local, read_bytes, write_bytes
 from trainables.data import default_cache
 from trainables.errors import UserError
+from trainables.storage import exists, hide_password, is_local, read_bytes, write_bytes
 
 SQLITE = "sqlite:///"  # and then a file's path
 
@@ -38,9 +38,10 @@ def open_study(
             sampler=_sampler(sampler, seed), pruner=_pruner(pruner),
         )  # fmt: skip
     except Exception as error:  # SQLAlchemy's many, and a driver that is not installed
+        reason = hide_password(str(error).splitlines()[0])
         raise UserError(
-            f"the study cannot be opened in {storage}: {str(error).splitlines()[0]}; check --storage"
-        ) from error
+            f"the study cannot be opened in {hide_password(storage or '')}: {reason}; check --storage"
+        ) from None
     # several processes may have asked since: a seed alone would make each of them propose the same again
     if study.get_trials(deepcopy=False):
         study.sampler.reseed_rng()
@@ -104,9 +105,7 @@ def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
         return samplers.GPSampler(seed=seed)
     if name == "qmc":
         return samplers.QMCSampler(seed=seed, warn_independent_sampling=False)
-    if name == "cmaes":
-        return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
-    return samplers.NSGAIISampler(seed=seed) if name == "nsga2" else samplers.RandomSampler(seed=seed)
+    return samplers.RandomSampler(seed=seed)
 
 
 def _pruner(name: Pruner) -> optuna.pruners.BasePruner:

@@ -22,17 +22,9 @@ from search.proposals import Proposals
 from search.storage import flush
 from search.timing import Timing
 from search.values import Values
-from trainables.candidate import (
-    Candidate,
-    StorageLost,
-    exists,
-    list_candidates,
-    list_folder,
-    read_json,
-    remove_checkpoint,
-    trial_id,
-)
 from trainables.config import TrialConfig
+from trainables.run_directory import Candidate, list_candidates, read_candidate, remove_checkpoint, trial_id
+from trainables.storage import StorageLost, exists, list_folder
 
 CANDIDATE_OUTCOMES = ("finished", "time")  # the trial left a candidate
 TEACHING_OUTCOMES = ("diverged", "out of memory")  # told to the sampler as the worst value seen
@@ -135,7 +127,7 @@ class Sweep:
                 trial = Trial(self.study, frozen._trial_id)
                 self.retried[id] = int(attrs.get("retried", 0))
                 if id in done:  # it died between writing the candidate and telling the study
-                    trial.set_user_attr("outcome", done[id].info.get("outcome", "finished"))
+                    trial.set_user_attr("outcome", done[id].info.outcome)
                     self._tell(trial, done[id])
                     self.counted += 1
                     self.tried.add(id)
@@ -278,8 +270,7 @@ class Sweep:
             if result.get(key) is not None:
                 trial.set_user_attr(key, result[key])
         if outcome in CANDIDATE_OUTCOMES:
-            path = self.run / "candidates" / id
-            candidate = Candidate(id, path, read_json(path / "candidate.json"))
+            candidate = read_candidate(self.run / "candidates" / id)
             self._learn(candidate)
             self._extend_ensemble(trial, candidate)
             self._tell(trial, candidate)
@@ -297,10 +288,10 @@ class Sweep:
 
     def _tell(self, trial: Trial, candidate: Candidate) -> None:
         """Tell the study of a candidate, and of epochs whose reports were lost with a process."""
-        for row in candidate.info.get("curve") or []:
+        for row in candidate.info.curve:
             if self.values.metric in row:  # those that it has stand
                 trial.report(float(row[self.values.metric]), int(row["epoch"]))
-        self.values.see(self.study.tell(trial, self.values.of_candidate(candidate.id, candidate.info["metrics"])))
+        self.values.see(self.study.tell(trial, self.values.of_candidate(candidate.id, candidate.info.metrics)))
 
     def _extend_ensemble(self, trial: Trial, candidate: Candidate) -> None:
         """Let the live ensemble see a new candidate, and keep its score with the trial: the curve outlives a kill."""
@@ -327,10 +318,13 @@ class Sweep:
         self.board.refresh()
 
     def remove_stale_checkpoints(self) -> None:
-        """Forget checkpoints of trials that have ended: one that was pruned may have written its last too late."""
-        going_on = {trial_id(t.number) for t in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])}
+        """Delete checkpoints of trials that have ended: one that was pruned may have written its last too late.
+
+        What lies there under another name is not this sweep's, and stays.
+        """
+        ended = {trial_id(t.number) for t in self.study.get_trials(deepcopy=False) if t.state.is_finished()}
         for path in list_folder(self.run / "checkpoints"):
-            if path.name not in going_on:
+            if path.name in ended:
                 remove_checkpoint(self.run, path.name)
 
     def _save(self) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import optuna
 
 from search.budget import Budget
-from trainables.candidate import Candidate
 from trainables.config import TrialConfig
+from trainables.run_directory import Candidate
 
 SECONDS_USED, DEVICE_SECONDS = "seconds_used", "device_seconds"  # study attributes: spent by earlier processes
 SAVE_SECONDS = 5.0
@@ -82,10 +82,10 @@ class Timing:
 
     def learn(self, candidate: Candidate) -> None:
         """Median seconds of an epoch: the first may have computed what later trials find cached."""
-        ends = [float(row["seconds"]) for row in candidate.info.get("curve") or [] if "seconds" in row]
-        if ends and "config" in candidate.info:
+        ends = [row["seconds"] for row in candidate.info.curve if "seconds" in row]
+        if ends and candidate.info.config:
             epochs = [after - before for before, after in pairwise([0.0, *ends])]
-            self.seconds_per_epoch[_speed_key(candidate.info["config"])] = statistics.median(epochs)
+            self.seconds_per_epoch[_speed_key(candidate.info.config.to_dict())] = statistics.median(epochs)
             self.seconds_of_trials.append(ends[-1])
 
     def of_epochs(self, config: dict[str, Any], epochs: int) -> float:

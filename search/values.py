@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.knowledge import rescaled
 from search.objective import Contribution
 from search.promotion import Rungs
-from trainables.candidate import trial_id
+from trainables.run_directory import trial_id
 
 
 class Values:

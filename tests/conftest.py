@@ -62,10 +62,11 @@ def small_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> UPath
     """A run on `pictures`, stored at 12x12, of three trained candidates that differ in network, views and image size,
     with an ensemble of all three in equal shares: "equal". Tests that write to it copy it first."""
     from ensemble.ensemble import Ensemble, Member, write_ensemble
-    from trainables.candidate import list_candidates, write_array, write_json
     from trainables.config import TrialConfig
     from trainables.data import prepare
+    from trainables.run_directory import list_candidates
     from trainables.splits import make_splits, save_splits
+    from trainables.storage import write_array, write_json
     from trainables.trial import run_trial
 
     data = prepare("folder", pictures)
@@ -77,7 +78,7 @@ def small_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> UPath
             "classes": list(data.classes),
             "split_fingerprint": splits.fingerprint,
             "splits": {"test": data.test_images, "shared": splits.shared},
-            "data": {"name": data.name, "path": str(data.path), "size": list(data.images.shape[1:3])},
+            "data": {"name": data.name, "folder": data.path.name, "size": list(data.images.shape[1:3])},
         },
     )
     save_splits(run, splits)

@@ -13,8 +13,9 @@ from search.live import EnsembleSoFar
 from search.objective import Contribution
 from search.study import open_study
 from search.sweep import Sweep
-from trainables.candidate import write_array, write_candidate, write_json
 from trainables.config import TrialConfig
+from trainables.run_directory import CandidateInfo, write_candidate
+from trainables.storage import write_array, write_json
 
 
 class NoBoard:
@@ -60,10 +61,10 @@ def finish(
     metrics = {"tune_accuracy": accuracy, "tune_log_loss": 1 - accuracy, "select_log_loss": 1 - accuracy}
     epochs = job["config"]["epochs"]
     curve = [{"epoch": e + 1, "seconds": seconds * (e + 1) / epochs} for e in range(epochs)]
-    info = {
-        "id": job["id"], "config": job["config"], "metrics": metrics, "curve": curve, "seconds": seconds,
-        "split_fingerprint": "f",
-    }  # fmt: skip
+    info = CandidateInfo(
+        job["id"], TrialConfig.from_dict(job["config"]), metrics, tuple(curve), "finished", seconds=seconds,
+        split_fingerprint="f",
+    )  # fmt: skip
     probs = np.where(np.arange(2) == LABELS[:, None], np.array(true)[:, None], 1 - np.array(true)[:, None])
     write_candidate(s.run, info, probs, probs, b"weights")
     s.finish(job["id"], {"outcome": "finished", **metrics, "seconds": seconds})

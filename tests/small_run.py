@@ -12,8 +12,9 @@ from search import run as search_run
 from search.config import SearchConfig
 from search.plan import make_plan
 from search.study import open_study
-from trainables.candidate import list_candidates, write_array
 from trainables.config import TrialConfig
+from trainables.run_directory import list_candidates
+from trainables.storage import write_array
 from trainables.trial import run_trial
 
 

@@ -123,7 +123,7 @@ def test_an_ensemble_file_predicts_what_the_blend_did(kind):
         Member(f"c{m}", float(w), "", float(t)) for m, w, t in zip(members, small.weights, temperatures, strict=True)
     )
     ensemble = Ensemble("x", kept, kind, "f", {}, stack=small.stack, temperature=small.temperature)
-    read = Ensemble.from_dict(ensemble.to_dict())
+    read = Ensemble.from_dict(ensemble.to_dict(), "x")
     assert np.allclose(read.predict([probs[m] for m in members]), blend(probs), atol=1e-6)
 
 
@@ -138,7 +138,7 @@ def test_an_ensemble_file_predicts_what_the_blend_did(kind):
 )
 def test_a_damaged_ensemble_file_is_a_user_error(damage):
     with pytest.raises(UserError, match="damaged"):
-        Ensemble.from_dict(damage)
+        Ensemble.from_dict(damage, "x")
 
 
 def test_explanations():

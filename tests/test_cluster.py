@@ -15,7 +15,8 @@ from upath import UPath
 from cluster.local import LocalCluster
 from ensemble.report import PAGE
 from tests.tiny_space import write_space
-from trainables.candidate import list_candidates, read_json
+from trainables.run_directory import list_candidates
+from trainables.storage import read_json
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 300  # seconds that a step may take on a busy machine before the test gives up
@@ -61,7 +62,7 @@ def test_a_job_sweeps_on_two_nodes_and_leaves_what_a_local_run_does(
     output = cluster.ray(*submit).stdout
     candidates = list_candidates(UPath(run))
     assert [candidate.id for candidate in candidates] == ["0000", "0001", "0002", "0003"]
-    assert {candidate.info["node"].split()[0] for candidate in candidates} == {"127.0.0.2", "127.0.0.3"}
+    assert {candidate.info.node.split()[0] for candidate in candidates} == {"127.0.0.2", "127.0.0.3"}
     for id in ("0000", "0001", "0002", "0003"):  # plain lines
         assert any(line.startswith(f"{id} speednet") and "finished" in line for line in output.splitlines())
     assert "\x1b[?25l" not in output  # no screen that is redrawn
@@ -88,7 +89,7 @@ def test_what_a_job_says_and_how_it_ends(cluster: LocalCluster, tmp_path: Path) 
 
     cluster.add_node(cpus=1)
     cluster.ray(*submission(run, space, "--no-wait", "--submission-id", "first"))
-    wait_until((run / "checkpoints/0000/state.pt").exists, "a first epoch")
+    wait_until((run / "checkpoints/0000/state.safetensors").exists, "a first epoch")
     cluster.ray("job", "stop", "first")
     assert "was stopped" in cluster.ray("job", "status", "first").stdout
     assert "stopped; the same command goes on" in cluster.ray("job", "logs", "first").stdout
@@ -96,7 +97,7 @@ def test_what_a_job_says_and_how_it_ends(cluster: LocalCluster, tmp_path: Path) 
     space.write_text(space.read_text().replace("TRIALS = 2", "TRIALS = 1"))
     cluster.ray(*submission(run, space))
     (candidate,) = list_candidates(UPath(run))
-    assert candidate.info["resumed_after_epochs"]
+    assert candidate.info.resumed_after_epochs
 
 
 @pytest.mark.cluster
@@ -105,7 +106,7 @@ def test_nodes_leave_and_join_and_the_head_is_replaced(cluster: LocalCluster, tm
     write_space(space, trials=6, epochs=60, batch_size=64)
     nodes = [cluster.add_node(cpus=1) for _ in range(2)]
     cluster.ray(*submission(run, space, "--no-wait", "--submission-id", "first"))
-    wait_until(lambda: len(list(run.glob("checkpoints/*/state.pt"))) == 2, "two trials")
+    wait_until(lambda: len(list(run.glob("checkpoints/*/state.safetensors"))) == 2, "two trials")
     wait_until(lambda: "ray_ninefold_trials{" in metrics(cluster), "the sweep among the metrics")
     assert 'state="running"' in metrics(cluster)
     nodes[0].kill()  # 127.0.0.2
@@ -164,7 +165,7 @@ def test_a_trial_on_two_nodes_reaches_what_it_does_on_one(cluster: LocalCluster,
         output = cluster.ray(*submission(run, space), "--workers-per-trial", str(workers)).stdout
         (found[workers],) = list_candidates(UPath(run))
         assert ("2 x 1 CPUs each" in output) == (workers == 2)
-    one, two = (found[workers].info["metrics"] for workers in (1, 2))
+    one, two = (found[workers].info.metrics for workers in (1, 2))
     images = one["select_images"]
     noise = (2 * one["select_accuracy"] * (1 - one["select_accuracy"]) / images) ** 0.5  # of a difference, one sigma
     assert abs(one["select_accuracy"] - two["select_accuracy"]) < 3 * max(noise, 1 / images)

@@ -58,7 +58,7 @@ def rank_main(rank: int, folder: Path, data_path: Path, weights: WeightSource) -
     learner.predict_probs = counting  # type: ignore[assignment]
     for name, config in CONFIGS.items():
         predicted = 0
-        checkpoint = UPath(folder / name / "state.pt")
+        checkpoint = UPath(folder / name / "state.safetensors")
         trained = train(config, data, splits, weights=weights if config.pretrained else None, checkpoint=checkpoint)
         state = {key: value.contiguous() for key, value in trained.model.state_dict().items()}
         save_file(state, folder / f"{name}-{rank}.safetensors")

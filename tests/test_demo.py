@@ -14,7 +14,7 @@ from ensemble.ensemble import read_ensemble
 from ensemble.predict import Voters
 from tests.chromium import open_chromium
 from tests.test_serve import Server, bomb
-from trainables.data import open_data
+from trainables.share import open_run_data
 from trainables.splits import load_splits
 
 pytestmark = pytest.mark.browser
@@ -91,7 +91,7 @@ def test_an_uploaded_picture_is_answered_without_a_network(page: Page, pictures:
     path = pictures / "test/grid/0.png"
     page.upload(path)
     page.wait_for(lambda: "Votes:" in page.text("#own-answer"), "no answer came")
-    voters = Voters.load(small_run, read_ensemble(small_run), "cpu")
+    voters = Voters.load([small_run], read_ensemble(small_run), "cpu")
     votes = voters.votes(np.asarray(Image.open(path))[None])
     probs = voters.ensemble.predict(votes)[0]
     assert page.text("#own-answer .nf-label").split()[0] == voters.classes[int(probs.argmax())]
@@ -125,7 +125,7 @@ def test_bad_uploads_are_refused_in_words(page: Page, tmp_path: Path) -> None:
 
 def test_the_slider_shows_the_select_split_with_true_labels(page: Page, small_run: UPath) -> None:
     page.click_tab("Select split")
-    data = open_data(json.loads((small_run / "run.json").read_text())["data"]["path"])
+    data = open_run_data(small_run)[0]
     select = load_splits(small_run).select
     for index in (0, 5, len(select) - 1):
         script = """

@@ -15,12 +15,13 @@ from upath import UPath
 from tests.small_run import doubt_first, train_run
 from tests.test_duplicates import pictures as draw
 from tests.test_report import HOSTILE, Page
-from trainables.candidate import write_array, write_candidate, write_json
 from trainables.data import open_test, open_test_images, prepare
 from trainables.errors import UserError
 from trainables.explore import Explore, explore
 from trainables.origin import find_origin
+from trainables.run_directory import CandidateInfo, write_candidate
 from trainables.splits import load_splits, make_splits, save_splits
+from trainables.storage import write_array, write_json
 from trainables.suspects import find_suspects
 
 ROOT = Path(__file__).parent.parent
@@ -142,7 +143,7 @@ def learnable_run(path: Path, flips: int, models: int = 3) -> tuple:
         answers = np.where(rng.random(len(truth)) < 0.1, rng.integers(0, 10, len(truth)), truth)
         sure = rng.uniform(0.5, 0.99, len(truth))[:, None]
         probs = sure * np.eye(10)[answers] + (1 - sure) * rng.dirichlet(np.ones(10), len(truth))
-        write_candidate(run, {"id": f"c{m}"}, probs, probs)
+        write_candidate(run, CandidateInfo(f"c{m}"), probs, probs)
     return run, dataclasses.replace(data, labels=labels), wrong
 
 
@@ -159,7 +160,7 @@ def open_run_dir(path: Path, data, splits, labels) -> UPath:
 
 def test_planted_label_errors_are_among_the_suspects(tmp_path):
     run, data, wrong = learnable_run(tmp_path / "run", flips=20)
-    write_candidate(run, {"id": "short"}, np.full((3, 10), 0.1))  # left out
+    write_candidate(run, CandidateInfo("short"), np.full((3, 10), 0.1))  # left out
     suspects = find_suspects(run, data, most=40)
     assert np.isin(wrong, suspects.rows).mean() >= 0.9
     assert (np.diff(suspects.quality) >= 0).all()
@@ -175,7 +176,7 @@ def test_a_poor_model_does_not_bury_what_good_ones_see(tmp_path):
     rng = np.random.default_rng(1)
     for m in range(6):
         noise = rng.dirichlet(np.ones(10), len(load_splits(run).select))
-        write_candidate(run, {"id": f"poor{m}"}, noise, noise)
+        write_candidate(run, CandidateInfo(f"poor{m}"), noise, noise)
     assert np.isin(wrong, find_suspects(run, data, most=40).rows).mean() >= 0.9
 
 
@@ -196,7 +197,8 @@ def trained(tmp_path_factory, pictures):
 
 def test_after_a_sweep_with_an_export_for_fiftyone(trained, tmp_path):
     run, pictures = trained
-    found = explore(Explore(run=str(run), out=tmp_path / "page.html", fiftyone=tmp_path / "export"))
+    args = Explore(run=str(run), data_dir=pictures, out=tmp_path / "page.html", fiftyone=tmp_path / "export")
+    found = explore(args)
     assert found["data"]["folder"] == str(pictures)
     assert found["suspects"]["models"] == 2
     assert found["suspects"]["checked"] == 18
@@ -218,7 +220,10 @@ def test_after_a_sweep_with_an_export_for_fiftyone(trained, tmp_path):
     assert test["label"] is None, "test labels are the report's"
     first = next(e for e in labels["labels"].values() if e["attributes"].get("suspect_rank") == 1)
     assert first["attributes"]["suggested"] == suspects[0]["suggested"]
-    explore(Explore(run=str(run), out=tmp_path / "page.html", fiftyone=tmp_path / "export"))  # again, over itself
+    explore(args)  # again, over itself
+    found = explore(Explore(run=str(run), out=tmp_path / "page.html"))  # where the files lie is not for a run to say
+    assert found["data"]["folder"] == ""
+    assert found["suspects"]["images"][0]["name"].startswith("train ")
 
 
 def test_the_command_and_what_a_user_can_get_wrong(trained, tmp_path, folder):

@@ -20,10 +20,10 @@ from ensemble.ensemble import Ensemble, Member, read_ensemble
 from ensemble.export import Exported, export
 from ensemble.module import EnsembleModule
 from ensemble.predict import Voters
-from trainables.candidate import read_run
 from trainables.classic import _TwoByTwo
-from trainables.data import open_data
+from trainables.data import default_cache, open_data
 from trainables.errors import UserError
+from trainables.run_directory import read_run
 from trainables.share import share_data
 
 ROOT = Path(__file__).parent.parent
@@ -68,15 +68,15 @@ def tempered(small_run: UPath) -> Ensemble:
 @pytest.fixture(scope="module")
 def made(small_run: UPath, tempered: Ensemble, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """ensemble.onnx, in a folder of its own."""
-    return export(small_run, tempered, tmp_path_factory.mktemp("onnx") / "ensemble.onnx", "onnx")
+    return export([small_run], tempered, tmp_path_factory.mktemp("onnx") / "ensemble.onnx", "onnx")
 
 
 @pytest.mark.parametrize("kind", ["weights", "temperatures", "stack"])
 def test_the_module_computes_what_the_ensemble_predicts(kind: str, small_run: UPath, images: np.ndarray) -> None:
     ensemble = variants(read_ensemble(small_run))[kind]
-    expected = Voters.load(small_run, ensemble, "cpu", precision="fp32")(images)
+    expected = Voters.load([small_run], ensemble, "cpu", precision="fp32")(images)
     with torch.no_grad():
-        found = EnsembleModule(small_run, ensemble)(torch.from_numpy(images)).numpy()
+        found = EnsembleModule([small_run], ensemble)(torch.from_numpy(images)).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert found.std(axis=0).min() > 0.01, "the images are told apart, so agreement means something"
 
@@ -89,14 +89,14 @@ def test_an_onnx_file_is_used_with_onnxruntime_numpy_and_pillow(
     picture = Image.open(pictures / "test/grid/0.png")
     wider = Image.new("RGB", (18, 12))
     wider.paste(picture, (3, 0))  # of which the middle is looked at
-    expected = Voters.load(small_run, tempered, "cpu", precision="fp32")(np.asarray(picture)[None])[0]
+    expected = Voters.load([small_run], tempered, "cpu", precision="fp32")(np.asarray(picture)[None])[0]
     script = example() + "\nimport sys; assert not {'torch', 'ensemble'} & set(sys.modules)"
     for image in (picture, wider):
         image.save(made.path.parent / "cat.jpg", "PNG")  # Pillow looks at the content
         ran = subprocess.run([sys.executable, "-c", script], cwd=made.path.parent, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         label, probability = ran.stdout.split()
-        assert label == read_run(small_run)["classes"][expected.argmax()]
+        assert label == read_run(small_run).classes[expected.argmax()]
         assert float(probability) == pytest.approx(float(expected.max()), abs=1e-4)
     assert sorted(p.name for p in made.path.parent.iterdir()) == ["cat.jpg", "ensemble.onnx"]
 
@@ -119,7 +119,7 @@ def test_an_onnx_file_agrees_on_a_thousand_images(
     assert json.loads(meta["classes"]) == ["across", "down", "grid"]
     assert [m["architecture"] for m in json.loads(meta["ensemble"])["members"]]
     assert json.loads(meta["select"])["images"] == 18
-    voters = Voters.load(small_run, tempered, "cpu", precision="fp32")
+    voters = Voters.load([small_run], tempered, "cpu", precision="fp32")
     random = np.random.default_rng(0)
     noisy = images[random.integers(len(images), size=1000)] + random.normal(0, 30, (1000, 12, 12, 3))
     for batch in (images, images[:1], noisy.clip(0, 255).astype(np.uint8)):
@@ -128,12 +128,12 @@ def test_an_onnx_file_agrees_on_a_thousand_images(
 
 def test_a_torch_file(small_run: UPath, tmp_path: Path, images: np.ndarray) -> None:
     ensemble = variants(read_ensemble(small_run))["stack"]
-    made = export(small_run, ensemble, tmp_path / "e.pt2", "torch")
+    made = export([small_run], ensemble, tmp_path / "e.pt2", "torch")
     assert made.largest_difference <= 1e-4
     extra = {"classes": ""}
     model = torch.export.load(made.path, extra_files=extra).module()
     assert json.loads(extra["classes"]) == ["across", "down", "grid"]
-    voters = Voters.load(small_run, ensemble, "cpu", precision="fp32")
+    voters = Voters.load([small_run], ensemble, "cpu", precision="fp32")
     with torch.no_grad():
         np.testing.assert_allclose(model(torch.from_numpy(images)).numpy(), voters(images), atol=1e-5)
 
@@ -148,7 +148,7 @@ def test_a_file_that_disagrees_is_not_left(small_run: UPath, tmp_path: Path, mon
     real = exporting._write_torch
     monkeypatch.setattr(exporting, "_write_torch", write)
     with pytest.raises(UserError, match=r"differs from PyTorch by up to 0\.000"):
-        export(small_run, read_ensemble(small_run), tmp_path / "e.pt2", "torch")
+        export([small_run], read_ensemble(small_run), tmp_path / "e.pt2", "torch")
     assert [p.name for p in tmp_path.iterdir()] == ["e.pt2"]
     assert (tmp_path / "e.pt2").read_text() == "an older one"
 
@@ -156,7 +156,7 @@ def test_a_file_that_disagrees_is_not_left(small_run: UPath, tmp_path: Path, mon
 def test_without_the_data_set_random_images_are_compared(small_run: UPath, tmp_path: Path) -> None:
     run = UPath(shutil.copytree(str(small_run), tmp_path / "run"))
     info = json.loads((run / "run.json").read_text())
-    info["data"]["path"] = "/nowhere"
+    info["data"]["folder"] = "folder-0123456789abcdef"
     (run / "run.json").write_text(json.dumps(info))
     images, real = exporting._images_to_check(run, (12, 12))
     assert images.shape == (1000, 12, 12, 3)
@@ -166,10 +166,8 @@ def test_without_the_data_set_random_images_are_compared(small_run: UPath, tmp_p
 def test_images_beside_the_run_are_compared(small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = UPath(shutil.copytree(str(small_run), tmp_path / "run"))
     info = json.loads((run / "run.json").read_text())
-    share_data(run, open_data(info["data"]["path"]))
+    share_data(run, open_data(default_cache() / "data" / info["data"]["folder"]))
     expected, _ = exporting._images_to_check(run, (12, 12))
-    info["data"]["path"] = f"/nowhere/{Path(info['data']['path']).name}"
-    (run / "run.json").write_text(json.dumps(info))
     monkeypatch.setenv("NINEFOLD_CACHE", str(tmp_path / "cache"))
     images, real = exporting._images_to_check(run, (12, 12))
     assert real
@@ -179,13 +177,13 @@ def test_images_beside_the_run_are_compared(small_run: UPath, tmp_path: Path, mo
 def test_mistakes(small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ensemble = read_ensemble(small_run)
     with pytest.raises(UserError, match="make it, or name another --out"):
-        export(small_run, ensemble, tmp_path / "nowhere/e.onnx", "onnx")
+        export([small_run], ensemble, tmp_path / "nowhere/e.onnx", "onnx")
     monkeypatch.setattr(exporting, "LARGEST_ONNX", 1000)
     with pytest.raises(UserError, match="one ONNX file ends at 2 GiB; use --format torch"):
-        export(small_run, ensemble, tmp_path / "e.onnx", "onnx")
+        export([small_run], ensemble, tmp_path / "e.onnx", "onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"onnxruntime; pip install 'ninefold\[export\]'"):
-        export(small_run, ensemble, tmp_path / "e.onnx", "onnx")
+        export([small_run], ensemble, tmp_path / "e.onnx", "onnx")
     assert not list(tmp_path.iterdir())
 
 

@@ -23,7 +23,7 @@ import pytest
 from search.lanes import RAY_DIED
 from tests.tiny_space import write_space
 from trainables.backbones import load_model
-from trainables.candidate import list_candidates, open_run
+from trainables.run_directory import list_candidates, open_run
 
 ROOT = Path(__file__).parent.parent
 TRIALS, EPOCHS, KILLS = 8, 16, 20
@@ -161,13 +161,13 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(drivers: Drivers, tmp_path
     assert [candidate.id for candidate in candidates] == sorted(finished)
     for candidate in candidates:
         trial = finished[candidate.id]
-        assert [row["epoch"] for row in candidate.info["curve"]] == list(range(1, EPOCHS + 1))
+        assert [row["epoch"] for row in candidate.info.curve] == list(range(1, EPOCHS + 1))
         assert sorted(trial.intermediate_values) == list(range(1, EPOCHS + 1))
-        assert trial.value == pytest.approx(candidate.info["metrics"]["tune_accuracy"])
+        assert trial.value == pytest.approx(candidate.info.metrics["tune_accuracy"])
         load_model(candidate)
         for split in ("tune", "select"):
             np.testing.assert_allclose(candidate.probs(split).sum(1), 1, atol=1e-4)
-    assert sum(bool(candidate.info["resumed_after_epochs"]) for candidate in candidates) >= TRIALS // 2
+    assert sum(bool(candidate.info.resumed_after_epochs) for candidate in candidates) >= TRIALS // 2
     left = [path for path in run.rglob("*") if path.name.endswith(".tmp") or path.parent.parent.name == "checkpoints"]
     assert not left
     assert "ensemble     test accuracy" in drivers.tail()

@@ -216,7 +216,9 @@ def noise(folder: Path, counts: list[int]) -> tuple[Data, Splits]:
     labels = np.repeat(np.arange(len(counts)), counts)
     images = np.random.default_rng(0).integers(0, 256, (len(labels), 16, 16, 3), dtype=np.uint8)
     classes = tuple(f"class{i}" for i in range(len(counts)))
-    data = Data("folder", classes, images, labels, "noise", folder / "data" / "noise", 0, (0.5,) * 3, (0.3,) * 3)
+    data = Data(
+        "folder", classes, images, labels, "noise", folder / "data" / "noise", folder, 0, (0.5,) * 3, (0.3,) * 3
+    )
     held_out = np.arange(0, len(labels), 5)
     train_part = np.setdiff1d(np.arange(len(labels)), held_out)
     return data, Splits(train_part, held_out, held_out, True, "noise")

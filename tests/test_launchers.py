@@ -24,7 +24,7 @@ from cluster.connect import free_port
 from cluster.metrics import GAUGES
 from tests import kuberay_schema
 from tests.tiny_space import write_space
-from trainables.candidate import list_candidates
+from trainables.run_directory import list_candidates
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "cluster"

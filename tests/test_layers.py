@@ -57,7 +57,7 @@ def test_ray_stays_in_few_files(path: Path) -> None:
     ("module", "unwanted"),
     [
         ("trainables.config", {"torch", "numpy", "ray"}),
-        ("trainables.candidate", {"torch", "ray"}),
+        ("trainables.run_directory", {"torch", "ray"}),
         ("trainables.train", {"ray"}),
         ("ensemble.select", {"torch", "ray"}),
         ("ensemble.predict", {"ray"}),

@@ -14,8 +14,9 @@ from tests.chromium import open_chromium
 from tests.small_run import doubt_first, train_run
 from tests.test_report import HOSTILE
 from tests.test_select import make_run
-from trainables.candidate import read_run, write_candidate, write_json
 from trainables.explore import Explore, explore
+from trainables.run_directory import read_run, write_candidate
+from trainables.storage import write_json
 
 pytestmark = pytest.mark.browser
 
@@ -46,7 +47,7 @@ def unsure(tmp_path_factory, pictures):
 @pytest.fixture(scope="module")
 def report(trained) -> Path:
     run, ensemble, _ = trained
-    write_report(run, ensemble)
+    write_report([run], ensemble)
     return Path(str(run / "report.html"))
 
 
@@ -201,7 +202,7 @@ def test_a_run_written_by_hand_with_hostile_names(browser, tmp_path):
         config = {"backbone": HOSTILE, "lr": HOSTILE}
         write_candidate(run, {"id": f"c{m}", "config": config, "curve": [{"tune_accuracy": 0.5}] * 3}, p)
     write_ensemble(run, choose(Select(run=(str(run),))))
-    write_report(run, read_ensemble(run))
+    write_report([run], read_ensemble(run))
     show(browser, Path(str(run / "report.html")))
     assert browser.title == "run: Ninefold report"
     click(browser, browser.find_element("css selector", "#members button.trial"))

@@ -16,7 +16,7 @@ import pytest
 from ray._private.utils import get_num_cpus  # of a container, too
 
 from tests.tiny_space import write_space
-from trainables.candidate import list_candidates, open_run
+from trainables.run_directory import list_candidates, open_run
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 240  # seconds that a step of a sweep may take on a busy machine before the test gives up
@@ -62,7 +62,7 @@ def arguments(run: Path, pictures: Path, space: Path) -> list[str]:
 
 def in_training(run: Path) -> bool:
     """Whether some trial has a checkpoint and is no candidate yet: the moment to kill it."""
-    ids = [path.parent.name for path in run.glob("checkpoints/*/state.pt")]  # listed first: it goes last
+    ids = [path.parent.name for path in run.glob("checkpoints/*/state.safetensors")]  # listed first: it goes last
     return any(not (run / "candidates" / id / "candidate.json").exists() for id in ids)
 
 
@@ -97,8 +97,8 @@ def test_killed_twice_and_interrupted_once_nothing_is_lost_or_repeated(tmp_path:
     for candidate in candidates:
         if candidate.id in candidate_times:
             assert candidate_times[candidate.id] == (candidate.path / "candidate.json").stat().st_mtime
-        assert [row["epoch"] for row in candidate.info["curve"]] == list(range(1, 31))
-    resumed = [epoch for c in candidates for epoch in c.info["resumed_after_epochs"]]
+        assert [row["epoch"] for row in candidate.info.curve] == list(range(1, 31))
+    resumed = [epoch for c in candidates for epoch in c.info.resumed_after_epochs]
     assert len(resumed) >= 2, "interrupted trials went on from their last epoch"
     assert min(resumed) >= 1
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{run}/study.db")

@@ -17,10 +17,11 @@ from upath import UPath
 from ensemble import predict
 from ensemble.ensemble import read_ensemble
 from ensemble.predict import Predict, Voters, find_images, predict_folder
-from trainables.candidate import Candidate, list_candidates, read_json, write_json
-from trainables.data import open_data
 from trainables.errors import UserError
+from trainables.run_directory import Candidate, list_candidates
+from trainables.share import open_run_data
 from trainables.splits import load_splits
+from trainables.storage import read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +39,7 @@ def folder(pictures: Path, tmp_path: Path) -> Path:
 
 def test_every_image_has_a_row_with_its_label(small_run: UPath, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
-    assert predict_folder(Predict(folder, out, str(small_run), probs=True)) == (90, {})
+    assert predict_folder(Predict(folder, out, (str(small_run),), probs=True)) == (90, {})
     header, *rows = rows_of(out)
     assert header == ["id", "label", "across", "down", "grid"]
     assert [row[0] for row in rows] == sorted(f"{p.parent.name}/{p.stem}" for p in folder.glob("*/*.png"))
@@ -54,10 +55,10 @@ def test_every_image_has_a_row_with_its_label(small_run: UPath, folder: Path, tm
 def test_it_predicts_what_the_members_predicted(small_run: UPath) -> None:
     """On the select split, with weights, temperatures and a stacked layer: as from the stored predictions."""
     ensemble = read_ensemble(small_run)
-    voters = Voters.load(small_run, ensemble, "cpu")
-    data = open_data(json.loads((small_run / "run.json").read_text())["data"]["path"])
+    voters = Voters.load([small_run], ensemble, "cpu")
+    data = open_run_data(small_run)[0]
     images = data.images[load_splits(small_run).select]
-    stored = [member.candidate(small_run).probs("select") for member in ensemble.members]
+    stored = [member.candidate([small_run]).probs("select") for member in ensemble.members]
     for vote, expected in zip(voters.votes(images), stored, strict=True):
         np.testing.assert_allclose(vote, expected, atol=1e-5)
     np.testing.assert_allclose(voters(images), ensemble.predict(stored), atol=1e-5)
@@ -75,14 +76,14 @@ def test_members_are_loaded_once(
     real = predict.load_model
     monkeypatch.setattr(predict, "load_model", load)
     monkeypatch.setattr(predict, "BATCH", 7)
-    predict_folder(Predict(folder, tmp_path / "out.csv", str(small_run)))
+    predict_folder(Predict(folder, tmp_path / "out.csv", (str(small_run),)))
     assert sorted(loaded) == ["0000", "0001", "0002"]
 
 
 def test_views_are_optional(small_run: UPath, folder: Path, tmp_path: Path) -> None:
     outs = {tta: tmp_path / f"{tta}.csv" for tta in ("own", "none", "mirror")}
     for tta, out in outs.items():
-        predict_folder(Predict(folder, out, str(small_run), probs=True, tta=tta))  # type: ignore[arg-type]
+        predict_folder(Predict(folder, out, (str(small_run),), probs=True, tta=tta))  # type: ignore[arg-type]
     own, none, mirror = (rows_of(out) for out in outs.values())
     assert own != none != mirror != own
 
@@ -93,7 +94,7 @@ def test_unreadable_images_are_named_and_get_no_label(small_run: UPath, folder: 
     (folder / "down/1.png").write_bytes(whole[: len(whole) // 2])
     (folder / "notes.txt").write_text("not an image file by its name")
     out = tmp_path / "out.csv"
-    count, unreadable = predict_folder(Predict(folder, out, str(small_run), probs=True))
+    count, unreadable = predict_folder(Predict(folder, out, (str(small_run),), probs=True))
     assert count == 90
     assert unreadable.keys() == {"across/0", "down/1"}
     assert unreadable["across/0"] == "not an image"
@@ -101,13 +102,13 @@ def test_unreadable_images_are_named_and_get_no_label(small_run: UPath, folder: 
     assert rows["across/0"] == rows["down/1"] == [""] * 4
     assert sum(1 for row in rows.values() if row[0]) == 88
     # told again when everything is done
-    assert predict_folder(Predict(folder, out, str(small_run), probs=True))[1].keys() == {"across/0", "down/1"}
+    assert predict_folder(Predict(folder, out, (str(small_run),), probs=True))[1].keys() == {"across/0", "down/1"}
 
 
 def test_nothing_but_unreadable_images(small_run: UPath, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new/a.png").write_bytes(b"")
-    assert predict_folder(Predict(tmp_path / "new", tmp_path / "out.csv", str(small_run)))[0] == 1
+    assert predict_folder(Predict(tmp_path / "new", tmp_path / "out.csv", (str(small_run),)))[0] == 1
     assert rows_of(tmp_path / "out.csv") == [["id", "label"], ["a", ""]]
 
 
@@ -127,7 +128,7 @@ def test_odd_file_names_survive(small_run: UPath, pictures: Path, tmp_path: Path
     for name in names:
         shutil.copy(pictures / "test/grid/0.png", folder / f"{name}.png")
     out = tmp_path / "out.csv"
-    args = Predict(folder, out, str(small_run))
+    args = Predict(folder, out, (str(small_run),))
     predict_folder(args)
     whole = out.read_bytes()
     assert sorted(row[0] for row in rows_of(out)[1:]) == sorted(names)
@@ -164,7 +165,7 @@ def test_killed_it_goes_on(small_run: UPath, folder: Path, tmp_path: Path) -> No
     assert 500 < before.count(b"\n") < 3091, "it was killed in the middle"
 
     with pytest.raises(UserError, match="other columns"):
-        predict_folder(Predict(folder, out, str(small_run), probs=True, device="cpu"))
+        predict_folder(Predict(folder, out, (str(small_run),), probs=True, device="cpu"))
 
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert finished.stdout == f"3090 images in {out}\n"
@@ -179,7 +180,7 @@ def test_killed_it_goes_on(small_run: UPath, folder: Path, tmp_path: Path) -> No
 
 def test_new_images_are_added_and_lost_ones_refused(small_run: UPath, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
-    args = Predict(folder, out, str(small_run))
+    args = Predict(folder, out, (str(small_run),))
     predict_folder(args)
     shutil.copy(folder / "grid/0.png", folder / "late.png")
     assert predict_folder(args)[0] == 91
@@ -194,14 +195,14 @@ def test_new_images_are_added_and_lost_ones_refused(small_run: UPath, folder: Pa
     [
         ({"images": Path("nowhere")}, "image folder nowhere does not exist"),
         ({"out": Path("nowhere/out.csv")}, "make it, or name another --out"),
-        ({"run": "nowhere"}, "not a run directory"),
+        ({"run": ("nowhere",)}, "not a run directory"),
         ({"ensemble": "best"}, "it has equal"),
         ({"device": "gpu"}, "this machine has no device 'gpu', expected .*cpu"),
         ({"device": "cuda:99"}, "this machine has no device 'cuda:99'"),
     ],
 )
 def test_mistakes(change: dict, expected: str, small_run: UPath, folder: Path, tmp_path: Path) -> None:
-    args = {"images": folder, "out": tmp_path / "out.csv", "run": str(small_run), **change}
+    args = {"images": folder, "out": tmp_path / "out.csv", "run": (str(small_run),), **change}
     with pytest.raises(UserError, match=expected):
         predict_folder(Predict(**args))
     assert not list(tmp_path.glob("*.csv*"))
@@ -210,18 +211,18 @@ def test_mistakes(change: dict, expected: str, small_run: UPath, folder: Path, t
 def test_what_somebody_else_made_is_left_alone(small_run: UPath, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     out.write_text("id,label\nmine,precious\n")
-    args = Predict(folder, out, str(small_run))
+    args = Predict(folder, out, (str(small_run),))
     with pytest.raises(UserError, match="another ensemble or folder"):
         predict_folder(args)
     assert out.read_text() == "id,label\nmine,precious\n"
     out.unlink()
     predict_folder(args)
     with pytest.raises(UserError, match="another ensemble or folder"):
-        predict_folder(Predict(folder, out, str(small_run), tta="none"))
+        predict_folder(Predict(folder, out, (str(small_run),), tta="none"))
 
 
 def test_two_at_a_time_are_refused(small_run: UPath, folder: Path, tmp_path: Path) -> None:
-    args = Predict(folder, tmp_path / "out.csv", str(small_run))
+    args = Predict(folder, tmp_path / "out.csv", (str(small_run),))
     with predict._alone(args.out), pytest.raises(UserError, match=r"another ensemble\.predict is writing"):
         predict_folder(args)
     assert not args.out.exists()
@@ -231,13 +232,13 @@ def test_a_member_without_weights(small_run: UPath, folder: Path, tmp_path: Path
     run = Path(shutil.copytree(str(small_run), tmp_path / "run"))
     (run / "candidates/0001/weights.safetensors").unlink()
     with pytest.raises(UserError, match="candidate 0001 has no weights"):
-        predict_folder(Predict(folder, tmp_path / "out.csv", str(run)))
+        predict_folder(Predict(folder, tmp_path / "out.csv", (str(run),)))
     assert len(list_candidates(UPath(run))) == 3
 
 
 def test_members_whose_files_are_damaged_or_lack_something(small_run: UPath, folder: Path, tmp_path: Path) -> None:
     run = UPath(shutil.copytree(str(small_run), tmp_path / "run"))
-    args = Predict(folder, tmp_path / "out.csv", str(run))
+    args = Predict(folder, tmp_path / "out.csv", (str(run),))
     weights, info = run / "candidates/0001/weights.safetensors", run / "candidates/0000/candidate.json"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="the weights of candidate 0001 are damaged"):

@@ -20,9 +20,12 @@ from ensemble.report import write_report
 from ensemble.select import Select, choose
 from tests.small_run import train_run
 from tests.test_select import make_run
-from trainables.candidate import list_candidates, read_json, read_run, write_array, write_candidate, write_json
+from trainables.config import TrialConfig
 from trainables.data import open_test
 from trainables.errors import UserError
+from trainables.run_directory import CandidateInfo, list_candidates, write_candidate
+from trainables.share import open_run_data
+from trainables.storage import read_json, write_array, write_json
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>document.title='owned'</script>\"'><img src=x onerror=alert(1)>"
@@ -80,14 +83,14 @@ def copied(run: UPath, to: Path) -> UPath:
 
 def test_test_scores_are_those_of_the_frozen_ensemble(trained, tmp_path):
     run, ensemble = trained
-    found = write_report(run, ensemble)
+    found = write_report([run], ensemble)
     stored = json.loads((run / "report.json").read_text())
     assert stored == json.loads(json.dumps(found))
     test = stored["test"]
     from ensemble.predict import candidate_predictor
 
-    images, labels = open_test(read_run(run)["data"]["path"])
-    probs = [candidate_predictor(member.candidate(run))(images) for member in ensemble.members]
+    images, labels = open_test(open_run_data(run)[0].path)
+    probs = [candidate_predictor(member.candidate([run]))(images) for member in ensemble.members]
     right = ensemble.predict(probs).argmax(1) == labels
     assert test["ensemble"]["accuracy"] == pytest.approx(right.mean())
     assert test["ensemble"]["images"] == len(labels) == 90
@@ -106,7 +109,7 @@ def test_test_scores_are_those_of_the_frozen_ensemble(trained, tmp_path):
 
 def test_the_page_has_everything_and_loads_nothing(trained):
     run, ensemble = trained
-    write_report(run, ensemble)
+    write_report([run], ensemble)
     page = read_page(run)
     assert page.sections == [
         "picture", "members", "classes", "mistakes", "predictions", "calibration", "curves", "study", "failures",
@@ -130,7 +133,7 @@ def test_the_page_has_everything_and_loads_nothing(trained):
 
 def test_every_score_names_its_split_and_size(trained):
     run, ensemble = trained
-    write_report(run, ensemble)
+    write_report([run], ensemble)
     words = read_page(run).words
     assert "Ensemble, test accuracy" in words
     assert "90 images" in words
@@ -141,7 +144,7 @@ def test_every_score_names_its_split_and_size(trained):
 
 def test_what_failed_and_why(trained):
     run, ensemble = trained
-    found = write_report(run, ensemble)
+    found = write_report([run], ensemble)
     assert found["outcomes"] == {"finished": 3, "diverged": 1, "bug": 1, "pruned": 1, "not started": 1}
     assert [failure["outcome"] for failure in found["failures"]] == ["diverged", "bug"]
     words = read_page(run).words
@@ -163,27 +166,27 @@ def test_the_command_prints_and_needs_no_ray(trained, tmp_path):
 
 def test_how_to_reproduce_hides_passwords(trained, tmp_path):
     run = copied(trained[0], tmp_path / "stripes")
-    info = read_run(run)
+    info = read_json(run / "run.json")
     command = "/x/search/run.py --data folder --storage postgresql://me:secret@host/db"
     write_json(run / "run.json", info | {"command": command})
-    found = write_report(run, trained[1])
+    found = write_report([run], trained[1])
     assert found["reproduce"]["command"] == ("python -m search.run --data folder --storage postgresql://me:***@host/db")
     assert "secret" not in (run / "report.html").read_text()
 
 
 def test_images_that_are_gone_and_a_study_that_is_damaged(trained, tmp_path):
     run = copied(trained[0], tmp_path / "stripes")
-    info = read_run(run)
-    write_json(run / "run.json", info | {"data": info["data"] | {"path": str(tmp_path / "nowhere")}})
+    info = read_json(run / "run.json")
+    write_json(run / "run.json", info | {"data": info["data"] | {"folder": "folder-0123456789abcdef"}})
     (run / "study.db").write_bytes(b"no database at all, but a file of some length")
-    found = write_report(run, trained[1])
+    found = write_report([run], trained[1])
     assert "test" not in found
     assert set(found["missing"]) == {"images", "test", "study"}
     page = read_page(run)
     assert len(page.sections) == 10
     assert not page.loads
     assert "The test part could not be read" in page.words
-    assert "nowhere holds no prepared data set" in page.words
+    assert "folder-0123456789abcdef" in page.words
     assert "is no study database" in page.words
 
 
@@ -198,29 +201,29 @@ def test_a_study_of_a_single_recipe_has_no_importance():
 
 def test_other_images_under_the_same_path_are_not_shown(trained, tmp_path):
     run = copied(trained[0], tmp_path / "stripes")
-    info = read_run(run)
+    info = read_json(run / "run.json")
     write_json(run / "run.json", info | {"data": info["data"] | {"fingerprint": "beef"}})
-    assert "holds other images" in write_report(run, trained[1])["missing"]["test"]
+    assert "holds other images" in write_report([run], trained[1])["missing"]["test"]
 
 
 def test_a_renamed_run_still_finds_its_study(trained, tmp_path):
     run = copied(trained[0], tmp_path / "other-name")
-    assert write_report(run, trained[1])["outcomes"]["diverged"] == 1
+    assert write_report([run], trained[1])["outcomes"]["diverged"] == 1
 
 
 def test_a_run_written_by_hand_with_nothing_but_predictions(tmp_path):
     run, probs, labels = make_run(tmp_path / "hand", models=4)
     for m in range(4):  # as little as the format asks for
-        write_candidate(run, {"id": f"c{m}"}, probs[m])
+        write_candidate(run, CandidateInfo(f"c{m}"), probs[m])
     members = (Member("c0", 0.5), Member("c1", 0.5))
     write_json(run / "ensembles" / "mine.json", {"members": [{"id": m.id, "weight": m.weight} for m in members]})
-    found = write_report(run, read_ensemble(run))
+    found = write_report([run], read_ensemble(run))
     together = (probs[0].astype(np.float64) + probs[1]) / 2
     assert found["select"]["select"]["accuracy"] == pytest.approx((together.argmax(1) == labels).mean())
     assert "test" not in found
     words = read_page(run).words
     assert "This data set has no test part" in words
-    assert "run.json does not say where the images lie" in words
+    assert "does not say which prepared data set it was made of" in words
     assert "No candidate has stored a learning curve" in words
     assert "has no study.db" in words
     assert "run.json does not say which command made this run" in words
@@ -231,10 +234,12 @@ def test_members_of_two_runs(tmp_path):
     second, *_ = make_run(tmp_path / "second", models=3, seed=5)
     write_array(second / "select_labels.npy", labels)
     better = (0.8 * np.eye(4)[labels] + 0.05).astype(np.float32)
-    write_candidate(second, {"id": "c0", "config": {"backbone": "net"}}, better)  # the same id as in the first
+    write_candidate(second, CandidateInfo("c0", config=TrialConfig(backbone="resnet18")), better)
     ensemble = choose(Select(run=(str(first), str(second))))
     write_ensemble(first, ensemble)
-    found = write_report(first, read_ensemble(first))
+    with pytest.raises(UserError, match=r"name it, too: --run .*first --run \.\./second"):
+        write_report([first], read_ensemble(first))
+    found = write_report([first, second], read_ensemble(first))
     assert ("c0", "../second") in {(m["id"], m["run"]) for m in found["ensemble"]["members"]}
     assert "../second/c0" in read_page(first).words
 
@@ -244,13 +249,13 @@ def test_a_member_of_a_run_elsewhere(tmp_path):
     second, *_ = make_run("memory://elsewhere/second", models=3, seed=5)
     write_array(second / "select_labels.npy", labels)
     better = (0.8 * np.eye(4)[labels] + 0.05).astype(np.float32)
-    write_candidate(second, {"id": "c0", "config": {"backbone": "net"}}, better)
+    write_candidate(second, CandidateInfo("c0", config=TrialConfig(backbone="resnet18")), better)
     write_ensemble(first, choose(Select(run=(str(first), str(second)))))
     ensemble = read_ensemble(first)
     [member] = [m for m in ensemble.members if m.run]
-    assert (member.run, member.candidate(first).architecture) == (str(second), "net")
+    assert (member.run, member.candidate([first, second]).architecture) == (str(second), "resnet18")
     assert (member.id, member.run) in {
-        (m["id"], m["run"]) for m in write_report(first, ensemble)["ensemble"]["members"]
+        (m["id"], m["run"]) for m in write_report([first, second], ensemble)["ensemble"]["members"]
     }
 
 
@@ -260,7 +265,7 @@ def test_temperatures_and_a_stack_are_scored_as_they_were_chosen(selector, tmp_p
     ensemble = choose(Select(run=(str(run),), selector=selector, top_k=3))
     assert (ensemble.temperature != 1) == (selector == "auto")
     write_ensemble(run, ensemble)
-    found = write_report(run, read_ensemble(run))
+    found = write_report([run], read_ensemble(run))
     assert found["select"]["select"]["log_loss"] == pytest.approx(ensemble.scores["select"]["log_loss"], abs=1e-6)
     assert (f"the average itself has {ensemble.temperature:.2f}" in read_page(run).words) == (selector == "auto")
 
@@ -274,9 +279,9 @@ def test_a_hundred_classes_show_the_most_confused(tmp_path):
     for m in range(3):
         shift = np.where((labels == 7) & (rng.random(2000) < 0.9), 8, labels)  # 7 is called 8
         p = (0.5 * np.eye(100)[shift] + 0.5 * rng.dirichlet(np.ones(100), 2000)).astype(np.float32)
-        write_candidate(run, {"id": f"c{m}"}, p / p.sum(1, keepdims=True))
+        write_candidate(run, CandidateInfo(f"c{m}"), p / p.sum(1, keepdims=True))
     write_ensemble(run, choose(Select(run=(str(run),))))
-    found = write_report(run, read_ensemble(run))
+    found = write_report([run], read_ensemble(run))
     assert found["mistakes"]["confused"][0] | {"images": 0} == {"label": 7, "answer": 8, "images": 0}
     matrix = next(f for f in read_page(run).figures if f.get("data", [{}])[0].get("type") == "heatmap")
     names = matrix["data"][0]["x"]
@@ -288,16 +293,16 @@ def test_a_hundred_classes_show_the_most_confused(tmp_path):
 def test_hostile_names_stay_text(tmp_path):
     run, probs, _ = make_run(tmp_path / "run", models=3)
     classes = [HOSTILE, "</script><script>alert(2)</script>", "{{ 7 * 7 }}", "&lt;b&gt;"]
-    info = read_run(run) | {"classes": classes, "command": HOSTILE, "space": HOSTILE, "versions": {HOSTILE: HOSTILE},
-                            "splits": {"train": HOSTILE}, "data": {"name": HOSTILE}}  # fmt: skip
+    info = read_json(run / "run.json")
+    info |= {"classes": classes, "command": HOSTILE, "space": HOSTILE, "versions": {HOSTILE: HOSTILE},
+             "data": {"name": HOSTILE}}  # fmt: skip
     write_json(run / "run.json", info)
     for m, p in enumerate(probs):
-        config = {"backbone": HOSTILE, HOSTILE: HOSTILE}
-        info = {"id": f"c{m}", "config": config, "outcome": HOSTILE, "curve": [{"tune_accuracy": 0.5}]}
-        write_candidate(run, info, p)
-    write_candidate(run, {"id": "bad"}, probs[0] * 2)
+        config = TrialConfig(backbone=HOSTILE)
+        write_candidate(run, CandidateInfo(f"c{m}", config, curve=({"tune_accuracy": 0.5},), outcome=HOSTILE), p)
+    write_candidate(run, CandidateInfo("bad"), probs[0] * 2)
     ensemble = replace(choose(Select(run=(str(run),))), name=HOSTILE, selector=HOSTILE, options={HOSTILE: HOSTILE})
-    write_report(run, replace(ensemble, left_out={HOSTILE: HOSTILE}))
+    write_report([run], replace(ensemble, left_out={HOSTILE: HOSTILE}))
     html = (run / "report.html").read_bytes()
     page = Page(html)
     assert page.tags.count("script") == 2 + len(page.figures), "ours: plotly, page.js, and data"
@@ -320,8 +325,8 @@ def test_hostile_names_stay_text(tmp_path):
 )
 def test_ensembles_that_cannot_be_reported_on(change, message, tmp_path):
     run, probs, _ = make_run(tmp_path / "run", models=3)
-    write_candidate(run, {"id": "bad"}, probs[0] * 2)
+    write_candidate(run, CandidateInfo("bad"), probs[0] * 2)
     write_json(run / "ensembles" / "x.json", change)
     with pytest.raises(UserError, match=message):
-        write_report(run, read_ensemble(run))
+        write_report([run], read_ensemble(run))
     assert not (run / "report.html").exists()

@@ -17,11 +17,12 @@ from upath import UPath
 
 from search.study import fetch_study, open_study, store_study
 from tests.tiny_space import write_space
-from trainables import candidate
-from trainables.candidate import StorageLost, list_candidates, open_run, read_json, write_bytes
-from trainables.data import open_data
+from trainables import storage
+from trainables.data import default_cache, open_data
 from trainables.errors import UserError
-from trainables.share import open_shared, share_data
+from trainables.run_directory import list_candidates, open_run, read_run
+from trainables.share import open_prepared, share_data
+from trainables.storage import StorageLost, read_json, write_bytes
 from trainables.trial import run_trial
 
 ROOT = Path(__file__).parent.parent
@@ -74,11 +75,17 @@ def upload(local: UPath, name: str) -> UPath:
     return run
 
 
+def prepared(run: UPath) -> dict:
+    """Where the data of a run were prepared, as a job says it."""
+    path = default_cache() / "data" / read_run(run).data.folder
+    return {"path": str(path), "name": "folder", "data_dir": None, "size": None}
+
+
 def test_a_trial_waits_until_the_store_is_back(store: Store, small_run: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidate, "RETRY_S", 0.1)
+    monkeypatch.setattr(storage, "RETRY_S", 0.1)
     run = upload(small_run, "waits")
     local = list_candidates(small_run)[0]
-    candidate.patiently(run, lambda: run.fs.rm(f"{run.path}/candidates", recursive=True))
+    storage.patiently(run, lambda: run.fs.rm(f"{run.path}/candidates", recursive=True))
     backs = []
 
     def report(metrics: dict) -> bool:
@@ -87,34 +94,34 @@ def test_a_trial_waits_until_the_store_is_back(store: Store, small_run: UPath, m
         return False
 
     job = {
-        "id": "0000", "config": local.info["config"], "run": str(run),
-        "data": {"path": read_json(run / "run.json")["data"]["path"], "name": "folder", "data_dir": None, "size": None},
+        "id": "0000", "config": local.info.config.to_dict(), "run": str(run),
+        "data": prepared(small_run),
     }  # fmt: skip
     result = run_trial(job, report)
     backs[0].join()
     assert result["outcome"] == "finished"
     (remote,) = list_candidates(run)
-    assert [row["epoch"] for row in remote.info["curve"]] == list(range(1, 9))
+    assert [row["epoch"] for row in remote.info.curve] == list(range(1, 9))
     np.testing.assert_array_equal(remote.probs("select"), local.probs("select"))
-    assert candidate.list_folder(run / "checkpoints") == []
+    assert storage.list_folder(run / "checkpoints") == []
 
 
 def test_an_outage_that_does_not_end_is_told_and_the_trial_goes_on_later(
     store: Store, small_run: UPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(candidate, "RETRY_S", 0.1)
-    monkeypatch.setattr(candidate, "OUTAGE_S", 0.5)
+    monkeypatch.setattr(storage, "RETRY_S", 0.1)
+    monkeypatch.setattr(storage, "OUTAGE_S", 0.5)
     run = upload(small_run, "lost")
-    config = list_candidates(small_run)[0].info["config"]
+    config = list_candidates(small_run)[0].info.config.to_dict()
     job = {
         "id": "0009", "config": config, "run": str(run),
-        "data": {"path": read_json(run / "run.json")["data"]["path"], "name": "folder", "data_dir": None, "size": None},
+        "data": prepared(small_run),
     }  # fmt: skip
     result = run_trial(job, lambda metrics: metrics["epoch"] == 2 and store.stop())  # type: ignore[func-returns-value]
     assert result["outcome"] == "storage lost"
     assert "could not be reached for 0.5 s" in result["error"]
     with pytest.raises(StorageLost):
-        candidate.exists(run / "run.json")
+        storage.exists(run / "run.json")
     with pytest.raises(UserError, match="cannot be reached"):
         open_run(run)
     store.start()
@@ -138,19 +145,19 @@ def test_a_study_goes_to_the_store_and_comes_back(store: Store) -> None:
 def test_a_node_copies_the_prepared_data_once(
     store: Store, small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = open_data(read_json(small_run / "run.json")["data"]["path"])
+    data = open_data(prepared(small_run)["path"])
     run = UPath("s3://bucket/shared")
     monkeypatch.setenv("NINEFOLD_CACHE", str(tmp_path / "node"))
     with pytest.raises(UserError, match="no prepared data set"):
-        open_shared(run, tmp_path / "elsewhere" / data.path.name)
+        open_prepared(run, tmp_path / "elsewhere" / data.path.name)
     share_data(run, data)
-    there = open_shared(run, tmp_path / "elsewhere" / data.path.name)
+    there = open_prepared(run, tmp_path / "elsewhere" / data.path.name)
     assert there.fingerprint == data.fingerprint
-    assert there.path.parent == tmp_path / "node" / "data"
+    assert there.path.is_relative_to(tmp_path / "node" / "runs"), "in a cache of that run's own"
     np.testing.assert_array_equal(there.images, data.images)
     store.stop()
     try:  # from now on nothing is asked of the store
-        assert open_shared(run, tmp_path / "elsewhere" / data.path.name).path == there.path
+        assert open_prepared(run, tmp_path / "elsewhere" / data.path.name).path == there.path
     finally:
         store.start()
 
@@ -187,8 +194,8 @@ def test_a_whole_sweep_on_s3_with_the_store_away_for_half_a_minute(
     candidates = list_candidates(run)
     assert [found.id for found in candidates] == ["0000", "0001", "0002", "0003"]
     for found in candidates:
-        assert [row["epoch"] for row in found.info["curve"]] == list(range(1, 21))
-        assert not found.info["resumed_after_epochs"]
+        assert [row["epoch"] for row in found.info.curve] == list(range(1, 21))
+        assert not found.info.resumed_after_epochs
     assert "trial at a time" not in finish(start(sweep)), "nothing is left to do"
     finish(start(command("ensemble.select", "--top-k", "2")))
     assert "test accuracy" in finish(start(command("ensemble.report")))

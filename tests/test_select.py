@@ -18,8 +18,10 @@ from ensemble.metrics import accuracy, log_loss
 from ensemble.pool import load_pool
 from ensemble.select import Select, choose
 from tests.test_selection import make_pool
-from trainables.candidate import write_array, write_candidate, write_json
+from trainables.config import TrialConfig
 from trainables.errors import UserError
+from trainables.run_directory import CandidateInfo, write_candidate
+from trainables.storage import write_array, write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,8 +33,8 @@ def make_run(path, models=8, rows=300, classes=4, seed=0, fingerprint="f00d", pr
     write_json(run / "run.json", {"classes": list("abcdefgh"[:classes]), "split_fingerprint": fingerprint} | info)
     write_array(run / "select_labels.npy", labels.astype(np.int64))
     for m, p in enumerate(probs):
-        info = {"id": f"{prefix}{m}", "config": {"backbone": f"net{m % 3}"}, "latency_ms": 1.0 + m, "params": 1000 * m}
-        write_candidate(run, info, p)
+        config = TrialConfig(backbone=f"net{m % 3}")
+        write_candidate(run, CandidateInfo(f"{prefix}{m}", config, latency_ms=1.0 + m, params=1000 * m), p)
     return run, probs, labels
 
 
@@ -139,7 +141,7 @@ def test_other_floating_point_types_are_read_as_well(dtype, tmp_path):
 
 def spoil(path, name, probs):
     """Write candidates/<name>/ with these predictions, whatever they are."""
-    write_candidate(path, {"id": name}, probs)
+    write_candidate(path, CandidateInfo(name), probs)
 
 
 BAD = {
@@ -149,7 +151,7 @@ BAD = {
     "negative": (lambda p: p + np.array([0.6, -0.6, 0, 0], np.float32), "negative"),
     "short": (lambda p: p[:-1], "299 rows, the select split 300"),
     "narrow": (lambda p: p[:, :3] / p[:, :3].sum(axis=1, keepdims=True), "3 classes, the run 4"),
-    "flat": (lambda p: p.ravel(), "expected float (300, 4)"),
+    "flat": (lambda p: p.ravel(), "expected float"),
     "copy": (lambda p: p, "exactly what c0 predicts"),
 }
 
@@ -167,7 +169,7 @@ def test_bad_predictions_are_named_and_left_out(tmp_path):
     np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
     spoil(run, "x_missing", probs[1])
     (tmp_path / "run" / "candidates" / "x_missing" / "select_probs.npy").unlink()
-    write_candidate(run, {"id": "x_foreign", "split_fingerprint": "beef"}, probs[1] * 0.5 + probs[2] * 0.5)
+    write_candidate(run, CandidateInfo("x_foreign", split_fingerprint="beef"), probs[1] * 0.5 + probs[2] * 0.5)
     (tmp_path / "run" / "candidates" / "x_unfinished").mkdir()
 
     ensemble = choose(Select(run=(str(run),)))
@@ -183,7 +185,7 @@ def test_bad_predictions_are_named_and_left_out(tmp_path):
 def test_many_that_are_left_out_for_one_reason_are_one_line(tmp_path):
     run, probs, _ = make_run(tmp_path / "run")
     for name in ("a", "b", "c"):
-        write_candidate(run, {"id": name, "weights_deleted": True}, probs[0] * 0.5 + probs[1] * 0.5)
+        write_candidate(run, CandidateInfo(name, weights_deleted=True), probs[0] * 0.5 + probs[1] * 0.5)
     told = " ".join(run_command("--run", run, cwd=tmp_path).stdout.split())
     assert "left out a, b, c: its weights were deleted (--keep-weights)" in told
 
@@ -197,7 +199,7 @@ def test_runs_on_the_same_splits_merge(tmp_path):
     assert set(ensemble.left_out) == {"second/c0", "second/c1", "second/c2"}
     winner = next(member for member in ensemble.members if member.id == "winner")
     write_ensemble(first, ensemble)
-    candidate = winner.candidate(first)
+    candidate = winner.candidate([first, second])
     assert np.array_equal(candidate.probs("select"), best)
     assert len(load_pool([first, second]).candidates) == 4
 
@@ -229,7 +231,7 @@ def test_mistakes_get_one_line_and_exit_code_2(make, arguments, message, tmp_pat
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.zeros(0, np.int64), "N above 0"),
+        (np.zeros(0, np.int64), "is empty"),
         (np.full(300, 4), "run.json names 4 classes"),
         (np.zeros(300, np.float32), "expected integers"),
     ],
@@ -260,7 +262,7 @@ def test_ensemble_files(tmp_path):
     with pytest.raises(UserError, match="it has two"):
         read_ensemble(run, "three")
     with pytest.raises(UserError, match="no candidate a"):
-        ensemble.members[0].candidate(run)
+        ensemble.members[0].candidate([run])
     for members in ([], [{"id": "a"}], [{"id": "a", "weight": 0.4}], "ab"):
         write_json(run / "ensembles" / "bad.json", {"members": members})
         with pytest.raises(UserError, match="damaged"):

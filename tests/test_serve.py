@@ -143,7 +143,7 @@ def bomb(side: int = 10_000) -> bytes:
 def test_an_answer_is_what_the_ensemble_predicts(server: Server, run: UPath, picture: Image.Image) -> None:
     status, told = server.post(encoded(picture, "PNG"))
     assert status == 200
-    voters = Voters.load(run, read_ensemble(run), "cpu")
+    voters = Voters.load([run], read_ensemble(run), "cpu")
     votes = voters.votes(np.asarray(picture)[None])
     probs = voters.ensemble.predict(votes)[0]
     assert list(told["probs"]) == list(voters.classes)
@@ -253,7 +253,7 @@ def test_the_page_opens_uploads_alone(server: Server, pictures: Path) -> None:
 
 def test_many_at_once_get_each_their_own_answer(server: Server, pictures: Path, run: UPath) -> None:
     paths = sorted((pictures / "test").glob("*/*.png"))[::2]
-    voters = Voters.load(run, read_ensemble(run), "cpu")
+    voters = Voters.load([run], read_ensemble(run), "cpu")
     expected = voters(np.stack([np.asarray(Image.open(path)) for path in paths]))
     with ThreadPoolExecutor(len(paths)) as pool:
         answers = list(pool.map(lambda path: server.post(path.read_bytes()), paths))
@@ -394,13 +394,13 @@ def test_mistakes(small_run: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match="choose another --port"):
-            serving.serve(Serve(str(small_run), port=port))
+            serving.serve(Serve((str(small_run),), port=port))
     with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1:99999 .*choose another --port"):
-        serving.serve(Serve(str(small_run), port=99999))
+        serving.serve(Serve((str(small_run),), port=99999))
     with pytest.raises(UserError, match="has no ensemble best; it has equal"):
-        serving.serve(Serve(str(small_run), "best"))
+        serving.serve(Serve((str(small_run),), "best"))
     with pytest.raises(UserError, match="--replicas is 0"):
-        serving.serve(Serve(str(small_run), port=0, ray_serve=True, replicas=0))
+        serving.serve(Serve((str(small_run),), port=0, ray_serve=True, replicas=0))
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"pip install 'ninefold\[serve\]'"):
-        serving.serve(Serve(str(small_run), port=0, device="cpu"))
+        serving.serve(Serve((str(small_run),), port=0, device="cpu"))

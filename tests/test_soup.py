@@ -1,5 +1,7 @@
 """Weight soups: the pure functions, and a small run from training to a selected soup."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +15,12 @@ from ensemble.predict import candidate_predictor
 from ensemble.soup import average, greedy_soup, measure_batchnorm
 from trainables.augment import Pixels
 from trainables.backbones import load_model
-from trainables.candidate import Candidate, list_candidates, write_array, write_candidate, write_json
 from trainables.config import TrialConfig
 from trainables.data import prepare
 from trainables.inference import predict_probs, scores
+from trainables.run_directory import Candidate, CandidateInfo, list_candidates, write_candidate
 from trainables.splits import make_splits, save_splits
+from trainables.storage import write_array, write_json
 from trainables.train import train
 
 
@@ -90,15 +93,15 @@ def run(pictures, tmp_path):
             split: predict_probs(trained.model, data.images, getattr(splits, split), trained.pixels, 16)
             for split in ("tune", "select")
         }
-        info = {
-            "id": id,
-            "config": config.to_dict() | {"pretrained": True},
-            "num_classes": 3,
-            "mean": trained.pixels.mean.flatten().tolist(),
-            "std": trained.pixels.std.flatten().tolist(),
-            "metrics": scores(probs["tune"], data.labels[splits.tune], "tune"),
-            "split_fingerprint": splits.fingerprint,
-        }
+        info = CandidateInfo(
+            id,
+            config=replace(config, pretrained=True),
+            num_classes=3,
+            mean=tuple(trained.pixels.mean.flatten().tolist()),
+            std=tuple(trained.pixels.std.flatten().tolist()),
+            metrics=scores(probs["tune"], data.labels[splits.tune], "tune"),
+            split_fingerprint=splits.fingerprint,
+        )
         weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
         write_candidate(run, info, probs["select"], probs["tune"], save(weights))
     return run, data, splits
@@ -116,12 +119,12 @@ def test_a_soup_that_is_better_becomes_a_candidate(run):
         load_model(candidate),
         data.images,
         splits.tune,
-        Pixels.of(candidate.info["mean"], candidate.info["std"], torch.device("cpu")),
+        Pixels.of(candidate.info.mean, candidate.info.std, torch.device("cpu")),
         16,
     )
     assert np.allclose(predicted, candidate.probs("tune"), atol=1e-5), "the stored weights are the ones that predicted"
     assert scores(predicted, data.labels[splits.tune], "tune")["tune_log_loss"] == pytest.approx(made.tune_log_loss)
-    assert candidate.info["soup"] == list(made.members)
+    assert candidate.info.soup == made.members
     assert soup.kitchens(list_candidates(path))[0] == group, "a soup is no ingredient of the next one"
     assert len(load_pool([path]).candidates) == 4
 
@@ -129,7 +132,7 @@ def test_a_soup_that_is_better_becomes_a_candidate(run):
 def test_a_soup_is_scored_at_the_size_that_its_best_candidate_was(run):
     path, data, splits = run
     changed = [
-        Candidate(c.id, c.path, c.info | {"image_size": 16, "config": c.info["config"] | {"image_size": 12}})
+        Candidate(c.id, c.path, replace(c.info, image_size=16, config=replace(c.info.config, image_size=12)))
         for c in list_candidates(path)
     ]
     made = soup.cook(path, changed, data, splits, torch.device("cpu"))
@@ -143,7 +146,7 @@ def test_networks_with_position_embeddings_are_merged_within_a_size(run):
 
     def groups(backbone):
         sized = [
-            Candidate(c.id, c.path, c.info | {"config": c.info["config"] | {"backbone": backbone, "image_size": size}})
+            Candidate(c.id, c.path, replace(c.info, config=replace(c.info.config, backbone=backbone, image_size=size)))
             for c, size in zip(list_candidates(path), (32, 48, 32), strict=True)
         ]
         return [[c.id for c in group] for group in soup.kitchens(sized)]
@@ -155,7 +158,7 @@ def test_networks_with_position_embeddings_are_merged_within_a_size(run):
 def test_random_starts_and_lone_networks_are_not_merged(run):
     path, *_ = run
     from_scratch = [
-        Candidate(c.id, c.path, c.info | {"config": c.info["config"] | {"pretrained": False}})
+        Candidate(c.id, c.path, replace(c.info, config=replace(c.info.config, pretrained=False)))
         for c in list_candidates(path)
     ]
     assert soup.kitchens(from_scratch) == []

@@ -30,8 +30,9 @@ from search.sweep import Sweep
 from tests.hand_sweep import NoBoard, climb, finish, scores, suggest, take
 from tests.test_pipeline import SearchProcess, arguments, in_training
 from tests.tiny_space import write_space
-from trainables.candidate import list_candidates, open_run, study_name, write_array, write_json
 from trainables.errors import UserError
+from trainables.run_directory import list_candidates, open_run, study_name
+from trainables.storage import write_array, write_json
 
 PATIENCE = 60  # seconds for a server to start or end
 

@@ -17,9 +17,10 @@ from search.spaces import intel_lites
 from search.timing import SECONDS_USED
 from tests.hand_sweep import finish, scores, states, suggest, sweep, take
 from trainables.backbones import WeightSource
-from trainables.candidate import list_candidates, remove_temporaries, write_candidate, write_json
 from trainables.config import TrialConfig
 from trainables.errors import UserError
+from trainables.run_directory import CandidateInfo, list_candidates, remove_temporaries, write_candidate
+from trainables.storage import write_json
 
 
 def test_it_hands_out_as_many_trials_as_asked_for(tmp_path: Path) -> None:
@@ -98,7 +99,8 @@ def test_a_candidate_that_the_study_was_never_told_of_counts(tmp_path: Path) -> 
     metrics = {"tune_accuracy": 0.7, "tune_log_loss": 0.3}
     first.report(job["id"], scores(0.6, 1))  # and the last report was lost, too
     curve = [{**scores(accuracy, epoch), "seconds": epoch} for epoch, accuracy in ((1, 0.6), (2, 0.7))]
-    info = {"id": job["id"], "config": job["config"], "metrics": metrics, "split_fingerprint": "f", "curve": curve}
+    config = TrialConfig.from_dict(job["config"])
+    info = CandidateInfo(job["id"], config, metrics, tuple(curve), "finished", split_fingerprint="f")
     write_candidate(first.run, info, np.full((4, 2), 0.5))
     told = sweep(tmp_path, trials=2).study.trials[0]
     assert (told.value, told.intermediate_values) == (0.7, {1: 0.6, 2: 0.7})
@@ -225,7 +227,7 @@ def test_checkpoints_of_ended_trials_are_removed_and_those_of_interrupted_ones_k
     for job in (ended, cut):
         folder = tmp_path / "checkpoints" / job["id"]
         folder.mkdir(parents=True)
-        (folder / "state.pt").write_bytes(b"late")
+        (folder / "state.safetensors").write_bytes(b"late")
     s.remove_stale_checkpoints()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [cut["id"]]
 

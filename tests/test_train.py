@@ -80,7 +80,7 @@ def test_same_seed_same_weights_other_seed_other_weights(data: Data, splits: Spl
 def test_a_resumed_run_ends_in_the_same_weights(
     data: Data, splits: Splits, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    config, checkpoint = replace(SMALL, **changes), UPath(tmp_path / "state.pt")
+    config, checkpoint = replace(SMALL, **changes), UPath(tmp_path / "state.safetensors")
     whole = train(config, data, splits)
     with pytest.raises(Interrupt):
         train(config, data, splits, stop_after(2), checkpoint=checkpoint)
@@ -117,7 +117,7 @@ def test_accumulated_micro_batches_give_the_whole_batches_gradient(data: Data, s
 
 
 def test_accumulation_doubled_after_a_checkpoint_holds(data: Data, splits: Splits, tmp_path: Path) -> None:
-    checkpoint = UPath(tmp_path / "state.pt")
+    checkpoint = UPath(tmp_path / "state.safetensors")
     with pytest.raises(Interrupt):
         train(SMALL, data, splits, stop_after(2), checkpoint=checkpoint)
     assert train(replace(SMALL, accumulate=4), data, splits, checkpoint=checkpoint).accumulate == 4

@@ -10,10 +10,10 @@ from PIL import Image
 from upath import UPath
 
 from trainables.backbones import load_model
-from trainables.candidate import list_candidates
 from trainables.config import TrialConfig
 from trainables.data import prepare
 from trainables.errors import UserError
+from trainables.run_directory import list_candidates
 from trainables.splits import make_splits, save_splits
 from trainables.trial import _cost, run_trial
 
@@ -49,6 +49,6 @@ def test_the_cost_is_that_of_the_size_predicted_at(pictures: Path, tmp_path: Pat
     job = job_on(pictures, run, config)
     assert run_trial({**job, "deadline": 1.0}, lambda metrics: False)["outcome"] == "time"  # in the first epoch
     [candidate] = list_candidates(run)
-    assert candidate.info["image_size"] == 12
+    assert candidate.info.image_size == 12
     model, cpu = load_model(candidate), torch.device("cpu")
-    assert candidate.info["flops"] == _cost(model, cpu, 12)["flops"] < _cost(model, cpu, 16)["flops"]
+    assert candidate.info.flops == _cost(model, cpu, 12)[0] < _cost(model, cpu, 16)[0]

@@ -4,6 +4,7 @@ What is random is drawn on the CPU from the trial's seed and the epoch, whatever
 the same images as an uninterrupted one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ class Pixels:
     std: Tensor
 
     @classmethod
-    def of(cls, mean: list[float], std: list[float], device: torch.device) -> "Pixels":
+    def of(cls, mean: Sequence[float], std: Sequence[float], device: torch.device) -> "Pixels":
         return cls(
             torch.tensor(mean, device=device).view(1, 3, 1, 1), torch.tensor(std, device=device).view(1, 3, 1, 1)
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import msgspec
 import timm
 import torch
 from safetensors import SafetensorError
@@ -21,10 +22,11 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainables.candidate import Candidate, read_bytes
 from trainables.classic import NETWORKS, build_classic
 from trainables.config import Stem, TrialConfig
 from trainables.errors import UserError
+from trainables.run_directory import Candidate
+from trainables.storage import Damaged, read_bytes
 
 SQUEEZENETS = ("squeezenet1_0", "squeezenet1_1")  # timm has none
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -45,7 +47,7 @@ class WeightSource:
 def check_backbone(name: str) -> None:
     """Raise UserError, with near matches, unless `name` can be built."""
     known = [*NETWORKS, *SQUEEZENETS, *timm.list_models()]
-    if name.split(".")[0] not in known:
+    if not re.fullmatch(r"\w+(\.\w+)?", name) or name.split(".")[0] not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"; near matches: {', '.join(near)}" if near else "; see timm.list_models()"
         raise UserError(f"unknown backbone {name!r}{hint}")
@@ -196,32 +198,46 @@ def normalisation(name: str, pretrained: bool, mean: Any, std: Any) -> tuple[lis
 
 
 def load_model(candidate: Candidate, device: str | torch.device = "cpu") -> nn.Module:
-    """The trained network of a candidate, in eval mode, from its config and weights.safetensors.
+    """Return the trained network of a candidate, in eval mode, from its config and weights.safetensors.
 
     Raises UserError when the candidate has no weights, they do not fit its configuration, or candidate.json lacks what
     it takes to predict with them.
     """
-    state = load_weights(candidate)
-    if missing := [key for key in ("config", "num_classes", "mean", "std") if key not in candidate.info]:
+    info = candidate.info
+    lacking = [key for key in ("config", "num_classes", "mean", "std") if getattr(info, key) is None]
+    if lacking or info.config is None or info.num_classes is None:
         raise UserError(
-            f"candidate {candidate.id} cannot predict: its candidate.json lacks {', '.join(missing)}; select without it"
+            f"candidate {candidate.id} cannot predict: its candidate.json lacks {', '.join(lacking)}; select without it"
         )
-    config = TrialConfig.from_dict(candidate.info["config"])
-    model = build(config, int(candidate.info["num_classes"]))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError:
-        raise UserError(f"the weights of candidate {candidate.id} do not fit {config.backbone}") from None
+    state = load_weights(candidate)
+    model = build(info.config, info.num_classes)
+    model.load_state_dict(state)
     return model.to(device).eval()
 
 
 def load_weights(candidate: Candidate) -> dict[str, Tensor]:
-    """The tensors in a candidate's weights.safetensors. Raises UserError when it has none or they are damaged."""
+    """Return the tensors in a candidate's weights.safetensors.
+
+    Raises UserError when it has none, they are damaged, or they are not those of its configuration: that is known from
+    the file's header, before memory is spent on either.
+    """
+    config, path = candidate.info.config, candidate.path / "weights.safetensors"
     if not candidate.has_weights:
         raise UserError(f"candidate {candidate.id} has no weights (they were dropped, or it only brought predictions)")
+    if config is None or candidate.info.num_classes is None:
+        raise UserError(f"candidate {candidate.id} does not say which network its weights are of; select without it")
     try:
-        return load_safetensors(read_bytes(candidate.path / "weights.safetensors"))
-    except SafetensorError as error:
+        content = read_bytes(path)
+        with torch.device("meta"):
+            expected = build(config, candidate.info.num_classes).state_dict()
+        size = int.from_bytes(content[:8], "little")
+        header = msgspec.json.decode(content[8 : 8 + size], type=dict[str, dict[str, Any]])
+        header.pop("__metadata__", None)
+        shapes = {name: entry.get("shape") for name, entry in header.items()}
+        if shapes != {name: list(tensor.shape) for name, tensor in expected.items()}:
+            raise UserError(f"the weights of candidate {candidate.id} do not fit {config.backbone}; select without it")
+        return load_safetensors(content)
+    except (SafetensorError, OSError, ValueError, RecursionError, MemoryError, Damaged) as error:
         raise UserError(f"the weights of candidate {candidate.id} are damaged ({error}); select without it") from None
 
 

@@ -131,7 +131,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     name: get_args(hint) for name, hint in get_type_hints(TrialConfig).items() if get_origin(hint) is Literal
 }
 _RANGES: tuple[tuple[str, float, float], ...] = (
-    ("image_size", 8, 4096),
+    ("image_size", 8, 1024),
     ("width", 0.05, 16),
     ("epochs", 1, 10_000),
     ("freeze_epochs", 0, 10_000),

@@ -16,14 +16,16 @@ from rich.progress import Progress
 from upath import UPath
 
 from trainables import fiftyone
-from trainables.candidate import open_run, read_run, write_bytes, write_json
 from trainables.data import Data, open_test_images, prepare
 from trainables.decode import measure
 from trainables.duplicates import Group, Signatures, find_groups, sign, twins_across
 from trainables.errors import UserError, exit_on_user_error
 from trainables.explore_page import explore_page
-from trainables.origin import find_origin
+from trainables.origin import find_origin, unnamed
+from trainables.run_directory import open_run, read_run
+from trainables.share import open_run_data
 from trainables.splits import Splits, load_splits, make_splits
+from trainables.storage import write_bytes, write_json
 from trainables.suspects import find_suspects
 
 MEASURED = 5000  # files, spread over the data set, whose size is looked up
@@ -38,9 +40,9 @@ class Explore:
     """
 
     data: str | None = None
-    """Data set, as for search.run; default: the run's, else digits."""
+    """Data set, as for search.run; default: the run's, as it was prepared, else digits."""
     data_dir: Path | None = None
-    """Where its images lie; default: where the run found them."""
+    """Where its images lie; of a run's, too, to show the files' names."""
     stored_size: int | None = None
     """Side in pixels at which images are kept, as for search.run."""
     run: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
@@ -147,26 +149,23 @@ def explore(args: Explore) -> dict[str, Any]:
 
 def _open(args: Explore, run: UPath | None) -> Images:
     """The data set that the arguments or the run name, with the splits that a sweep uses, or that the run used."""
-    name, folder, size = args.data, args.data_dir, args.stored_size
-    expected = ""
-    if run is not None:
-        info = read_run(run)
-        spec, search = info.get("data", {}), info.get("search", {})
-        expected = str(spec.get("fingerprint", ""))
-        name = name or spec.get("name")
-        folder = folder or (Path(search["data_dir"]) if search.get("data_dir") else None)
-        size = size or search.get("stored_size")
-        if folder is not None and not folder.exists() and args.data_dir is None:
-            raise UserError(f"{run} was made of images in {folder}, which is not here; name them with --data-dir")
-    data = prepare(name or "digits", folder, size=size)
-    if expected and data.fingerprint != expected:
-        raise UserError(f"{run} is a run on other images than these; name those with --data and --data-dir")
-    splits = load_splits(run) if run else make_splits(data.labels, data.fingerprint, args.split_seed)
-    test = open_test_images(data.path)
-    origin = find_origin(name or "digits", folder, size=size)
+    if run is not None and args.data is None and args.data_dir is None:
+        data, splits = open_run_data(run)  # as it was prepared: where its files lie is not for run.json to say
+        test = open_test_images(data.path)
+        origin = unnamed(data, len(test))
+    else:
+        name = args.data or ("folder" if args.data_dir else "digits")
+        data = prepare(name, args.data_dir, size=args.stored_size)
+        splits = make_splits(data.labels, data.fingerprint, args.split_seed) if run is None else load_splits(run)
+        expected = "" if run is None else read_run(run).data.fingerprint
+        if expected and data.fingerprint != expected:
+            raise UserError(f"{run} is a run on other images than these; name those with --data and --data-dir")
+        test = open_test_images(data.path)
+        origin = find_origin(name, args.data_dir, size=args.stored_size)
     names, split = _split_of_each(splits, len(data.labels), len(test))
     is_files = "/" in origin.train[0]
-    return Images(data, test, origin.train + origin.test, folder if is_files else None, names, split, origin.unreadable)
+    root = args.data_dir if is_files else None
+    return Images(data, test, origin.train + origin.test, root, names, split, origin.unreadable)
 
 
 def _split_of_each(splits: Splits, images: int, test: int) -> tuple[list[str], np.ndarray]:

@@ -88,7 +88,7 @@ class FrozenFeatures:
     def _load_or_compute(self, mirrored: bool) -> np.ndarray:
         """float16 (N, F) of all images, memory-mapped. Two trials that ask at the same time compute them once."""
         question = json.dumps({**self.question, "precision": self.precision, "mirrored": mirrored}, sort_keys=True)
-        folder = self.data.path.parent.parent / "features"
+        folder = self.data.cache / "features"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{hashlib.sha256(question.encode()).hexdigest()[:20]}.npy"
         lock = FileLock(f"{path}.lock")

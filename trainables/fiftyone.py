@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from upath import UPath
 
-from trainables.candidate import write_json
 from trainables.errors import UserError
+from trainables.storage import write_json
 
 
 def export(

@@ -101,7 +101,7 @@ class Learner:
         config = self.config
         layout = choose_layout(
             self.model, f"{config.backbone} {config.width} {config.stem}", config.image_size,
-            config.batch_size // self.world, self.device, self.data.path.parent.parent, config.precision,
+            config.batch_size // self.world, self.device, self.data.cache, config.precision,
         )  # fmt: skip
         self._lay_out(*self.agreed([layout.precision, layout.channels_last]))
 

@@ -19,12 +19,12 @@ import tyro
 from upath import UPath
 
 from trainables.backbones import WeightSource, find_weights
-from trainables.candidate import write_bytes
 from trainables.config import TrialConfig
 from trainables.data import Data, prepare
 from trainables.errors import UserError, exit_on_user_error
 from trainables.learner import Learner
 from trainables.splits import Splits, make_splits
+from trainables.storage import write_bytes
 
 SMOOTHING = 0.9  # of the running mean over steps
 DIVERGED = 4.0  # the test is over when the smoothed loss is that many times its lowest

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from upath import UPath
 
-from trainables.candidate import read_json
-from trainables.data import find_source, listing_of, prepare, read_meta, train_and_test
+from trainables.data import Data, find_source, listing_of, prepare, read_meta, train_and_test
 from trainables.errors import UserError
+from trainables.storage import read_json
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def find_origin(
     folder = None if data_dir is None else Path(data_dir).expanduser()
     source = find_source(name, folder, root / "downloads")
     listed = read_json(UPath(listing_of(root, name, size, source)))
-    skipped = [str(entry) for entry in listed.get("skipped", read_meta(data.path)["skipped"])]
+    skipped = [str(entry) for entry in listed.get("skipped", read_meta(data.path).skipped)]
     left_out = {entry[: end.start()] for entry in skipped for end in re.finditer(r" \(", entry)}
     names: list[list[str]] = []
     for part, kind in zip(train_and_test(source.load()), ("train", "test"), strict=True):
@@ -48,3 +48,9 @@ def find_origin(
     if (len(names[0]), len(names[1])) != (len(data.labels), data.test_images):
         raise UserError(f"{data_dir} changed while it was read; do it again")
     return Origin(names[0], names[1], skipped)
+
+
+def unnamed(data: Data, test: int) -> Origin:
+    """The origin of a prepared data set of which only the images are at hand; `test`: size of its test part."""
+    train = [f"train {i}" for i in range(len(data.labels))]
+    return Origin(train, [f"test {i}" for i in range(test)], list(read_meta(data.path).skipped))

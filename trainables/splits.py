@@ -4,16 +4,14 @@ The fourth, test, is a part of its own (see data.py) that nothing on the way of 
 """
 
 import hashlib
-import io
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from upath import UPath
 
-from trainables.candidate import read_bytes, write_bytes
 from trainables.errors import UserError
+from trainables.storage import Damaged, read_arrays, write_arrays
 
 FEWEST_PER_CLASS = 3
 SHARED_BELOW = 2000  # validation images, below which two splits of half the size would each say too little
@@ -64,23 +62,29 @@ def make_splits(labels: np.ndarray, fingerprint: str, seed: int = 0, tune: float
 
 def save_splits(run: UPath, splits: Splits) -> None:
     """Write splits.npz into a run directory, atomically: int64 arrays train, tune and select, and the fingerprint."""
-    buffer = io.BytesIO()
-    np.savez(
-        buffer, train=splits.train, tune=splits.tune, select=splits.select, fingerprint=np.array(splits.fingerprint)
+    fingerprint = np.array(splits.fingerprint)
+    write_arrays(
+        run / "splits.npz", train=splits.train, tune=splits.tune, select=splits.select, fingerprint=fingerprint
     )
-    write_bytes(run / "splits.npz", buffer.getvalue())
 
 
 def load_splits(run: UPath) -> Splits:
-    """The splits of a run directory. Raises UserError when splits.npz is missing, damaged or holds pickles."""
+    """Return the splits of a run directory. Raises UserError when splits.npz is missing, damaged or holds pickles."""
     path = run / "splits.npz"
     try:
-        with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
-            train, tune, select = (file[name].astype(np.int64, casting="safe") for name in ("train", "tune", "select"))
-            fingerprint = str(file["fingerprint"])
-    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        arrays = read_arrays(path)
+        train, tune, select = (_indices(arrays[name]) for name in ("train", "tune", "select"))
+        fingerprint = str(arrays["fingerprint"])
+    except (OSError, KeyError, TypeError, ValueError, Damaged) as error:
         raise UserError(f"{path} is missing or damaged ({error}); start the sweep in a new run directory") from None
     return Splits(train, tune, select, np.array_equal(tune, select), fingerprint)
+
+
+def _indices(array: np.ndarray) -> np.ndarray:
+    """Sorted int64 (N,), none below 0; raises ValueError or TypeError for anything else."""
+    if array.ndim != 1 or (len(array) and (array.min() < 0 or (np.diff(array) <= 0).any())):
+        raise ValueError("expected rising indices")
+    return array.astype(np.int64, casting="safe")
 
 
 def draw(labels: np.ndarray, fractions: Sequence[float], seed: int) -> list[np.ndarray]:

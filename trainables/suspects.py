@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from upath import UPath
 
-from trainables.candidate import list_candidates
 from trainables.data import Data
 from trainables.errors import UserError
+from trainables.run_directory import list_candidates
 from trainables.splits import load_splits
+from trainables.storage import Damaged
 
 MODELS = 9  # the best candidates, whose predictions are averaged
 SHARPNESS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)  # of their weights, which fall with exp(-sharpness x log-loss)
@@ -60,9 +61,12 @@ def find_suspects(run: UPath, data: Data, most: int = 200) -> Suspects:
     rows, predictions = _predictions(run)
     labels = data.labels[rows]
     probs, models = _average(predictions, labels)
-    quality = get_label_quality_scores(labels, probs, method="self_confidence")
-    with redirect_stdout(io.StringIO()):  # it prints where it is unsure
-        estimate = int(num_label_issues(labels, probs))
+    try:
+        quality = get_label_quality_scores(labels, probs, method="self_confidence")
+        with redirect_stdout(io.StringIO()):  # it prints where it is unsure
+            estimate = int(num_label_issues(labels, probs))
+    except ValueError as error:  # such as labels of a single class
+        raise UserError(f"cleanlab cannot judge the labels of {run} ({error})") from None
     answers = probs.argmax(axis=1)
     worst = np.argsort(quality, kind="stable")
     worst = worst[answers[worst] != labels[worst]][:most]
@@ -77,7 +81,7 @@ def _predictions(run: UPath) -> tuple[np.ndarray, list[np.ndarray]]:
     for candidate in list_candidates(run):
         try:
             own = [np.asarray(candidate.probs(split), np.float64) for split in parts]
-        except (OSError, ValueError):  # a candidate that only brings predictions of the select split
+        except (OSError, Damaged):  # a candidate that only brings predictions of the select split
             continue
         if all(len(probs) == len(rows) for probs, rows in zip(own, parts.values(), strict=True)):
             usable.append(np.concatenate(own))

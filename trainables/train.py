@@ -5,7 +5,6 @@ the same weights as one that was not (on a CPU, to the bit). Under torch.distrib
 same arguments and takes its share of each batch.
 """
 
-import io
 import math
 import time
 from collections.abc import Callable
@@ -20,12 +19,13 @@ from upath import UPath
 from trainables.augment import Pixels
 from trainables.averaging import WeightAverage
 from trainables.backbones import WeightSource
-from trainables.candidate import exists, read_bytes, write_bytes
+from trainables.checkpoint import read_checkpoint, write_checkpoint
 from trainables.config import TrialConfig
 from trainables.data import Data
 from trainables.inference import scores
 from trainables.learner import Learner
 from trainables.splits import Splits
+from trainables.storage import Damaged
 
 PLATEAU_EPOCHS = 2
 EXPLODED = 10.0  # an epoch's mean loss of that many times ln(classes) is not going to come back
@@ -103,20 +103,24 @@ def train(
         deadline: time.time() after which the running epoch is ended early and the trial finishes with what it has.
         tick: called at every step, as a sign of life.
 
-    Raises Diverged; torch.OutOfMemoryError when memory runs out (trial.py then halves the micro-batch); UserError,
-    before anything is trained, for weights, a batch or an image size that do not fit.
+    Raises Diverged; torch.OutOfMemoryError when memory runs out (trial.py then halves the micro-batch); Damaged for a
+    checkpoint that cannot be continued from; UserError, before anything is trained, for weights, a batch or an image
+    size that do not fit.
     """
     learner = Learner(config, data, splits, weights, device, deadline, tick)
     model, world = learner.model, learner.world
     average = WeightAverage.of(model, config)
     best = None  # weights of the best epoch, when config.patience asks for them
     progress = _Progress()
-    if checkpoint is not None and exists(checkpoint):
-        state = torch.load(io.BytesIO(read_bytes(checkpoint)), map_location=learner.device, weights_only=True)
-        learner.load_state_dict(state["learner"])
-        average.load_state_dict(state["average"])
-        best = state["best"]
-        progress = _Progress(**state["progress"])
+    state = None if checkpoint is None else read_checkpoint(checkpoint, learner.device)
+    if state is not None:
+        try:
+            learner.load_state_dict(state["learner"])
+            average.load_state_dict(state["average"])
+            best = state["best"]
+            progress = _Progress(**state["progress"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise Damaged(f"{checkpoint} is not this trial's checkpoint ({error})") from error
         progress.resumed.append(progress.epoch)
     else:
         learner.choose_layout()
@@ -170,13 +174,11 @@ def train(
         last = outcome == "time" or progress.epoch == config.epochs
         last = last or bool(config.patience and progress.since_best >= config.patience)
         if checkpoint is not None and not last and learner.rank == 0:
-            buffer = io.BytesIO()
-            torch.save(
+            write_checkpoint(
+                checkpoint,
                 {"learner": learner.state_dict(), "average": average.state_dict(), "best": best,
                  "progress": vars(progress)},
-                buffer,
             )  # fmt: skip
-            write_bytes(checkpoint, buffer.getvalue())
         if report(progress.curve[-1]) and not last:
             outcome = "pruned"
             break

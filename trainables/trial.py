@@ -19,13 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from upath import UPath
 
 from trainables.backbones import WeightSource
-from trainables.candidate import StorageLost, exists, read_json, remove_checkpoint, write_candidate
 from trainables.config import TrialConfig
 from trainables.data import Data, prepare
 from trainables.errors import UserError
 from trainables.features import OutOfTime
-from trainables.share import open_shared
+from trainables.run_directory import CandidateInfo, read_candidate, remove_checkpoint, write_candidate
+from trainables.share import open_prepared
 from trainables.splits import Splits, load_splits
+from trainables.storage import Damaged, StorageLost, exists
 from trainables.train import Diverged, Trained, train
 
 LATENCY_REPEATS = 5
@@ -55,10 +56,10 @@ def _run_trial(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) ->
     data, splits = _open(job["run"], *sorted(job["data"].items()))
     weights = WeightSource(**job["weights"]) if job.get("weights") else None
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    written = run / "candidates" / job["id"] / "candidate.json"
-    if exists(written):  # an earlier process got that far and died before it was heard
-        info = read_json(written)
-        return {"outcome": info["outcome"], **info["metrics"], "seconds": info["seconds"]}
+    written = run / "candidates" / job["id"]
+    if exists(written / "candidate.json"):  # an earlier process got that far and died before it was heard
+        info = read_candidate(written).info
+        return {"outcome": info.outcome, **info.metrics, "seconds": info.seconds}
     try:
         trained = _train_within_memory(config, data, splits, report, weights, run, job)
         result: dict[str, Any] = {"outcome": trained.outcome, **trained.metrics, "seconds": trained.seconds}
@@ -87,7 +88,7 @@ def _train_within_memory(
     weights: WeightSource | None, run: UPath, job: dict[str, Any],
 ) -> Trained:  # fmt: skip
     """train(), halving the micro-batch while memory runs out: the effective batch stays what the sampler asked for."""
-    checkpoint = run / "checkpoints" / job["id"] / "state.pt"
+    checkpoint = run / "checkpoints" / job["id"] / "state.safetensors"
     # without a GPU slot of its own a trial must not take somebody else's
     device = "cpu" if torch.cuda.is_available() and not job.get("gpus") else None
     while True:
@@ -96,6 +97,8 @@ def _train_within_memory(
                 config, data, splits, report, weights=weights, checkpoint=checkpoint,
                 deadline=job.get("deadline"), device=device, tick=getattr(report, "alive", lambda: None),
             )  # fmt: skip
+        except Damaged:  # the trial starts anew; on every rank, because all of them read the same file
+            remove_checkpoint(run, job["id"])
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error) or (dist.is_initialized() and dist.get_world_size() > 1):
                 raise
@@ -118,7 +121,7 @@ def _open(run: str, *where: tuple[str, Any]) -> tuple[Data, Splits]:
     """
     data_spec = dict(where)
     try:
-        data = open_shared(UPath(run), data_spec["path"])
+        data = open_prepared(UPath(run), data_spec["path"])
     except StorageLost:
         raise
     except UserError:
@@ -135,32 +138,35 @@ def _open(run: str, *where: tuple[str, Any]) -> tuple[Data, Splits]:
 
 def _write(run: UPath, job: dict[str, Any], config: TrialConfig, data: Data, splits: Splits, trained: Trained) -> None:
     state = {k: v.detach().cpu().contiguous() for k, v in trained.model.state_dict().items()}
-    info = {
-        "id": job["id"],
-        "config": {**config.to_dict(), "accumulate": trained.accumulate},
-        "num_classes": len(data.classes),
-        "mean": trained.pixels.mean.flatten().tolist(),
-        "std": trained.pixels.std.flatten().tolist(),
-        "image_size": trained.image_size,
-        "precision": trained.precision,
-        "outcome": trained.outcome,
-        "metrics": trained.metrics,
-        "tune_and_select_shared": splits.shared,
-        "curve": trained.curve,
-        "params": sum(p.numel() for p in trained.model.parameters()),
-        **_cost(trained.model, trained.pixels.mean.device, trained.image_size),
-        "seconds": round(trained.seconds, 3),
-        "node": job.get("node", platform.node()),
-        "resumed_after_epochs": trained.resumed,
-        "split_fingerprint": splits.fingerprint,
-        "finished": time.time(),
-    }
+    mean, std = (tuple(x.flatten().tolist()) for x in (trained.pixels.mean, trained.pixels.std))
+    flops, latency_ms = _cost(trained.model, trained.pixels.mean.device, trained.image_size)
+    info = CandidateInfo(
+        id=job["id"],
+        config=dataclasses.replace(config, accumulate=trained.accumulate),
+        num_classes=len(data.classes),
+        mean=mean,
+        std=std,
+        image_size=trained.image_size,
+        precision=trained.precision,
+        outcome=trained.outcome,
+        metrics=trained.metrics,
+        tune_and_select_shared=splits.shared,
+        curve=tuple(trained.curve),
+        params=sum(p.numel() for p in trained.model.parameters()),
+        flops=flops,
+        latency_ms=latency_ms,
+        seconds=round(trained.seconds, 3),
+        node=job.get("node", platform.node()),
+        resumed_after_epochs=tuple(trained.resumed),
+        split_fingerprint=splits.fingerprint,
+        finished=time.time(),
+    )
     write_candidate(run, info, trained.probs.get("select"), trained.probs.get("tune"), save_safetensors(state))
 
 
 @torch.no_grad()
-def _cost(model: nn.Module, device: torch.device, size: int) -> dict[str, float]:
-    """`flops` (two per multiply-add) and `latency_ms` (median) of one image's forward pass."""
+def _cost(model: nn.Module, device: torch.device, size: int) -> tuple[int, float]:
+    """FLOPs (two per multiply-add) and the median milliseconds of one image's forward pass."""
     x = torch.zeros(1, 3, size, size, device=device)
     with FlopCounterMode(display=False) as counter:
         model(x)
@@ -171,4 +177,4 @@ def _cost(model: nn.Module, device: torch.device, size: int) -> dict[str, float]
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return {"flops": counter.get_total_flops(), "latency_ms": round(1000 * sorted(times)[LATENCY_REPEATS // 2], 3)}
+    return counter.get_total_flops(), round(1000 * sorted(times)[LATENCY_REPEATS // 2], 3)

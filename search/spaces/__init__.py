@@ -38,12 +38,17 @@ class Space(NamedTuple):
 TINY_TRIALS = 4
 
 
+def known_spaces() -> list[str]:
+    """Return the names of the search spaces in this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
 def load_space(name: str, scale: Scale = "full") -> Space:
     """A space by its name in this folder, or by the path of a Python file; raises UserError when it is neither.
 
     At scale "tiny" its trials are few, short, narrow and small: the whole road of a large space in minutes.
     """
-    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    known = known_spaces()
     if name in known:
         module = importlib.import_module(f"search.spaces.{name}")
     elif name.endswith(".py") and Path(name).exists():

@@ -3,10 +3,16 @@ VENV   := .venv
 PYTHON ?= python3
 STAMP  := $(VENV)/.installed
 
-.PHONY: dry-run test test-slow test-cluster test-browser test-storage lint setup clean
+# CI installs what was tested, file by file; everybody else what the ranges in pyproject.toml admit.
+PINS   := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+.PHONY: dry-run check test test-slow test-cluster test-browser test-storage lint setup clean
 
 dry-run: setup          ## the main job: sweep the embedded digits, end in an ensemble
 	$(VENV)/bin/python -m search.run
+
+check: lint             ## lint and the fast tests, without Ray: two minutes
+	$(VENV)/bin/python -m pytest -q --durations=0 -m fast
 
 test: lint              ## everything that takes seconds, with real Ray
 	$(VENV)/bin/python -m pytest
@@ -29,13 +35,14 @@ test-storage: setup     ## a real PostgreSQL, started by the tests, and optuna-d
 
 lint: setup
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[offline,explore,export,serve,dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[offline,explore,export,serve,dev]'
 	touch $(STAMP)
 
 clean:

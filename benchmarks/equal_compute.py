@@ -18,12 +18,12 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from ensemble.auto import auto
-from ensemble.blend import Blend
-from ensemble.limits import Limits
-from ensemble.metrics import accuracy, log_loss
 from ensemble.pool import load_pool
-from ensemble.selection import best_single, greedy
+from ensemble.selection.auto import auto
+from ensemble.selection.blend import Blend
+from ensemble.selection.limits import Limits
+from ensemble.selection.metrics import accuracy, log_loss
+from ensemble.selection.selectors import best_single, greedy
 from ensemble.show import make_console
 from search.config import SearchConfig
 from search.run import sweep

@@ -31,15 +31,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from trainables.augment import Pixels
-from trainables.backbones import WeightSource, build, find_weights, normalisation
 from trainables.config import TrialConfig
-from trainables.data import Data, prepare
+from trainables.data.dataset import Data
+from trainables.data.prepare import prepare
+from trainables.data.splits import Splits, draw
 from trainables.errors import UserError, exit_on_user_error
 from trainables.features import FrozenFeatures
 from trainables.inference import autocast, eval_batch
-from trainables.splits import Splits, draw
+from trainables.job import WeightSource
+from trainables.models.backbones import build, normalisation
+from trainables.models.weights import find_weights
 from trainables.train import train
+from trainables.training.augment import Pixels
 
 CONFIG = TrialConfig(
     backbone="tf_efficientnet_lite0", pretrained=True, image_size=96, epochs=5, freeze_epochs=5, batch_size=128, lr=3e-3

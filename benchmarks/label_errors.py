@@ -18,10 +18,10 @@ import tyro
 from rich.table import Table
 
 from ensemble.show import make_console
+from trainables.data.share import open_run_data
 from trainables.errors import UserError, exit_on_user_error
+from trainables.explore.suspects import find_suspects
 from trainables.run_directory import open_run
-from trainables.share import open_run_data
-from trainables.suspects import find_suspects
 
 
 @dataclass(frozen=True)

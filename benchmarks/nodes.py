@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.connect import connect, disconnect
+from cluster.lane import LaneSpec
 from cluster.local import LocalCluster
-from search.tuner import run_trials
-from trainables.worker import LaneSpec
+from cluster.tuner import run_trials
+from trainables.job import HANG_S, Metrics, Outcome, Reporter, Result
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,28 @@ class Nodes:
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
 
 
-def sleep(job: dict[str, Any], report: Any) -> dict[str, Any]:
-    """The trial. A warm-up trial waits until all lanes have one: so every lane gets exactly one."""
-    if "meet" in job:
-        folder = Path(job["meet"])
-        (folder / job["id"]).touch()
-        while len(list(folder.iterdir())) < job["of"]:
-            report.alive()
-            time.sleep(0.05)
-        return {"outcome": "finished", "node": job["node"]}
-    time.sleep(job["seconds"])
-    return {"outcome": "finished", "node": job["node"]}
+@dataclass(frozen=True)
+class Nap:
+    """A trial that sleeps; a warm-up trial waits until `of` of them are in `folder`, so every lane gets exactly one."""
+
+    id: str
+    folder: str
+    seconds: float = 0.0
+    of: int = 0
+    hang_s: float = HANG_S
+    stops_at: tuple[int, ...] = ()
+    node: str = ""
+
+
+def sleep(job: Nap, report: Reporter) -> Result:
+    """Sleep, and note on which machine."""
+    folder = Path(job.folder)
+    (folder / job.id).write_text(job.node)
+    while len(list(folder.iterdir())) < job.of:
+        report.alive()
+        time.sleep(0.05)
+    time.sleep(job.seconds)
+    return Result(Outcome.FINISHED)
 
 
 class Sweep:
@@ -64,13 +76,14 @@ class Sweep:
     stopping = False
 
     def __init__(self, lanes: int, trials: int, seconds: float, folder: Path) -> None:
-        self.warm = [{"id": f"warm{n}", "meet": str(folder), "of": lanes} for n in range(lanes)]
-        self.waiting = [{"id": f"{n:04d}", "seconds": seconds} for n in range(trials)]
+        self.folder = folder
+        self.warm = [Nap(f"warm{n}", str(folder), of=lanes) for n in range(lanes)]
+        self.waiting = [Nap(f"{n:04d}", str(folder), seconds) for n in range(trials)]
         self.began = 0.0
         self.ended: list[float] = []
         self.nodes: Counter[str] = Counter()  # trials by node
 
-    def next(self) -> dict[str, Any] | None:
+    def next(self) -> Nap | None:
         if self.warm:
             return self.warm.pop(0)
         return self.waiting.pop(0) if self.waiting else None
@@ -78,16 +91,16 @@ class Sweep:
     def has_more(self) -> bool:
         return bool(self.warm or self.waiting)
 
-    def report(self, id: str, metrics: dict[str, Any]) -> bool:
+    def report(self, id: str, metrics: Metrics) -> bool:
         return False
 
-    def finish(self, id: str, result: dict[str, Any]) -> None:
-        assert result["outcome"] == "finished", result
+    def finish(self, id: str, result: Result) -> None:
+        assert result.outcome is Outcome.FINISHED, result
         if id.startswith("warm"):
             self.began = self.began or time.monotonic()
         else:
             self.ended.append(time.monotonic())
-            self.nodes[result["node"]] += 1
+            self.nodes[(self.folder / id).read_text()] += 1
 
     def tick(self) -> None:
         pass

@@ -22,7 +22,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,9 +38,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.connect import connect, disconnect
-from search.tuner import run_trials
+from cluster.lane import LaneSpec
+from cluster.tuner import run_trials
 from trainables.errors import UserError, exit_on_user_error
-from trainables.worker import LaneSpec
+from trainables.job import HANG_S, Metrics, Outcome, Reporter, Result
 
 EPOCHS = 3
 WARM_UP = 3  # trials left out of `a trial`, where a row has enough of them
@@ -143,10 +143,20 @@ def optuna_asha(trials: int, reuse_actors: bool) -> list[float]:
     return _tune(noop_trainable, config, {"x": tune.uniform(0, 1)}, trials)
 
 
-def noop(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Noop:
+    """A trial without content."""
+
+    id: str
+    hang_s: float = HANG_S
+    stops_at: tuple[int, ...] = ()
+    node: str = ""
+
+
+def noop(job: Noop, report: Reporter) -> Result:
     for epoch in range(EPOCHS):
         report({"epoch": epoch, "score": 0.5})
-    return {"outcome": "finished"}
+    return Result(Outcome.FINISHED)
 
 
 def noop_trainable(config: dict[str, Any]) -> None:
@@ -173,7 +183,7 @@ def noop_worker() -> None:
 
 
 class NoopSweep:
-    """A sweep (see search.tuner.Sweep) of trials without content."""
+    """A source (see cluster.tuner.JobSource) of trials without content."""
 
     stopping = False
 
@@ -183,19 +193,19 @@ class NoopSweep:
         self.outcomes: set[str] = set()
         self.ends: list[float] = []
 
-    def next(self) -> dict[str, Any] | None:
+    def next(self) -> Noop | None:
         self.left -= 1
-        return {"id": str(self.left)} if self.left >= 0 else None
+        return Noop(str(self.left)) if self.left >= 0 else None
 
     def has_more(self) -> bool:
         return False
 
-    def report(self, id: str, metrics: dict[str, Any]) -> bool:
+    def report(self, id: str, metrics: Metrics) -> bool:
         self.reports += 1
         return False
 
-    def finish(self, id: str, result: dict[str, Any]) -> None:
-        self.outcomes.add(result["outcome"])
+    def finish(self, id: str, result: Result) -> None:
+        self.outcomes.add(result.outcome)
         self.ends.append(time.perf_counter())
 
     def tick(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from trainables.data import default_cache
+from trainables.data.dataset import default_cache
 
 PINS = (["autogluon.core==1.6.3"], ["--no-deps", "phem==0.0.0.2"])
 NEEDED_BY_PHEM = ["scikit-learn", "pandas"]

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ensemble.pool import load_pool
-from trainables.data import default_cache
+from trainables.data.dataset import default_cache
 from trainables.run_directory import open_run, read_run
 
 FORMAT = 1  # of the kept pools; raise it when a pool is made otherwise

@@ -16,9 +16,10 @@ import torch
 import tyro
 
 from benchmarks.curves import EPOCHS, POINTS, QUANTUM, SELECT, TABLE, TEST, TRAIN, TUNE, Point, config_of
-from trainables.data import Data, prepare
+from trainables.data.dataset import Data
+from trainables.data.prepare import prepare
+from trainables.data.splits import Splits, draw
 from trainables.errors import exit_on_user_error
-from trainables.splits import Splits, draw
 from trainables.train import Diverged, train
 
 

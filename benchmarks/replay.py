@@ -20,10 +20,11 @@ from upath import UPath
 from benchmarks.curves import EPOCHS, GRID, POINTS, Curves, config_of
 from search.budget import Budget
 from search.config import Objective, Pruner
-from search.objective import Contribution
-from search.study import open_study
+from search.study.objective import Contribution
+from search.study.open import open_study
 from search.sweep import Sweep
 from trainables.config import TrialConfig
+from trainables.job import DataSource, Outcome, Result
 from trainables.run_directory import CandidateInfo, write_candidate
 
 ORDERED = ("lr",)  # levels that a sampler may take for a scale; the others are categories
@@ -95,7 +96,8 @@ class Ours:
         labels = np.zeros(curves.true_probs["tune"].shape[1], int)  # two classes will do: the true one, and the rest
         study = open_study(None, "replay", objective, "tpe", pruner, seed)
         self.sweep = Sweep(
-            study, UPath(self.folder.name), {}, Budget(), {}, _NoBoard(), promote=pruner == "promote",
+            study, UPath(self.folder.name), DataSource("", "curves"), Budget(), {}, _NoBoard(),
+            promote=pruner == "promote",
             contribution=Contribution(labels, 9) if objective == "ensemble" else None, clock=lambda: self.now,
         )  # fmt: skip
         self.sweep.propose_with(lambda trial: config_of(suggest(trial)))
@@ -105,8 +107,8 @@ class Ours:
         job = self.sweep.next()
         if job is None:
             return None
-        self.index[job["id"]] = job["config"]["seed"]  # config_of gives each point its own
-        return job["id"], self.index[job["id"]], self.done.get(job["id"], 0)
+        self.index[job.id] = job.config.seed  # config_of gives each point its own
+        return job.id, self.index[job.id], self.done.get(job.id, 0)
 
     def report(self, name: str, epoch: int, loss: float) -> bool:
         self.done[name] = epoch
@@ -115,7 +117,8 @@ class Ours:
 
     def end(self, name: str, index: int, outcome: str) -> None:
         if outcome != "finished":
-            self.sweep.finish(name, {"outcome": "pruned" if outcome == "stopped" else outcome, "error": outcome})
+            how = Outcome.PRUNED if outcome == "stopped" else Outcome(outcome)
+            self.sweep.finish(name, Result(how, error=outcome))
             return
         metrics = {
             "tune_log_loss": float(self.curves.log_loss[index, -1]),
@@ -124,7 +127,7 @@ class Ours:
         true = self.curves.true_probs["tune"][index]
         probs = np.stack([true, 1 - true], axis=1)
         write_candidate(self.sweep.run, CandidateInfo(name, metrics=metrics, outcome="finished"), probs[:1], probs)
-        self.sweep.finish(name, {"outcome": "finished", **metrics})
+        self.sweep.finish(name, Result(Outcome.FINISHED, metrics))
 
 
 class RandomSearch:

@@ -30,18 +30,19 @@ from rich.table import Table
 from upath import UPath
 
 from cluster.connect import connect, disconnect
+from cluster.lane import LaneSpec
+from cluster.tuner import run_trials
+from ensemble.running import EnsembleSoFar
 from ensemble.show import make_console
 from search.budget import Budget
 from search.config import Sampler
-from search.live import EnsembleSoFar
-from search.study import open_study
+from search.study.open import open_study
 from search.sweep import Sweep
-from search.tuner import run_trials
 from trainables.config import TrialConfig
 from trainables.errors import UserError, exit_on_user_error
+from trainables.job import Job, Outcome, Reporter, Result
 from trainables.run_directory import CandidateInfo, write_candidate
 from trainables.storage import write_array, write_json
-from trainables.worker import LaneSpec
 
 EPOCHS = 3
 IMAGES, CLASSES = 100, 10
@@ -121,21 +122,21 @@ def memory_mib() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
-def noop(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def noop(job: Job, report: Reporter) -> Result:
     """A trial without training: three epochs' reports and a candidate."""
-    random = np.random.default_rng(int(job["id"]))
+    random = np.random.default_rng(int(job.id))
     probs = random.dirichlet(np.ones(CLASSES), IMAGES).astype(np.float32)
     metrics = {"tune_accuracy": float(random.random()), "tune_log_loss": float(random.random())}
     curve = []
     for epoch in range(1, EPOCHS + 1):
         curve.append({"epoch": epoch, **metrics, "seconds": 0.001 * epoch})
         report(curve[-1])
-    config, seconds = TrialConfig.from_dict(job["config"]), 0.001 * EPOCHS
+    seconds = 0.001 * EPOCHS
     info = CandidateInfo(
-        job["id"], config, metrics, tuple(curve), "finished", seconds=seconds, split_fingerprint="none"
+        job.id, job.config, metrics, tuple(curve), "finished", seconds=seconds, split_fingerprint="none"
     )
-    write_candidate(UPath(job["run"]), info, probs)
-    return {"outcome": "finished", **metrics, "seconds": seconds}
+    write_candidate(UPath(job.run), info, probs)
+    return Result(Outcome.FINISHED, metrics, seconds)
 
 
 def suggest(trial: optuna.Trial) -> TrialConfig:

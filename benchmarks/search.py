@@ -27,10 +27,10 @@ from rich.table import Table
 
 from benchmarks.curves import TABLE, Curves, load_curves
 from benchmarks.replay import Method, Optuna, Ours, RandomSearch, RayTune, replay
-from ensemble.limits import Limits
-from ensemble.selection import greedy
+from ensemble.selection.limits import Limits
+from ensemble.selection.selectors import greedy
 from ensemble.show import make_console
-from search.objective import log_losses
+from search.study.objective import log_losses
 from trainables.errors import UserError, exit_on_user_error
 
 METHODS: dict[str, Callable[[Curves, int], Method]] = {

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers import Job, run_peers
-from ensemble.blend import Probs, combine
-from ensemble.limits import Limits
-from ensemble.metrics import accuracy, log_loss
-from ensemble.selection import Score, greedy
+from ensemble.selection.blend import Probs, combine
+from ensemble.selection.limits import Limits
+from ensemble.selection.metrics import accuracy, log_loss
+from ensemble.selection.selectors import Score, greedy
 from trainables.errors import UserError, exit_on_user_error
 
 LARGE = (1000, 10_000, 100)

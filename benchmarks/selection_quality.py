@@ -34,13 +34,13 @@ from scipy.stats import rankdata
 
 from benchmarks.peers import Job, run_peers
 from benchmarks.pools import Predictions, of_run, of_scikit_learn
-from ensemble.auto import auto
-from ensemble.blend import Blend, tempered
-from ensemble.limits import Limits
-from ensemble.metrics import accuracy, log_loss
-from ensemble.selection import accuracy_weighted, best_single, greedy, uniform
-from ensemble.stacking import stacking
-from ensemble.weighting import cmaes, convex
+from ensemble.selection.auto import auto
+from ensemble.selection.blend import Blend, tempered
+from ensemble.selection.convex import convex
+from ensemble.selection.limits import Limits
+from ensemble.selection.metrics import accuracy, log_loss
+from ensemble.selection.selectors import accuracy_weighted, best_single, greedy, uniform
+from ensemble.selection.stacking import stacking
 from trainables.errors import UserError, exit_on_user_error
 
 Selector = Callable[[list[np.ndarray], np.ndarray, Limits], np.ndarray | Blend]
@@ -55,7 +55,6 @@ SELECTORS: dict[str, Selector] = {
     "greedy accuracy": lambda p, y, limits: greedy(p, y, limits, "accuracy"),
     "greedy, temperatures": lambda p, y, limits: tempered(lambda p, y: greedy(p, y, limits), p, y),
     "convex": convex,
-    "cmaes": cmaes,
     "stacking": stacking,
     "uniform": uniform,
     "accuracy weighted": accuracy_weighted,

@@ -31,12 +31,13 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2 as transforms
 
-from trainables.backbones import build
 from trainables.config import TrialConfig
-from trainables.data import Data, prepare
+from trainables.data.dataset import Data
+from trainables.data.prepare import prepare
+from trainables.data.splits import Splits
 from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import autocast
-from trainables.splits import Splits
+from trainables.models.backbones import build
 from trainables.train import Trained, train
 
 AUGMENTED = TrialConfig(epochs=5, flip="random", crop=2)  # five, so that an early epoch is like any other

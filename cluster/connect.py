@@ -6,10 +6,10 @@ import secrets
 import signal
 import socket
 import threading
+import time
 from dataclasses import dataclass
 
 import ray
-from ray._private.state import available_resources_per_node
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -19,6 +19,7 @@ from ray.util.placement_group import (
 
 OBJECT_STORE_BYTES = 256 * 2**20  # images travel as memory-mapped files, so Ray's third of the memory is not needed
 KNOCK_S = 10.0
+QUIET_S = 10.0
 MOST_DEMANDED = 16  # places at a time; when they have come, the next
 DASHBOARD = "RAY_API_SERVER_ADDRESS"
 ENVIRONMENT = {  # a local cluster hands these on to all its processes
@@ -116,29 +117,26 @@ class Demand:
     """What an autoscaler acts on: placement groups for which there is no room.
 
     Unlike `ray.autoscaler.sdk.request_resources` they end with this process, however it ends: no machine is kept (and
-    paid for) because a driver was killed. As soon as there is room they are given up, for it is the lanes'.
+    paid for) because a driver was killed. Whether there is room is found by asking: a group that is placed at once is
+    given up again, because the room is the lanes', and nothing is demanded for the next QUIET_S seconds.
     """
 
     def __init__(self) -> None:
         self.waiting: list[PlacementGroup] = []
+        self.quiet_until = 0.0
 
     def keep(self, cpus: float, gpus: float, workers: int, lanes: int) -> None:
         """From now on demand so many lanes, of `workers` places of that size each, beyond what the cluster has."""
         if not in_cluster():
             return
-        free = [_holds(has, cpus, gpus) for has in available_resources_per_node().values()]
-        placed = [group for group in self.waiting if placement_group_table(group).get("state") == "CREATED"]
-        count = 0 if placed or sum(free) >= workers else min(workers * lanes, MOST_DEMANDED)
+        if any(placement_group_table(group).get("state") == "CREATED" for group in self.waiting):
+            self.quiet_until = time.monotonic() + QUIET_S
+        count = 0 if time.monotonic() < self.quiet_until else min(workers * lanes, MOST_DEMANDED)
         for group in self.waiting[count:]:
             remove_placement_group(group)
         bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
         self.waiting = self.waiting[:count]
         self.waiting += [placement_group([bundle]) for _ in range(count - len(self.waiting))]
-
-
-def _holds(resources: dict[str, float], cpus: float, gpus: float) -> int:
-    places = int(resources.get("CPU", 0.0) / cpus)
-    return min(places, int(resources.get("GPU", 0.0) / gpus)) if gpus else places
 
 
 def disconnect() -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from upath import UPath
 
-from ensemble.blend import chunks
-from ensemble.ensemble import relative_run
-from ensemble.limits import Limits
+from ensemble.file import relative_run
+from ensemble.selection.blend import chunks
+from ensemble.selection.limits import Limits
 from trainables.errors import UserError
 from trainables.run_directory import Candidate, find_candidates, read_run, select_labels
 from trainables.storage import Damaged

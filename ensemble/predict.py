@@ -23,16 +23,16 @@ from rich.console import Console
 from rich.progress import Progress
 from upath import UPath
 
-from ensemble.ensemble import Ensemble, read_ensemble
-from trainables.augment import Pixels
-from trainables.backbones import load_model
+from ensemble.file import Ensemble, read_ensemble
 from trainables.config import TestTimeAugmentation
-from trainables.data import read_images
-from trainables.decode import list_images
+from trainables.data.decode import read_images
+from trainables.data.sources import list_images
 from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import pick_device, predict_probs
+from trainables.models.weights import load_model
 from trainables.run_directory import Candidate, open_runs, read_run
 from trainables.storage import read_json, write_json
+from trainables.training.augment import Pixels
 
 BATCH = 500  # images between two writes to the file, at most
 BATCH_BYTES = 128 * 2**20  # of their pixels

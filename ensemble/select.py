@@ -16,37 +16,50 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from ensemble import metrics, selection
-from ensemble.auto import Choice, choose_selector
-from ensemble.blend import Blend, Probs, tempered
-from ensemble.ensemble import Ensemble, Member, write_ensemble
-from ensemble.explain import explain
-from ensemble.frontier import frontier
-from ensemble.limits import Limits
+from ensemble.file import Ensemble, Member, write_ensemble
 from ensemble.pool import Pool, limits_for, load_pool
-from ensemble.selection import Score
+from ensemble.selection import metrics, selectors
+from ensemble.selection.auto import Choice, choose_selector
+from ensemble.selection.blend import Blend, Probs, tempered
+from ensemble.selection.convex import convex
+from ensemble.selection.explain import explain
+from ensemble.selection.frontier import frontier
+from ensemble.selection.limits import Limits
+from ensemble.selection.selectors import Score
+from ensemble.selection.stacking import stacking
 from ensemble.show import show
-from ensemble.stacking import stacking
-from ensemble.weighting import cmaes, convex
 from trainables.errors import UserError, exit_on_user_error
 from trainables.run_directory import open_run
 
-Selector = Callable[[Probs, np.ndarray, Limits, Score], np.ndarray | Blend | Choice]
+Fit = Callable[[Probs, np.ndarray, Limits, Score], np.ndarray | Blend | Choice]
 
-SELECTORS: dict[str, Selector] = {
-    "auto": lambda probs, labels, limits, score: choose_selector(probs, labels, limits),
-    "greedy": selection.greedy,
-    "uniform": selection.uniform,
-    "accuracy_weighted": lambda probs, labels, limits, score: selection.accuracy_weighted(probs, labels, limits),
-    "convex": lambda probs, labels, limits, score: convex(probs, labels, limits),
-    "cmaes": cmaes,
-    "stacking": lambda probs, labels, limits, score: stacking(probs, labels, limits),
-    "best_single": selection.best_single,
+
+@dataclass(frozen=True)
+class Selector:
+    """A way to select.
+
+    Attributes:
+        fit: f(probs, labels, limits, score) to weights (M,), a blend, or a choice with an account of itself.
+        takes_score: --score says what it optimises; else it has its own.
+        scales_itself: it finds temperatures by itself, so --temperature-scaling is not for it.
+    """
+
+    fit: Fit
+    takes_score: bool = False
+    scales_itself: bool = False
+
+
+SELECTORS = {
+    "auto": Selector(lambda probs, labels, limits, score: choose_selector(probs, labels, limits), scales_itself=True),
+    "greedy": Selector(selectors.greedy, takes_score=True),
+    "uniform": Selector(selectors.uniform, takes_score=True),
+    "accuracy_weighted": Selector(
+        lambda probs, labels, limits, score: selectors.accuracy_weighted(probs, labels, limits)
+    ),
+    "convex": Selector(lambda probs, labels, limits, score: convex(probs, labels, limits)),
+    "stacking": Selector(lambda probs, labels, limits, score: stacking(probs, labels, limits), scales_itself=True),
+    "best_single": Selector(selectors.best_single, takes_score=True),
 }
-
-
-SCALING = ("auto", "stacking")  # those that need no --temperature-scaling
-SCORED = ("greedy", "uniform", "cmaes", "best_single")  # those that --score is for
 DESCRIPTION = "Choose the candidates of a sweep that vote best together, and write them as an ensemble."
 
 
@@ -57,8 +70,8 @@ class Select:
     Attributes:
         run: a run directory; several (--run A --run B) merge when they share their splits. Default: the newest one.
         top_k: most distinct members.
-        selector: auto (cross-validated), greedy, uniform, accuracy_weighted, convex, cmaes, stacking or best_single.
-        score: what greedy, uniform, cmaes and best_single optimise. Default: log_loss.
+        selector: auto (cross-validated), greedy, uniform, accuracy_weighted, convex, stacking or best_single.
+        score: what greedy, uniform and best_single optimise. Default: log_loss.
         min_per_architecture: at least so many members of every architecture.
         max_latency_ms: most milliseconds per image of all members together.
         max_params: most parameters of all members together.
@@ -95,12 +108,14 @@ def open_pool(args: Select) -> Pool:
         near = difflib.get_close_matches(args.selector, SELECTORS, 1, 0.3)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"unknown selector {args.selector!r}; {hint}known: {', '.join(SELECTORS)}")
-    if args.temperature_scaling and args.selector in SCALING:
+    selector = SELECTORS[args.selector]
+    if args.temperature_scaling and selector.scales_itself:
         raise UserError(
             f"{args.selector} scales by itself; leave --temperature-scaling away, or name another --selector"
         )
-    if args.score and args.selector not in SCORED:
-        raise UserError(f"{args.selector} has its own score; leave --score away, or name one of {', '.join(SCORED)}")
+    if args.score and not selector.takes_score:
+        others = ", ".join(name for name, other in SELECTORS.items() if other.takes_score)
+        raise UserError(f"{args.selector} has its own score; leave --score away, or name one of {others}")
     return load_pool([open_run(run) for run in args.run] or [open_run()])
 
 
@@ -140,7 +155,7 @@ def fit(pool: Pool, limits: Limits, args: Select) -> tuple[Blend, Choice | None]
     """What the selector that the arguments name finds in the pool, and auto's account of how it chose."""
 
     def select(probs: Probs, labels: np.ndarray) -> Any:
-        return SELECTORS[args.selector](probs, labels, limits, args.score or "log_loss")
+        return SELECTORS[args.selector].fit(probs, labels, limits, args.score or "log_loss")
 
     if args.temperature_scaling:
         return tempered(select, pool.probs, pool.labels), None

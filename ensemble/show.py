@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ensemble.ensemble import Ensemble
-from ensemble.metrics import accuracy, log_loss
+from ensemble.file import Ensemble
 from ensemble.pool import Pool
+from ensemble.selection.metrics import accuracy, log_loss
 
 if TYPE_CHECKING:
     from rich.console import Console

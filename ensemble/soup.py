@@ -25,14 +25,15 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from upath import UPath
 
-from trainables.augment import Pixels
-from trainables.backbones import load_model, load_weights, takes_image_size
-from trainables.data import Data
+from trainables.data.dataset import Data
+from trainables.data.share import open_run_data
+from trainables.data.splits import Splits
 from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import pick_device, predict_probs, scores
+from trainables.models.backbones import takes_image_size
+from trainables.models.weights import load_model, load_weights
 from trainables.run_directory import Candidate, list_candidates, open_run, write_candidate
-from trainables.share import open_run_data
-from trainables.splits import Splits
+from trainables.training.augment import Pixels
 
 State = dict[str, Tensor]
 INGREDIENTS = 12  # best candidates of an architecture that are tried; each costs a pass over train samples and tune

@@ -7,8 +7,8 @@ from typing import Any
 
 from upath import UPath
 
-from ensemble.ensemble import list_ensembles
-from search.live import EnsembleSoFar
+from ensemble.file import list_ensembles
+from ensemble.running import EnsembleSoFar
 from trainables.errors import UserError
 from trainables.run_directory import Candidate, mark_weights_deleted
 from trainables.storage import exists, patiently

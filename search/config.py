@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import tyro
 
 from search.budget import parse_keep
-from trainables.backbones import WeightSource
 from trainables.errors import UserError
+from trainables.job import LaneRequest, WeightSource
 
 DataName = Literal["digits", "cifar10", "cifar100", "folder"]
 Sampler = Literal["tpe", "gp", "random", "qmc"]
@@ -109,6 +109,10 @@ class SearchConfig:
         gpus = self.gpus_per_trial
         if gpus is not None and (gpus < 0 or (gpus > 1 and gpus != int(gpus))):
             raise UserError(f"--gpus-per-trial is {gpus:g}, expected 0 to 1, or a whole number")
+
+    def lane_request(self) -> LaneRequest:
+        """What a trial asks of the cluster."""
+        return LaneRequest(self.workers_per_trial, self.cpus_per_trial, self.gpus_per_trial)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,18 @@ from upath import UPath
 
 from cluster.connect import in_cluster
 from search.config import SearchConfig, Task
-from search.knowledge import read_earlier
 from search.spaces import Space, known_spaces, load_space
-from trainables.backbones import WeightSource, check_backbone, check_image_size, find_weights
-from trainables.classic import NETWORKS
+from search.study.warm_start import read_earlier
 from trainables.config import TrialConfig
-from trainables.data import Data, prepare
+from trainables.data.dataset import Data
+from trainables.data.prepare import prepare
+from trainables.data.splits import Splits, make_splits
 from trainables.errors import UserError
+from trainables.job import WeightSource
+from trainables.models.backbones import check_backbone, check_image_size
+from trainables.models.classic import NETWORKS
+from trainables.models.weights import find_weights
 from trainables.run_directory import RUNS, read_run, study_name
-from trainables.splits import Splits, make_splits
 from trainables.storage import exists, reach
 
 TRIED_PROPOSALS = 20

@@ -12,30 +12,33 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.progress import Progress
 from upath import UPath
 
+from cluster.capacity import Lanes, connected
 from cluster.connect import in_cluster
-from ensemble.ensemble import Ensemble, Member, read_ensemble, write_ensemble
-from ensemble.report import summary, write_report
+from cluster.tuner import run_trials
+from ensemble.file import Ensemble, Member, read_ensemble, write_ensemble
+from ensemble.report.write import summary, write_report
 from ensemble.show import make_console
 from search.config import SearchConfig
-from search.lanes import Lanes, connected
-from search.lock import lock_run
-from search.tuner import run_trials
-from trainables.backbones import find_weights
 from trainables.config import TrialConfig
-from trainables.data import default_cache
+from trainables.data.dataset import default_cache
+from trainables.data.share import open_run_data, share_data
+from trainables.data.splits import load_splits, save_splits
 from trainables.errors import UserError, exit_on_user_error
+from trainables.job import DataSource, Job, Metrics, Outcome, Result
+from trainables.models.weights import find_weights
 from trainables.run_directory import (
     RefitOf,
     RunInfo,
     SplitSizes,
+    lock_run,
     open_run,
     open_runs,
     read_run,
@@ -43,8 +46,6 @@ from trainables.run_directory import (
     remove_temporaries,
     to_json,
 )
-from trainables.share import open_run_data, share_data
-from trainables.splits import load_splits, save_splits
 from trainables.storage import hide_password, is_local, write_json
 from trainables.trial import run_trial
 
@@ -68,28 +69,30 @@ class Refit:
 class Jobs:
     """The members that are still to be trained, as what search.tuner.run_trials asks; a failed one is not repeated."""
 
-    def __init__(self, jobs: list[dict[str, Any]], progress: Progress) -> None:
+    def __init__(self, jobs: list[Job], progress: Progress) -> None:
         self.waiting, self.progress = list(jobs), progress
-        self.bars = {job["id"]: progress.add_task(_label(job), total=job["config"]["epochs"]) for job in jobs}
-        self.epochs = {job["id"]: job["config"]["epochs"] for job in jobs}
+        self.epochs = {job.id: job.config.epochs for job in jobs}
+        self.bars = {
+            job.id: progress.add_task(f"{job.id} {job.config.backbone}", total=job.config.epochs) for job in jobs
+        }
         self.stopping = False
         self.errors: list[str] = []
 
-    def next(self) -> dict[str, Any] | None:
+    def next(self) -> Job | None:
         return self.waiting.pop(0) if self.waiting else None
 
     def has_more(self) -> bool:
         return bool(self.waiting)
 
-    def report(self, id: str, metrics: dict[str, Any]) -> bool:
+    def report(self, id: str, metrics: Metrics) -> bool:
         self.progress.update(self.bars[id], completed=metrics["epoch"])
         return self.stopping and metrics["epoch"] < self.epochs[id]
 
-    def finish(self, id: str, result: dict[str, Any]) -> None:
-        seconds = f" after {result['seconds']:.0f} s" if "seconds" in result else ""
-        self.progress.console.print(f"{id} {result['outcome']}{seconds}")
-        if result["outcome"] not in ("finished", "interrupted"):
-            self.errors.append(f"{id} {result['outcome']}: {result.get('error', 'no reason given')}")
+    def finish(self, id: str, result: Result) -> None:
+        seconds = "" if result.seconds is None else f" after {result.seconds:.0f} s"
+        self.progress.console.print(f"{id} {result.outcome}{seconds}")
+        if result.outcome not in (Outcome.FINISHED, Outcome.INTERRUPTED):
+            self.errors.append(f"{id} {result.outcome}: {result.error or 'no reason given'}")
 
     def tick(self) -> None:
         pass  # the progress bars draw themselves
@@ -111,7 +114,7 @@ def refit(args: Refit) -> tuple[UPath, Ensemble]:
     _open_target(target, source, info, ensemble)
     lock = lock_run(target)
     remove_temporaries(target)
-    missing = [job for job in jobs if not (target / "candidates" / job["id"] / "candidate.json").exists()]
+    missing = [job for job in jobs if not (target / "candidates" / job.id / "candidate.json").exists()]
     console = make_console()
     images = len(load_splits(target).train)
     console.print(f"{ensemble.name} of {source}: {len(missing)} of {len(jobs)} members to train on all {images} images")
@@ -131,12 +134,10 @@ def _refitted_run(target: UPath) -> UPath:
     return open_run(target.parent / target.name.removesuffix("-refit"))
 
 
-def _train(jobs: list[dict[str, Any]], config: SearchConfig, progress: Progress) -> None:
+def _train(jobs: list[Job], config: SearchConfig, progress: Progress) -> None:
     with connected(), progress:
-        lanes = Lanes(config)
-        for job in jobs:
-            job["gpus"] = lanes.spec.gpus
-        going = Jobs(jobs, progress)
+        lanes = Lanes(config.lane_request())
+        going = Jobs([dataclasses.replace(job, gpus=lanes.spec.gpus) for job in jobs], progress)
         run_trials(going, run_trial, lanes.spec, lambda: lanes.now(wanted=len(jobs)))
     if going.stopping:
         raise UserError("stopped before all members were trained; the same command goes on")
@@ -175,7 +176,7 @@ def _to_train(ensemble: Ensemble) -> list[Member]:
     return [*ensemble.members, single]
 
 
-def _job(runs: list[UPath], target: UPath, info: RunInfo, member: Member, args: Refit) -> dict[str, Any]:
+def _job(runs: list[UPath], target: UPath, info: RunInfo, member: Member, args: Refit) -> Job:
     """What a lane needs to train one member anew."""
     old = member.candidate(runs).info
     if old.config is None or old.soup or not info.data.folder:
@@ -183,17 +184,9 @@ def _job(runs: list[UPath], target: UPath, info: RunInfo, member: Member, args: 
         raise UserError(f"member {member.id} cannot be retrained: it {what}; select without it")
     config = without_validation(old.config, old.curve)
     weights = find_weights(config.backbone, args.weights_dir) if config.pretrained else None
-    return {
-        "run": str(target),
-        "id": _new_id(member),
-        "config": config.to_dict(),
-        "weights": weights and asdict(weights),
-        "data": {
-            "path": str(default_cache() / "data" / info.data.folder), "name": info.data.name,
-            "size": info.data.stored_size, "data_dir": str(args.data_dir.resolve()) if args.data_dir else None,
-        },
-        "deadline": None,
-    }  # fmt: skip
+    folder = str(args.data_dir.resolve()) if args.data_dir else None
+    data = DataSource(str(default_cache() / "data" / info.data.folder), info.data.name, folder, info.data.stored_size)
+    return Job(_new_id(member), config, str(target), data, weights)
 
 
 def without_validation(config: TrialConfig, curve: Sequence[dict[str, float]]) -> TrialConfig:
@@ -233,10 +226,6 @@ def _lane_config(info: RunInfo) -> SearchConfig:
         return SearchConfig(**{key: info.search[key] for key in REUSED if key in info.search})
     except TypeError:
         raise UserError("run.json does not say what a trial takes (search.cpus_per_trial, ...)") from None
-
-
-def _label(job: dict[str, Any]) -> str:
-    return f"{job['id']} {job['config']['backbone']}"
 
 
 def main() -> None:

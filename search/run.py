@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
@@ -19,37 +18,39 @@ from rich.console import Console
 from rich.table import Table
 from upath import UPath
 
+from cluster.capacity import Lanes, connected
 from cluster.connect import in_cluster
 from cluster.metrics import SweepMetrics
-from ensemble.ensemble import Ensemble, write_ensemble
-from ensemble.report import PAGE, summary, write_report
+from cluster.tuner import run_trials
+from ensemble.file import Ensemble, write_ensemble
+from ensemble.report.write import PAGE, summary, write_report
+from ensemble.running import EnsembleSoFar
 from ensemble.select import Select, choose_from, open_pool, show
 from ensemble.show import make_console
+from search.board import LiveBoard
 from search.budget import Budget, WeightStore, parse_keep
 from search.config import SearchConfig
-from search.knowledge import add_earlier, enqueue_first
-from search.lanes import Lanes, connected
-from search.live import EnsembleSoFar, LiveBoard
-from search.lock import lock_run
-from search.objective import Contribution
 from search.plan import Plan, checked, make_plan, make_task
-from search.study import fetch_study, open_study, store_study
+from search.study.objective import Contribution
+from search.study.open import fetch_study, open_study, store_study
+from search.study.warm_start import add_earlier, enqueue_first
 from search.sweep import Sweep
 from search.timing import SECONDS_USED
-from search.tuner import run_trials
+from trainables.data.share import share_data
+from trainables.data.splits import save_splits
 from trainables.errors import UserError, exit_on_user_error
+from trainables.job import DataSource
 from trainables.run_directory import (
     DataInfo,
     RunInfo,
     SplitSizes,
     list_candidates,
+    lock_run,
     read_run,
     refuse_links,
     remove_temporaries,
     to_json,
 )
-from trainables.share import share_data
-from trainables.splits import save_splits
 from trainables.storage import hide_password, is_local, write_array, write_json
 from trainables.trial import run_trial
 
@@ -91,13 +92,8 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         share, most = RESERVES[plan.data.test_images > 0]
         reserve = min(share * 60 * config.minutes, most)
         deadline = began + 60 * config.minutes - used - reserve
-    job: dict[str, Any] = {
-        "run": str(plan.run),
-        "data": {
-            "path": str(plan.data.path), "name": config.data, "size": config.stored_size,
-            "data_dir": str(config.data_dir.resolve()) if config.data_dir else None,
-        },
-    }  # fmt: skip
+    folder = str(config.data_dir.resolve()) if config.data_dir else None
+    source = DataSource(str(plan.data.path), config.data, folder, config.stored_size)
     live = EnsembleSoFar(plan.run, config.top_k)
     board = LiveBoard(live, plan.trials, deadline, plan.splits.shared)
     budget = Budget(
@@ -106,9 +102,8 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         target_accuracy=config.target_accuracy, plateau=config.stop_on_plateau, final_seeds=config.final_seeds,
     )  # fmt: skip
     tune_labels = np.asarray(plan.data.labels)[plan.splits.tune]
-    weights = {name: source and asdict(source) for name, source in plan.backbones.items()}
     going = Sweep(
-        study, plan.run, job, budget, weights, board,
+        study, plan.run, source, budget, plan.backbones, board,
         promote=config.pruner == "promote", live=live,
         contribution=Contribution(tune_labels, config.top_k) if config.objective == "ensemble" else None,
         store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
@@ -118,9 +113,9 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     if going.has_more():
         _print_start(console, plan, config, going)
         with connected() as dashboard:
-            lanes = Lanes(config, console.print)
+            lanes = Lanes(config.lane_request(), console.print)
             spec = lanes.spec
-            job["gpus"] = spec.gpus
+            going.gpus = spec.gpus
 
             def lanes_now() -> int:
                 count = lanes.now(wanted=plan.trials and plan.trials - len(going.tried))

@@ -8,27 +8,25 @@ process or the next that opens the study.
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 from upath import UPath
 
+from ensemble.running import EnsembleSoFar
 from search.budget import Budget, Goal, WeightStore
-from search.live import EnsembleSoFar
-from search.objective import Contribution
-from search.promotion import Rungs
-from search.proposals import Proposals
-from search.storage import flush
+from search.study.objective import Contribution
+from search.study.promotion import Rungs, rung_epochs
+from search.study.proposals import Proposals
+from search.study.storage import flush
+from search.study.values import Values
 from search.timing import Timing
-from search.values import Values
 from trainables.config import TrialConfig
+from trainables.job import DataSource, Job, Metrics, Outcome, Result, WeightSource
 from trainables.run_directory import Candidate, list_candidates, read_candidate, remove_checkpoint, trial_id
 from trainables.storage import StorageLost, exists, list_folder
 
-CANDIDATE_OUTCOMES = ("finished", "time")  # the trial left a candidate
-TEACHING_OUTCOMES = ("diverged", "out of memory")  # told to the sampler as the worst value seen
-RETRIES = {"bug": 1}  # how often a trial is run again; lost nodes are the tuner's matter
 SAVE_S = 60.0
 
 
@@ -36,8 +34,8 @@ class Board(Protocol):
     """Who watches a sweep (search/live.py); nothing depends on what it does."""
 
     def started(self, id: str, config: TrialConfig) -> None: ...
-    def epoch(self, id: str, metrics: dict[str, Any]) -> None: ...
-    def ended(self, id: str, outcome: str, result: dict[str, Any]) -> None: ...
+    def epoch(self, id: str, metrics: Metrics) -> None: ...
+    def ended(self, id: str, how: str, result: Result) -> None: ...
     def refresh(self) -> None: ...
 
 
@@ -47,9 +45,9 @@ class Sweep:
     Args:
         study: as of `open_study`.
         run: the run directory.
-        job: what every job carries besides `id`, `config` and `weights` (see trainables.trial.run_trial).
+        data, gpus: what every job says of them (see trainables.job.Job).
         budget: when to end.
-        weights: backbone -> where its pretrained weights lie, as a dict, or None.
+        weights: backbone -> where its pretrained weights lie, or None.
         board: who watches.
         promote: trials wait at rungs, see promotion.py; else the study's pruner stops them.
         live: the ensemble so far, which gets every candidate; needed by the budget's target, plateau and final seeds.
@@ -63,12 +61,13 @@ class Sweep:
     """
 
     def __init__(
-        self, study: optuna.Study, run: UPath, job: dict[str, Any], budget: Budget, weights: dict[str, Any],
+        self, study: optuna.Study, run: UPath, data: DataSource, budget: Budget,
+        weights: dict[str, WeightSource | None],
         board: Board, promote: bool = False, live: EnsembleSoFar | None = None,
         contribution: Contribution | None = None, store: WeightStore | None = None,
-        save: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.time,
+        save: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.time, gpus: float = 0.0,
     ) -> None:  # fmt: skip
-        self.study, self.run, self.job, self.budget, self.weights = study, run, job, budget, weights
+        self.study, self.run, self.data, self.budget, self.weights, self.gpus = study, run, data, budget, weights, gpus
         self.board, self.live, self.contribution, self.store = board, live, contribution, store
         self.save, self.saved = save, clock()
         self.time, self.goal = Timing(study, budget, clock), Goal(budget, live)
@@ -108,8 +107,8 @@ class Sweep:
         for trial in self.study.get_trials(deepcopy=False):
             outcome, error = (trial.user_attrs.get(key) for key in ("outcome", "error"))
             # one that was killed while it was told, and then came to a better end, still has the error
-            ended_well = outcome in (None, "invalid", "pruned", *CANDIDATE_OUTCOMES)
-            if trial.state != TrialState.RUNNING and error is not None and not ended_well:
+            failed = outcome is not None and Outcome(outcome).is_failure and outcome != Outcome.INVALID
+            if trial.state != TrialState.RUNNING and error is not None and failed:
                 found.append((trial_id(trial.number), f"{outcome}: {error}", trial.user_attrs.get("traceback", "")))
         return found
 
@@ -160,7 +159,7 @@ class Sweep:
 
     # the next job
 
-    def next(self) -> dict[str, Any] | None:
+    def next(self) -> Job | None:
         """The next job: an interrupted trial first, then one that is promoted, else a new one. None: nothing now."""
         if self.stopping or self.time.left() <= 0 or self.enough():
             return None
@@ -182,7 +181,15 @@ class Sweep:
         left = self.time.left()
         deadline = None if left == math.inf else self.time.clock() + left
         self._save()
-        return {**self.job, "id": id, "config": config.to_dict(), "weights": weights, "deadline": deadline}
+        return Job(
+            id, config, str(self.run), self.data, weights, self.gpus, deadline, self._stops_at(id, config.epochs)
+        )
+
+    def _stops_at(self, id: str, epochs: int) -> tuple[int, ...]:
+        """Epochs at whose report the trial may be stopped for its scores."""
+        if id in self.proposals.seeds:
+            return ()
+        return tuple(rung_epochs(epochs) if self.rungs is not None else range(1, epochs))
 
     def _wants_new(self) -> bool:
         return not self.proposals.out_of_time and (self.budget.trials is None or self.counted < self.budget.trials)
@@ -217,7 +224,7 @@ class Sweep:
 
     # what trials tell
 
-    def report(self, id: str, metrics: dict[str, Any]) -> bool:
+    def report(self, id: str, metrics: Metrics) -> bool:
         """An epoch's tune scores; True when the trial is to stop: for good, to wait at a rung, or with the sweep."""
         trial, epoch = self.running[id], int(metrics["epoch"])
         self.board.epoch(id, metrics)
@@ -242,22 +249,21 @@ class Sweep:
         self.waiting[id] = trial
         return True
 
-    def finish(self, id: str, result: dict[str, Any]) -> None:
+    def finish(self, id: str, result: Result) -> None:
         """Every outcome of a trial, in one place. Called once for each job of `next`."""
-        trial = self.running.pop(id)
-        outcome = str(result["outcome"])
+        trial, outcome = self.running.pop(id), result.outcome
         self.time.end(id)
         if id in self.waiting:  # also when it was cut or lost just there: the checkpoint is older than the report
             self.tried.add(id)
             self._save()
             self.board.ended(id, "waiting", result)
             return
-        if outcome == "storage lost":  # there is nothing that could go on
+        if outcome is Outcome.STORAGE_LOST:  # there is nothing that could be continued
             self.interrupted.append(trial)
-            raise StorageLost(result["error"])
-        if outcome == "interrupted" or (outcome in RETRIES and self.retried.get(id, 0) < RETRIES[outcome]):
+            raise StorageLost(result.error)
+        if outcome.continues or self.retried.get(id, 0) < outcome.retries:
             # it stays RUNNING in the study, and its checkpoint stays on disk
-            if outcome != "interrupted":
+            if not outcome.continues:
                 self.retried[id] = self.retried.get(id, 0) + 1
                 trial.set_user_attr("retried", self.retried[id])
             self.interrupted.append(trial)
@@ -265,23 +271,23 @@ class Sweep:
             self.board.ended(id, outcome, result)
             return
         self.tried.add(id)
-        trial.set_user_attr("outcome", outcome)
+        trial.set_user_attr("outcome", outcome.value)
         for key in ("error", "traceback", "seconds"):
-            if result.get(key) is not None:
-                trial.set_user_attr(key, result[key])
-        if outcome in CANDIDATE_OUTCOMES:
+            if getattr(result, key):
+                trial.set_user_attr(key, getattr(result, key))
+        if outcome.leaves_candidate:
             candidate = read_candidate(self.run / "candidates" / id)
             self._learn(candidate)
             self._extend_ensemble(trial, candidate)
             self._tell(trial, candidate)
-        elif outcome == "pruned":
+        elif outcome is Outcome.PRUNED:
             self.values.see(self.study.tell(trial, state=TrialState.PRUNED))
-        elif outcome in TEACHING_OUTCOMES:
+        elif outcome.teaches:
             self.study.tell(trial, self.values.worst())
         else:  # a bug, a lost node that stayed lost, an invalid configuration found late
             self.study.tell(trial, state=TrialState.FAIL)
-            self.counted -= outcome == "invalid"  # as if it had been refused at once
-        if outcome not in CANDIDATE_OUTCOMES:
+            self.counted -= outcome is Outcome.INVALID  # as if it had been refused at once
+        if not outcome.leaves_candidate:
             remove_checkpoint(self.run, id)
         self._save()
         self.board.ended(id, outcome, result)

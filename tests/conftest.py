@@ -12,8 +12,19 @@ import pytest
 from PIL import Image
 from upath import UPath
 
-from trainables.data import Data, prepare
-from trainables.splits import Splits, make_splits
+from trainables.data.dataset import Data
+from trainables.data.prepare import prepare
+from trainables.data.splits import Splits, make_splits
+
+SUITES = {"slow": "slow", "clusters": "cluster", "browser": "browser", "storage": "storage"}  # folder -> marker
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test by its folder: what takes long or needs more than Python runs by its own make target."""
+    for item in items:
+        suite = SUITES.get(item.path.relative_to(Path(__file__).parent).parts[0])
+        if suite is not None:
+            item.add_marker(getattr(pytest.mark, suite))
 
 
 def draw_folder(root: Path, per_class: int = 30, size: int = 12, parts: tuple[str, ...] = ("train", "test")) -> Path:
@@ -61,11 +72,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def small_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> UPath:
     """A run on `pictures`, stored at 12x12, of three trained candidates that differ in network, views and image size,
     with an ensemble of all three in equal shares: "equal". Tests that write to it copy it first."""
-    from ensemble.ensemble import Ensemble, Member, write_ensemble
+    from ensemble.file import Ensemble, Member, write_ensemble
     from trainables.config import TrialConfig
-    from trainables.data import prepare
+    from trainables.data.prepare import prepare
+    from trainables.data.splits import make_splits, save_splits
+    from trainables.job import Alone, DataSource, Job, Outcome
     from trainables.run_directory import list_candidates
-    from trainables.splits import make_splits, save_splits
     from trainables.storage import write_array, write_json
     from trainables.trial import run_trial
 
@@ -93,11 +105,8 @@ def small_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> UPath
         dataclasses.replace(plain, backbone="vit_scratch", image_size=12, lr=1e-3, precision="bf16"),
     ]
     for number, config in enumerate(configs):
-        job = {
-            "id": f"{number:04}", "config": config.to_dict(), "run": str(run),
-            "data": {"path": str(data.path), "name": "folder", "data_dir": str(pictures), "size": None},
-        }  # fmt: skip
-        assert run_trial(job, lambda metrics: False)["outcome"] == "finished"
+        job = Job(f"{number:04}", config, str(run), DataSource(str(data.path), "folder", str(pictures)))
+        assert run_trial(job, Alone()).outcome is Outcome.FINISHED
     members = tuple(Member(candidate.id, 1 / 3) for candidate in list_candidates(run))
     assert len(members) == 3
     right = sum(candidate.probs("select") for candidate in list_candidates(run)).argmax(1) == data.labels[splits.select]

@@ -8,12 +8,13 @@ import numpy as np
 import optuna
 from upath import UPath
 
+from ensemble.running import EnsembleSoFar
 from search.budget import Budget, WeightStore, parse_keep
-from search.live import EnsembleSoFar
-from search.objective import Contribution
-from search.study import open_study
+from search.study.objective import Contribution
+from search.study.open import open_study
 from search.sweep import Sweep
 from trainables.config import TrialConfig
+from trainables.job import DataSource, Job, Outcome, Result
 from trainables.run_directory import CandidateInfo, write_candidate
 from trainables.storage import write_array, write_json
 
@@ -21,7 +22,7 @@ from trainables.storage import write_array, write_json
 class NoBoard:
     def started(self, id: str, config: TrialConfig) -> None: ...
     def epoch(self, id: str, metrics: dict[str, Any]) -> None: ...
-    def ended(self, id: str, outcome: str, result: dict[str, Any]) -> None: ...
+    def ended(self, id: str, how: str, result: Result) -> None: ...
     def refresh(self) -> None: ...
 
 
@@ -41,7 +42,8 @@ def sweep(run: Path, trials: int | None = 4, deadline: float | None = None, keep
         write_array(UPath(run / "select_labels.npy"), LABELS)
         write_json(UPath(run / "run.json"), {"classes": ["a", "b"], "split_fingerprint": "f"})
     made = Sweep(
-        opened, UPath(run), {"run": str(run)}, Budget(trials, deadline, **asked), {}, NoBoard(),
+        opened, UPath(run), DataSource("/nowhere/x-0123456789abcdef", "folder"), Budget(trials, deadline, **asked),
+        {}, NoBoard(),
         promote=study["pruner"] == "promote", live=EnsembleSoFar(UPath(run), 2),
         contribution=Contribution(LABELS, 2) if study["objective"] == "ensemble" else None,
         store=WeightStore(UPath(run), parse_keep(keep)) if keep else None,
@@ -54,37 +56,35 @@ def scores(accuracy: float, epoch: int = 1) -> dict[str, Any]:
     return {"epoch": epoch, "tune_accuracy": accuracy, "tune_log_loss": 1 - accuracy}
 
 
-def finish(
-    s: Sweep, job: dict[str, Any], accuracy: float = 0.5, seconds: float = 6.0, true: Sequence[float] = (0.5,) * 4
-) -> None:
+def finish(s: Sweep, job: Job, accuracy: float = 0.5, seconds: float = 6.0, true: Sequence[float] = (0.5,) * 4) -> None:
     """As a lane would: the candidate on disk first, then the result. `true`: probabilities of the true classes."""
     metrics = {"tune_accuracy": accuracy, "tune_log_loss": 1 - accuracy, "select_log_loss": 1 - accuracy}
-    epochs = job["config"]["epochs"]
+    epochs = job.config.epochs
     curve = [{"epoch": e + 1, "seconds": seconds * (e + 1) / epochs} for e in range(epochs)]
     info = CandidateInfo(
-        job["id"], TrialConfig.from_dict(job["config"]), metrics, tuple(curve), "finished", seconds=seconds,
+        job.id, job.config, metrics, tuple(curve), "finished", seconds=seconds,
         split_fingerprint="f",
     )  # fmt: skip
     probs = np.where(np.arange(2) == LABELS[:, None], np.array(true)[:, None], 1 - np.array(true)[:, None])
     write_candidate(s.run, info, probs, probs, b"weights")
-    s.finish(job["id"], {"outcome": "finished", **metrics, "seconds": seconds})
+    s.finish(job.id, Result(Outcome.FINISHED, metrics, seconds))
 
 
 def states(s: Sweep) -> list[str]:
     return [trial.state.name for trial in s.study.trials]
 
 
-def take(s: Sweep) -> dict[str, Any]:
+def take(s: Sweep) -> Job:
     job = s.next()
     assert job is not None
     return job
 
 
-def climb(s: Sweep, job: dict[str, Any], accuracy: float, first: int = 1) -> int:
+def climb(s: Sweep, job: Job, accuracy: float, first: int = 1) -> int:
     """Report epochs until the trial is to stop, or has finished; returns the last epoch."""
-    for epoch in range(first, job["config"]["epochs"] + 1):
-        if s.report(job["id"], scores(accuracy, epoch)):
-            s.finish(job["id"], {"outcome": "pruned"})
+    for epoch in range(first, job.config.epochs + 1):
+        if s.report(job.id, scores(accuracy, epoch)):
+            s.finish(job.id, Result(Outcome.PRUNED))
             return epoch
     finish(s, job, accuracy)
-    return job["config"]["epochs"]
+    return job.config.epochs

@@ -6,13 +6,15 @@ import numpy as np
 import optuna
 from upath import UPath
 
-from ensemble.ensemble import Ensemble, write_ensemble
+from ensemble.file import Ensemble, write_ensemble
 from ensemble.select import Select, choose
 from search import run as search_run
 from search.config import SearchConfig
 from search.plan import make_plan
-from search.study import open_study
+from search.study.open import open_study
+from tests.errand import Hear
 from trainables.config import TrialConfig
+from trainables.job import DataSource, Job
 from trainables.run_directory import list_candidates
 from trainables.storage import write_array
 from trainables.trial import run_trial
@@ -24,30 +26,27 @@ def train_run(path: Path, data_dir: Path, trials: int = 3, epochs: int = 4) -> t
     plan = make_plan(config)
     search_run._open_run(plan, config)
     study = open_study(f"sqlite:///{path}/study.db", plan.study, "accuracy", "tpe", "none", 0)
-    job = {
-        "run": str(plan.run), "weights": None, "gpus": 0, "deadline": None,
-        "data": {"path": str(plan.data.path), "name": "folder", "size": None, "data_dir": str(data_dir)},
-    }  # fmt: skip
+    source = DataSource(str(plan.data.path), "folder", str(data_dir))
     for number in range(trials):
         trial = study.ask()
-        values = TrialConfig(
+        config = TrialConfig(
             backbone="speednet", width=0.25, image_size=16, epochs=epochs, batch_size=8, weight_decay=0.0,
             lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), seed=number, precision="fp32",
-        ).to_dict()  # fmt: skip
-        trial.set_user_attr("config", values)
+        )  # fmt: skip
+        trial.set_user_attr("config", config.to_dict())
 
         def report(metrics: dict, trial: optuna.Trial = trial) -> bool:
             trial.report(metrics["tune_accuracy"], metrics["epoch"])
             return False
 
-        result = run_trial({**job, "id": f"{trial.number:04d}", "config": values}, report)
-        trial.set_user_attr("outcome", result["outcome"])
-        study.tell(trial, result["tune_accuracy"])
+        result = run_trial(Job(f"{trial.number:04d}", config, str(plan.run), source), Hear(report))
+        trial.set_user_attr("outcome", result.outcome.value)
+        study.tell(trial, result.metrics["tune_accuracy"])
     _failed(study, "diverged", "loss is nan in epoch 1, step 3")
     _failed(study, "bug", "ValueError: <script>alert(1)</script>", traceback="Traceback ...\n  in <module>")
     pruned = study.ask()
     pruned.suggest_float("lr", 3e-3, 3e-2, log=True)
-    pruned.set_user_attr("config", values)
+    pruned.set_user_attr("config", config.to_dict())
     pruned.set_user_attr("outcome", "pruned")
     pruned.report(0.4, 1)
     study.tell(pruned, state=optuna.trial.TrialState.PRUNED)

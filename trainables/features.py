@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from trainables.augment import Pixels, flips
-from trainables.backbones import WeightSource, head_of
 from trainables.config import TrialConfig
-from trainables.data import Data
+from trainables.data.dataset import Data
 from trainables.inference import autocast, eval_batch
+from trainables.job import WeightSource
+from trainables.models.backbones import head_of
+from trainables.training.augment import Pixels, flips
 
 FORMAT = 2  # of what is stored; in 1, several GPUs had stored features of networks without their activations
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainables.augment import Pixels
 from trainables.config import TestTimeAugmentation
 from trainables.errors import UserError
+from trainables.training.augment import Pixels
 
 EVAL_BATCH = 500
 EVAL_PIXELS_CPU = 150_000  # of a batch on a CPU: larger ones leave its caches, and took twice as long

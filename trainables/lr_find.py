@@ -18,13 +18,15 @@ import numpy as np
 import tyro
 from upath import UPath
 
-from trainables.backbones import WeightSource, find_weights
 from trainables.config import TrialConfig
-from trainables.data import Data, prepare
+from trainables.data.dataset import Data
+from trainables.data.prepare import prepare
+from trainables.data.splits import Splits, make_splits
 from trainables.errors import UserError, exit_on_user_error
-from trainables.learner import Learner
-from trainables.splits import Splits, make_splits
+from trainables.job import WeightSource
+from trainables.models.weights import find_weights
 from trainables.storage import write_bytes
+from trainables.training.learner import Learner
 
 SMOOTHING = 0.9  # of the running mean over steps
 DIVERGED = 4.0  # the test is over when the smoothed loss is that many times its lowest

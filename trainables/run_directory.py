@@ -32,6 +32,7 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from upath import UPath
 
 from trainables.config import TrialConfig
@@ -256,6 +257,21 @@ def refuse_links(run: UPath) -> None:
             f"{run / links[0]} is a symbolic link, which could lead out of the run directory; put the whole run where "
             "there is room, and name that place with --run"
         )
+
+
+def lock_run(run: UPath) -> FileLock | None:
+    """Return a lock that is held until this process ends: two in one run directory would train the same trials.
+
+    None for a remote run, because object stores have no locks. Raises UserError when another process holds it.
+    """
+    if not is_local(run):
+        return None
+    lock = FileLock(str(run / ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another search is at work in {run}; wait for it, or name another run with --run") from None
+    return lock
 
 
 def read_run(run: UPath) -> RunInfo:

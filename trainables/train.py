@@ -16,16 +16,16 @@ import torch
 from torch import nn
 from upath import UPath
 
-from trainables.augment import Pixels
-from trainables.averaging import WeightAverage
-from trainables.backbones import WeightSource
-from trainables.checkpoint import read_checkpoint, write_checkpoint
 from trainables.config import TrialConfig
-from trainables.data import Data
+from trainables.data.dataset import Data
+from trainables.data.splits import Splits
 from trainables.inference import scores
-from trainables.learner import Learner
-from trainables.splits import Splits
+from trainables.job import Outcome, WeightSource
 from trainables.storage import Damaged
+from trainables.training.augment import Pixels
+from trainables.training.averaging import WeightAverage
+from trainables.training.checkpoint import read_checkpoint, write_checkpoint
+from trainables.training.learner import Learner
 
 PLATEAU_EPOCHS = 2
 EXPLODED = 10.0  # an epoch's mean loss of that many times ln(classes) is not going to come back
@@ -51,7 +51,7 @@ class Trained:
         seconds: spent in training steps and evaluation, over all resumptions.
         resumed: after which epochs it was continued from a checkpoint.
         image_size: side in pixels at which the predictions were made.
-        outcome: "finished", "pruned" (report() said stop: then without probs), or "time" (cut at the deadline).
+        outcome: finished, pruned (report() said stop: then without probs), or time (cut at the deadline).
     """
 
     model: nn.Module
@@ -64,7 +64,7 @@ class Trained:
     seconds: float
     resumed: list[int]
     image_size: int
-    outcome: str
+    outcome: Outcome
 
 
 @dataclass
@@ -125,7 +125,7 @@ def train(
     else:
         learner.choose_layout()
 
-    outcome = "finished"
+    outcome = Outcome.FINISHED
     while progress.epoch < config.epochs:
         epoch, started = progress.epoch, time.perf_counter()
         batches = learner.begin_epoch(epoch)
@@ -143,7 +143,7 @@ def train(
             if deadline is not None and (world == 1 or step % 20 == 0):
                 (past,) = learner.over_ranks([float(time.time() > deadline)])
                 if past:
-                    outcome = "time"
+                    outcome = Outcome.TIME
                     break
 
         train_loss = learner.over_ranks([float(total_loss)])[0] / seen
@@ -171,7 +171,7 @@ def train(
             progress.since_best += 1
             if config.schedule == "plateau" and progress.since_best % PLATEAU_EPOCHS == 0:
                 progress.plateau_factor /= 2
-        last = outcome == "time" or progress.epoch == config.epochs
+        last = outcome is Outcome.TIME or progress.epoch == config.epochs
         last = last or bool(config.patience and progress.since_best >= config.patience)
         if checkpoint is not None and not last and learner.rank == 0:
             write_checkpoint(
@@ -180,7 +180,7 @@ def train(
                  "progress": vars(progress)},
             )  # fmt: skip
         if report(progress.curve[-1]) and not last:
-            outcome = "pruned"
+            outcome = Outcome.PRUNED
             break
         if last:
             break
@@ -191,7 +191,7 @@ def train(
     model.eval()
     probs: dict[str, np.ndarray] = {}
     metrics: dict[str, Any] = {}
-    if outcome != "pruned":
+    if outcome is not Outcome.PRUNED:
         for split, indices in (("tune", splits.tune), ("select", splits.select)):
             if not len(indices):
                 continue

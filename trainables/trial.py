@@ -7,9 +7,7 @@ import dataclasses
 import functools
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,89 +16,81 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from upath import UPath
 
-from trainables.backbones import WeightSource
-from trainables.config import TrialConfig
-from trainables.data import Data, prepare
+from trainables.data.dataset import Data
+from trainables.data.prepare import prepare
+from trainables.data.share import open_prepared
+from trainables.data.splits import Splits, load_splits
 from trainables.errors import UserError
 from trainables.features import OutOfTime
+from trainables.job import DataSource, Job, Outcome, Reporter, Result
+from trainables.models.backbones import is_out_of_memory
 from trainables.run_directory import CandidateInfo, read_candidate, remove_checkpoint, write_candidate
-from trainables.share import open_prepared
-from trainables.splits import Splits, load_splits
 from trainables.storage import Damaged, StorageLost, exists
 from trainables.train import Diverged, Trained, train
 
 LATENCY_REPEATS = 5
 
 
-def run_trial(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def run_trial(job: Job, report: Reporter) -> Result:
     """Train one candidate and write it; called on every rank of a lane with the same job.
 
-    `job` is JSON-able: `id`, `config` (TrialConfig as a dict), `run` (path of the run directory), `data` ({"path",
-    "name", "data_dir", "size"}), `weights` (WeightSource as a dict, or None), `gpus` (of this lane), `deadline`
-    (time.time(), or None), `node` (where it runs, for candidate.json; optional).
-
-    Returns plain JSON: `outcome` is "finished", "time" (cut at the deadline, still a candidate), "pruned",
-    "interrupted" (no time left to begin), "storage lost" (the run directory cannot be reached), "out of memory",
-    "diverged" or "invalid"; with it the scores, or `error`. Any other exception is a bug, and the lane's matter; so is
-    the MemoryError of one rank among several.
+    Outcomes are finished, time (cut at the deadline, still a candidate), pruned, interrupted (no time left to begin),
+    storage lost (the run directory cannot be reached), out of memory, diverged or invalid. Any other exception is a
+    bug, and the lane's matter; so is the MemoryError of one rank among several.
     """
     try:
         return _run_trial(job, report)
     except StorageLost as error:
-        return {"outcome": "storage lost", "error": str(error)}
+        return Result(Outcome.STORAGE_LOST, error=str(error))
 
 
-def _run_trial(job: dict[str, Any], report: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    config = TrialConfig.from_dict(job["config"])
-    run = UPath(job["run"])
-    data, splits = _open(job["run"], *sorted(job["data"].items()))
-    weights = WeightSource(**job["weights"]) if job.get("weights") else None
+def _run_trial(job: Job, report: Reporter) -> Result:
+    run = UPath(job.run)
+    data, splits = _open(job.run, job.data)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    written = run / "candidates" / job["id"]
+    written = run / "candidates" / job.id
     if exists(written / "candidate.json"):  # an earlier process got that far and died before it was heard
         info = read_candidate(written).info
-        return {"outcome": info.outcome, **info.metrics, "seconds": info.seconds}
+        return Result(Outcome(info.outcome), info.metrics, info.seconds)
     try:
-        trained = _train_within_memory(config, data, splits, report, weights, run, job)
-        result: dict[str, Any] = {"outcome": trained.outcome, **trained.metrics, "seconds": trained.seconds}
-        if trained.outcome != "pruned" and rank == 0:
-            _write(run, job, config, data, splits, trained)
+        trained = _train_within_memory(job, data, splits, report)
+        result = Result(trained.outcome, trained.metrics, trained.seconds)
+        if trained.outcome.leaves_candidate and rank == 0:
+            _write(job, data, splits, trained)
     except Diverged as error:
-        result = {"outcome": "diverged", "error": str(error)}
+        result = Result(Outcome.DIVERGED, error=str(error))
     except StorageLost:
         raise
     except UserError as error:
-        result = {"outcome": "invalid", "error": str(error)}
+        result = Result(Outcome.INVALID, error=str(error))
     except OutOfTime as error:
-        return {"outcome": "interrupted", "error": str(error)}
+        return Result(Outcome.INTERRUPTED, error=str(error))
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if world > 1:  # the other ranks wait in a collective: only the lane can end them, and name the outcome
             raise MemoryError(reason) from error
-        result = {"outcome": "out of memory", "error": reason}
-    if rank == 0 and result["outcome"] != "pruned":  # or interrupted, which looks the same from here
-        remove_checkpoint(run, job["id"])
+        result = Result(Outcome.OUT_OF_MEMORY, error=reason)
+    if rank == 0 and result.outcome is not Outcome.PRUNED:  # or interrupted, which looks the same from here
+        remove_checkpoint(run, job.id)
     return result
 
 
-def _train_within_memory(
-    config: TrialConfig, data: Data, splits: Splits, report: Callable[[dict[str, Any]], bool],
-    weights: WeightSource | None, run: UPath, job: dict[str, Any],
-) -> Trained:  # fmt: skip
+def _train_within_memory(job: Job, data: Data, splits: Splits, report: Reporter) -> Trained:
     """train(), halving the micro-batch while memory runs out: the effective batch stays what the sampler asked for."""
-    checkpoint = run / "checkpoints" / job["id"] / "state.safetensors"
+    config, run = job.config, UPath(job.run)
+    checkpoint = run / "checkpoints" / job.id / "state.safetensors"
     # without a GPU slot of its own a trial must not take somebody else's
-    device = "cpu" if torch.cuda.is_available() and not job.get("gpus") else None
+    device = "cpu" if torch.cuda.is_available() and not job.gpus else None
     while True:
         try:
             return train(
-                config, data, splits, report, weights=weights, checkpoint=checkpoint,
-                deadline=job.get("deadline"), device=device, tick=getattr(report, "alive", lambda: None),
+                config, data, splits, report, weights=job.weights, checkpoint=checkpoint, deadline=job.deadline,
+                device=device, tick=report.alive,
             )  # fmt: skip
         except Damaged:  # the trial starts anew; on every rank, because all of them read the same file
-            remove_checkpoint(run, job["id"])
+            remove_checkpoint(run, job.id)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error) or (dist.is_initialized() and dist.get_world_size() > 1):
+            if not is_out_of_memory(error) or (dist.is_initialized() and dist.get_world_size() > 1):
                 raise
             if config.accumulate >= config.batch_size:
                 raise torch.OutOfMemoryError(str(error)) from error
@@ -109,25 +99,20 @@ def _train_within_memory(
             torch.cuda.empty_cache()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 @functools.lru_cache(maxsize=2)
-def _open(run: str, *where: tuple[str, Any]) -> tuple[Data, Splits]:
+def _open(run: str, source: DataSource) -> tuple[Data, Splits]:
     """The data and splits of a run; a lane opens them once. A node without the prepared data prepares it itself.
 
     Raises UserError when its images are no longer the run's: the splits would mean other images.
     """
-    data_spec = dict(where)
     try:
-        data = open_prepared(UPath(run), data_spec["path"])
+        data = open_prepared(UPath(run), source.path)
     except StorageLost:
         raise
     except UserError:
-        folder = data_spec["data_dir"]
-        data = prepare(data_spec["name"], Path(folder) if folder else None, size=data_spec["size"])
-        expected = Path(data_spec["path"]).name
+        folder = source.data_dir
+        data = prepare(source.name, Path(folder) if folder else None, size=source.size)
+        expected = Path(source.path).name
         if data.path.name != expected:  # which ends in the fingerprint
             raise UserError(
                 f"the images have changed since {run} began: prepared again they are {data.path.name}, expected "
@@ -136,19 +121,19 @@ def _open(run: str, *where: tuple[str, Any]) -> tuple[Data, Splits]:
     return data, load_splits(UPath(run))
 
 
-def _write(run: UPath, job: dict[str, Any], config: TrialConfig, data: Data, splits: Splits, trained: Trained) -> None:
+def _write(job: Job, data: Data, splits: Splits, trained: Trained) -> None:
     state = {k: v.detach().cpu().contiguous() for k, v in trained.model.state_dict().items()}
     mean, std = (tuple(x.flatten().tolist()) for x in (trained.pixels.mean, trained.pixels.std))
     flops, latency_ms = _cost(trained.model, trained.pixels.mean.device, trained.image_size)
     info = CandidateInfo(
-        id=job["id"],
-        config=dataclasses.replace(config, accumulate=trained.accumulate),
+        id=job.id,
+        config=dataclasses.replace(job.config, accumulate=trained.accumulate),
         num_classes=len(data.classes),
         mean=mean,
         std=std,
         image_size=trained.image_size,
         precision=trained.precision,
-        outcome=trained.outcome,
+        outcome=trained.outcome.value,
         metrics=trained.metrics,
         tune_and_select_shared=splits.shared,
         curve=tuple(trained.curve),
@@ -156,12 +141,14 @@ def _write(run: UPath, job: dict[str, Any], config: TrialConfig, data: Data, spl
         flops=flops,
         latency_ms=latency_ms,
         seconds=round(trained.seconds, 3),
-        node=job.get("node", platform.node()),
+        node=job.node or platform.node(),
         resumed_after_epochs=tuple(trained.resumed),
         split_fingerprint=splits.fingerprint,
         finished=time.time(),
     )
-    write_candidate(run, info, trained.probs.get("select"), trained.probs.get("tune"), save_safetensors(state))
+    write_candidate(
+        UPath(job.run), info, trained.probs.get("select"), trained.probs.get("tune"), save_safetensors(state)
+    )
 
 
 @torch.no_grad()

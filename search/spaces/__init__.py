@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import optuna
 
 from search.config import Scale, Task
+from search.spaces import recipes
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 
@@ -39,8 +40,8 @@ TINY_TRIALS = 4
 
 
 def known_spaces() -> list[str]:
-    """Return the names of the search spaces in this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """Return the names of the search spaces in this folder and of the fixed recipes below it."""
+    return sorted(_modules())
 
 
 def load_space(name: str, scale: Scale = "full") -> Space:
@@ -50,7 +51,7 @@ def load_space(name: str, scale: Scale = "full") -> Space:
     """
     known = known_spaces()
     if name in known:
-        module = importlib.import_module(f"search.spaces.{name}")
+        module = importlib.import_module(_modules()[name])
     elif name.endswith(".py") and Path(name).exists():
         module = _from_file(Path(name))
     else:
@@ -72,6 +73,17 @@ def load_space(name: str, scale: Scale = "full") -> Space:
         return _tiny(config) if tiny else config
 
     return Space(Path(name).stem, TINY_TRIALS if tiny else module.TRIALS, module.BACKBONES, suggest, first)
+
+
+def _modules() -> dict[str, str]:
+    """Module names by the names of the spaces that they are."""
+    places = {"search.spaces": __path__, "search.spaces.recipes": recipes.__path__}
+    return {
+        module.name: f"{package}.{module.name}"
+        for package, path in places.items()
+        for module in pkgutil.iter_modules(path)
+        if not module.ispkg
+    }
 
 
 def _tiny(config: TrialConfig) -> TrialConfig:

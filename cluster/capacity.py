@@ -1,0 +1,100 @@
+"""How many lanes the cluster's machines hold: now, and after others join or leave."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from cluster.connect import Demand, Node, connect, disconnect, in_cluster, nodes
+from cluster.lane import LaneSpec
+from trainables.errors import UserError
+from trainables.job import LaneRequest
+
+MOST_CPU_LANES = 8  # on a machine without GPUs; each lane is a process of its own with a copy of torch
+JOIN_S = 1800.0  # for the first machine of a cluster to come
+LOOK_S = 2.0
+RAY_DIED = "Ray has died on this machine: one of its processes was killed, or memory ran out"
+
+
+@contextmanager
+def connected() -> Iterator[str]:
+    """Ray, as `cluster.connect.connect` finds or starts it, with the dashboard's address; a UserError without it."""
+    try:
+        dashboard = connect()
+    except ConnectionError as error:
+        raise UserError(str(error)) from error
+    try:
+        yield dashboard
+    finally:
+        disconnect()
+
+
+class Lanes:
+    """The cluster's lanes for trials of one size; Ray must be connected.
+
+    `spec` is what one lane takes, by the machines there are at the start. A cluster that has no room for one yet is
+    waited for, up to half an hour; a local Ray without room is a UserError at once.
+    """
+
+    def __init__(self, request: LaneRequest, say: Callable[[str], None] = print) -> None:
+        self.demand = Demand()
+        end, said = time.time() + JOIN_S, False
+        while True:
+            try:
+                self.spec, self.count = lanes_for(nodes(), request)
+                return
+            except UserError as error:
+                if not in_cluster() or time.time() > end:
+                    raise
+                if not said:
+                    say(f"waiting for machines: {error}")
+                    said = True
+            self.demand.keep(request.cpus or 1.0, request.gpus or 0.0, request.workers, lanes=1)
+            time.sleep(LOOK_S)
+
+    def now(self, wanted: int | None) -> int:
+        """How many there are; of an autoscaler those that `wanted` (None: any number of) trials lack are asked for.
+
+        Raises UserError when Ray has died on this machine: a driver that stays behind gets no worker ever again.
+        """
+        machines = nodes()
+        if not any(node.here for node in machines):
+            raise UserError(f"{RAY_DIED}; the same command continues")
+        self.count = count_lanes(machines, self.spec)
+        lacking = sys.maxsize if wanted is None else max(0, wanted - self.count)
+        self.demand.keep(self.spec.cpus, self.spec.gpus, self.spec.workers, lacking)
+        return self.count
+
+
+def lanes_for(machines: Sequence[Node], request: LaneRequest) -> tuple[LaneSpec, int]:
+    """What one lane takes and how many lanes these machines hold; raises UserError when they hold none."""
+    gpus, workers = request.gpus, request.workers
+    if gpus is None:
+        gpus = 1.0 if any(node.gpus for node in machines) else 0.0
+    shares = []  # CPU slots for one worker, on every machine that can have any
+    for node in machines:
+        places = _gpu_places(node, gpus) if gpus else min(int(node.cpus), max(workers, MOST_CPU_LANES))
+        shares += [float(node.cpus // places)] if places else []
+    cpus = request.cpus or max(1.0, min(shares, default=1.0))
+    spec = LaneSpec(workers=workers, cpus=cpus, gpus=gpus)
+    lanes = count_lanes(machines, spec)
+    if lanes < 1:
+        has = " + ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in machines)
+        raise UserError(
+            f"a trial needs {workers} x ({cpus:g} CPUs, {gpus:g} GPUs), but there are {has or 'none'}; "
+            "lower --cpus-per-trial, --gpus-per-trial or --workers-per-trial"
+        )
+    return spec, lanes
+
+
+def _gpu_places(node: Node, gpus: float) -> int:
+    """How many workers its GPUs hold; a share lies on one GPU, never on parts of two."""
+    return int(node.gpus) * int(1 / gpus) if gpus < 1 else int(node.gpus / gpus)
+
+
+def count_lanes(machines: Sequence[Node], spec: LaneSpec) -> int:
+    """How many lanes of this size the machines hold; the workers of one lane may be on several."""
+    places = [
+        min(int(node.cpus / spec.cpus), _gpu_places(node, spec.gpus) if spec.gpus else sys.maxsize) for node in machines
+    ]
+    return sum(places) // spec.workers

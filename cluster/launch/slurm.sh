@@ -1,0 +1,60 @@
+#!/bin/bash
+# A sweep in one Slurm allocation: a Ray head on its first node, workers on the others, the sweep on the head.
+#
+#   sbatch --nodes=4 --gpus-per-node=4 --cpus-per-task=32 --time=04:00:00 cluster/launch/slurm.sh \
+#       --data folder --data-dir /shared/PHOTOS --run /shared/runs/NAME --minutes 225
+#
+# Submit it from this repository, on a file system that all nodes see; what follows the script's name goes to
+# python -m search.run. A node's CPUs are shared out to its GPUs: with fewer CPUs than GPUs some would stay idle.
+# PYTHON names the interpreter of an environment with Ninefold in it (default: .venv/bin/python).
+# Two minutes before the time limit the sweep is stopped; the same command goes on with it.
+#SBATCH --job-name=ninefold
+#SBATCH --ntasks-per-node=1
+#SBATCH --output=ninefold-%j.log
+#SBATCH --signal=B:TERM@120
+set -euo pipefail
+
+python=$(realpath -s "${PYTHON:-.venv/bin/python}")
+ray="$(dirname "$python")/ray"
+PATH="$(dirname "$python"):$PATH"
+nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
+head=${nodes[0]}
+ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
+port=$((20000 + SLURM_JOB_ID % 20000))                    # several jobs may share a node
+
+# Only whoever has the token, which is new for every job, can use the cluster.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_TMPDIR="/tmp/ray-$SLURM_JOB_ID"
+RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+resources=(--num-cpus="${SLURM_CPUS_ON_NODE:-1}")
+[ -z "${SLURM_GPUS_ON_NODE:-}" ] || resources+=(--num-gpus="$SLURM_GPUS_ON_NODE")
+common=(--block --disable-usage-stats --temp-dir="$RAY_TMPDIR" "${resources[@]}")
+
+pids=()
+srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" --export=ALL \
+    "$ray" start --head --node-ip-address="$ip" --port="$port" --dashboard-host=127.0.0.1 \
+    --dashboard-port=$((port + 20000)) --ray-client-server-port=$((port + 20001)) "${common[@]}" &
+pids+=($!)
+for node in "${nodes[@]:1}"; do
+    srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --export=ALL \
+        bash -c 'until "$0" health-check --address "$1" 2>/dev/null; do sleep 1; done; shift; exec "$0" start "$@"' \
+        "$ray" "$ip:$port" --address="$ip:$port" "${common[@]}" &
+    pids+=($!)
+done
+until "$ray" health-check --address "$ip:$port" 2>/dev/null; do
+    kill -0 "${pids[0]}"                                  # the head has ended: so does this script
+    sleep 1
+done
+
+# The sweep runs in the background, so that this shell hears Slurm's signal and can pass it on.
+RAY_ADDRESS="$ip:$port" "$python" -m search.run "$@" &
+sweep=$!
+trap 'kill -TERM $sweep' TERM
+code=0
+wait $sweep || code=$?
+if kill -0 $sweep 2>/dev/null; then                       # `wait` was cut short by the signal
+    code=0
+    wait $sweep || code=$?
+fi
+kill "${pids[@]}" 2>/dev/null || true
+wait || true
+exit $code

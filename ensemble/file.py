@@ -1,0 +1,248 @@
+"""What an ensemble is: members with weights, how their predictions combine, and the JSON file that says so."""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from upath import UPath
+
+from ensemble.selection.blend import Blend, Probs, Stack, combine
+from trainables.errors import UserError
+from trainables.run_directory import ID, Candidate, read_candidate, refuse_links, safe_id
+from trainables.storage import exists, is_link, is_local, list_folder, parse, read_json, write_json
+
+__all__ = [
+    "Ensemble",
+    "Member",
+    "combine",
+    "list_ensembles",
+    "read_ensemble",
+    "relative_run",
+    "run_of",
+    "write_ensemble",
+]
+
+
+def relative_run(run: UPath, home: UPath) -> str:
+    """How an ensemble in `home` names another run: relative where both are local, so that they move together."""
+    if run == home:
+        return ""
+    if is_local(run) and is_local(home):
+        return os.path.relpath(str(run), str(home))
+    return str(run)
+
+
+def run_of(runs: Sequence[UPath], name: str) -> UPath:
+    """The run that an ensemble calls `name`, among those that the user named: the ensemble's own first.
+
+    No other is opened, because a file could name any path or address. Raises UserError when it is not among them.
+    """
+    home = runs[0]
+    if not name:
+        return home
+    for run in runs[1:]:
+        place = str(run) if "://" in name else os.path.abspath(str(run))
+        if place == (name if "://" in name else os.path.abspath(os.path.join(str(home), name))):
+            return run
+    raise UserError(f"the ensemble has members of the run {name}; name it, too: --run {home} --run {name}")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One candidate in an ensemble.
+
+    Attributes:
+        id: the candidate's.
+        weight: its share of the average, above 0; all members' sum to 1.
+        run: the run directory that holds it, when that is another one than the ensemble's; see `run_of`.
+        temperature: by which its log-probabilities are divided before they are averaged; 1 leaves them as they are.
+    """
+
+    id: str
+    weight: float
+    run: str = ""
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        safe_id(self.id, "a member's id")
+        if not 0 <= self.weight <= 1 + 1e-6 or not 0 < self.temperature < np.inf:
+            raise ValueError(f"member {self.id} has weight {self.weight} and temperature {self.temperature}")
+
+    def candidate(self, runs: Sequence[UPath]) -> Candidate:
+        """The candidate itself; raises UserError when it is not there. runs: the ensemble's own first; see `run_of`."""
+        run = run_of(runs, self.run)
+        path = run / "candidates" / self.id
+        if not exists(path / "candidate.json"):
+            raise UserError(f"{run} has no candidate {self.id}, which the ensemble needs; select again")
+        return read_candidate(path)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """What ensembles/<name>.json holds.
+
+    Attributes:
+        name: the file's.
+        members: heaviest first.
+        selector: which one chose them, for example "greedy".
+        split_fingerprint: of the splits that it was chosen on.
+        scores: `scores["select"]` is the ensemble on the select split: `accuracy` with its 95 % `interval`, `log_loss`,
+            `brier`, `ece`, and where that was measured: `split`, `images`, `shared` (the split also served to tune).
+            `scores["best_single"]` is the same for the most accurate single candidate, with its `id`;
+            `scores["gain"]` is the difference, `scores["cross_validated"]` (of `auto`) what to expect on new images.
+        stack: the linear layer that replaces the weighted average when the selector is "stacking".
+        temperature: by which the log-probabilities of the average are divided in the end; 1 leaves them as they are.
+        options: what the selector was asked for.
+        left_out: candidates that could not be used, by id, with the reason.
+        frontier: the best ensemble within each latency: `latency_ms`, `members`, `accuracy`, `log_loss`.
+        insight: what each member is good for; see ensemble.explain.
+        created: seconds since the epoch.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    selector: str
+    split_fingerprint: str
+    scores: dict[str, Any]
+    stack: Stack | None = None
+    temperature: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    frontier: tuple[dict[str, Any], ...] = ()
+    insight: dict[str, Any] = field(default_factory=dict)
+    created: float = 0.0
+
+    def predict(self, probs: Probs) -> np.ndarray:
+        """The ensemble's probabilities, float32 (N, C), from those of its members, in their order."""
+        temperatures = np.array([member.temperature for member in self.members])
+        return Blend(self.weights, temperatures, self.stack, self.temperature)(probs)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(len(members),) float64, in the members' order."""
+        return np.array([member.weight for member in self.members])
+
+    def single(self) -> Member | None:
+        """The best single model that the ensemble was compared with, alone; None when its scores do not name it."""
+        named = self.scores.get("best_single", {})
+        id, run = named.get("id"), named.get("run", "")
+        return Member(id, 1.0, run) if isinstance(id, str) and isinstance(run, str) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; what is empty is left away, so that a plain average reads as one."""
+        members = []
+        for member in self.members:
+            entry: dict[str, Any] = {"id": member.id, "weight": member.weight}
+            if member.run:
+                entry["run"] = member.run
+            if member.temperature != 1:
+                entry["temperature"] = member.temperature
+            members.append(entry)
+        values: dict[str, Any] = {
+            "name": self.name,
+            "members": members,
+            "selector": self.selector,
+            "options": self.options,
+            "split_fingerprint": self.split_fingerprint,
+            "scores": self.scores,
+            "left_out": self.left_out,
+            "created": self.created or time.time(),
+        }
+        if self.temperature != 1:
+            values["temperature"] = self.temperature
+        if self.stack is not None:
+            values["stack"] = {
+                "coefficients": self.stack.coefficients.tolist(),
+                "intercept": self.stack.intercept.tolist(),
+            }
+        if self.frontier:
+            values["frontier"] = list(self.frontier)
+        if self.insight:
+            values["insight"] = self.insight
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], name: str) -> "Ensemble":
+        """The inverse of `to_dict`; needs only `members`. Its name is the file's. Raises UserError for damage."""
+        if "members" not in values:
+            raise UserError(f"ensemble {name} is damaged: expected members: [{{id, weight}}]; select again")
+        try:
+            found = parse({**values, "name": name}, _File, f"ensemble {name}")
+            stack = None if found.stack is None else _stack(found.stack, len(found.members))
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"ensemble {name} is damaged ({error}); select again") from None
+        total = sum(member.weight for member in found.members)
+        if not found.members or abs(total - 1) > 1e-3 or not 0 < found.temperature < np.inf:
+            raise UserError(f"ensemble {name} is damaged: its weights sum to {total:g}, expected 1; select again")
+        return cls(**{key: getattr(found, key) for key in _PLAIN}, stack=stack)
+
+
+@dataclass(frozen=True)
+class _File:
+    """An ensemble as its file has it; see Ensemble."""
+
+    name: str
+    members: tuple[Member, ...]
+    selector: str = "unknown"
+    split_fingerprint: str = ""
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stack: dict[str, Any] | None = None
+    temperature: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    frontier: tuple[dict[str, float], ...] = ()
+    insight: dict[str, Any] = field(default_factory=dict)
+    created: float = 0.0
+
+
+_PLAIN = tuple(part.name for part in dataclasses.fields(_File) if part.name != "stack")
+
+
+def write_ensemble(run: UPath, ensemble: Ensemble) -> UPath:
+    """Write ensembles/<name>.json, whole or not at all, and return its path."""
+    refuse_links(run)
+    path = run / "ensembles" / f"{safe_id(ensemble.name, 'the name of an ensemble')}.json"
+    write_json(path, ensemble.to_dict())
+    return path
+
+
+def read_ensemble(run: UPath, name: str | None = None) -> Ensemble:
+    """The ensemble of that name, or the one written last. Raises UserError when there is none."""
+    files = _files(run)
+    if not files:
+        raise UserError(f"{run} has no ensemble yet; make one with python -m ensemble.select --run {run}")
+    if name is None:
+        name = max(files, key=lambda stem: files[stem].stat().st_mtime)
+    if name not in files:
+        raise UserError(f"{run} has no ensemble {name}; it has {', '.join(sorted(files))}")
+    return Ensemble.from_dict(read_json(files[name]), name)
+
+
+def list_ensembles(run: UPath) -> list[Ensemble]:
+    """Every ensemble of a run that can be read."""
+    found = []
+    for name, path in sorted(_files(run).items()):
+        with contextlib.suppress(UserError, OSError):
+            found.append(Ensemble.from_dict(read_json(path), name))
+    return found
+
+
+def _files(run: UPath) -> dict[str, UPath]:
+    return {
+        path.stem: path
+        for path in list_folder(run / "ensembles")
+        if path.suffix == ".json" and ID.fullmatch(path.stem) and not is_link(path)
+    }
+
+
+def _stack(values: dict[str, Any], members: int) -> Stack:
+    stack = Stack(np.array(values["coefficients"], np.float64), np.array(values["intercept"], np.float64))
+    classes = len(stack.intercept)
+    if stack.coefficients.shape != (classes, members, classes) or not np.isfinite(stack.coefficients).all():
+        raise ValueError(f"coefficients {stack.coefficients.shape}")
+    return stack

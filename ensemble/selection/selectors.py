@@ -1,0 +1,168 @@
+"""The selectors: which candidates to average, and with what weights. Pure functions: arrays in, weights out.
+
+Every selector is `f(probs, labels, limits, ...) -> weights`:
+
+    probs   (M, N, C) float, rows sum to 1, or a sequence of M arrays (N, C) such as memory maps
+    labels  (N,) int, 0..C-1
+    limits  how many members, at what cost (ensemble.limits)
+    weights (M,) float64, non-negative, sum 1, at most limits.k of them above 0
+
+None of them changes its input; all are deterministic for a seed. Candidates are expected in the order of their ids, for
+"the first one" is how the last tie is broken.
+"""
+
+from typing import Literal, get_args
+
+import numpy as np
+
+from ensemble.selection.blend import Probs, combine
+from ensemble.selection.limits import NOTHING_FITS, Limits
+from ensemble.selection.metrics import SCORES
+from ensemble.selection.scorers import Accuracy, Brier, LogLoss, Scorer, true_probs
+from trainables.errors import UserError
+
+Score = Literal["log_loss", "brier", "accuracy"]
+NINE = Limits()
+
+
+def best_single(probs: Probs, labels: np.ndarray, limits: Limits = NINE, score: Score = "log_loss") -> np.ndarray:
+    """All the weight on the candidate with the best score among those that fit the budgets."""
+    return _one_hot(len(probs), _first_allowed(scorer(probs, labels, score), limits))
+
+
+def greedy(
+    probs: Probs,
+    labels: np.ndarray,
+    limits: Limits = NINE,
+    score: Score = "log_loss",
+    steps: int = 50,
+) -> np.ndarray:
+    """Add, with replacement, whichever candidate helps the average most; keep the best prefix.
+
+    Args:
+        score: what is minimised (accuracy: maximised). log_loss is smooth and overfits least.
+        steps: most additions, so weights are multiples of 1 / steps or coarser.
+
+    Ties go to an existing member, then to the lower log-loss, then to the first candidate.
+    Source: Caruana et al. 2004, "Ensemble Selection from Libraries of Models".
+    """
+    return grow(scorer(probs, labels, score), limits, steps)
+
+
+def grow(scorer: Scorer, limits: Limits = NINE, steps: int = 50) -> np.ndarray:
+    """The greedy selector itself, over a scorer that nothing has been added to yet.
+
+    What limits.min_per_group demands is in from the beginning.
+    """
+    counts = np.zeros(len(scorer.singles), np.int64)
+    best_loss, best = np.inf, counts
+    for m in limits.quota(scorer.order):
+        best_loss = float(scorer.losses(np.array([m]))[0])
+        scorer.add(int(m))
+        counts[m] += 1
+        best = counts.copy()
+    while counts.sum() < steps or not best.any():
+        allowed = np.flatnonzero(limits.allowed(counts > 0))
+        losses = scorer.losses(allowed, best_only=True)
+        tied = allowed[losses == losses.min()]
+        if len(tied) > 1:
+            tied = tied[np.lexsort((scorer.ties(tied), counts[tied] == 0))]
+        scorer.add(int(tied[0]))
+        counts[tied[0]] += 1
+        if losses.min() < best_loss:
+            best_loss, best = float(losses.min()), counts.copy()
+    return best / best.sum()
+
+
+def uniform(probs: Probs, labels: np.ndarray, limits: Limits = NINE, score: Score = "log_loss") -> np.ndarray:
+    """Equal weights on the best n singles, for the n from 1 to limits.k that scores best as an average.
+
+    With a budget, candidates that no longer fit are passed over.
+    """
+    return uniform_from(scorer(probs, labels, score), limits)
+
+
+def uniform_from(growing: Scorer, limits: Limits) -> np.ndarray:
+    """`uniform` over a scorer that nothing has been added to yet."""
+    members = np.zeros(len(growing.singles), bool)
+    quota = limits.quota(growing.order)
+    best_loss, best = np.inf, members
+    for m in [*quota, *growing.order]:
+        if members[m] or not limits.allowed(members)[m]:
+            continue
+        loss = float(growing.losses(np.array([m]))[0])
+        growing.add(int(m))
+        members[m] = True
+        if members.sum() >= len(quota) and loss < best_loss:
+            best_loss, best = loss, members.copy()
+    return best / best.sum()
+
+
+def accuracy_weighted(probs: Probs, labels: np.ndarray, limits: Limits = NINE, threshold: float = 0.0) -> np.ndarray:
+    """Weights in proportion to accuracy, over the limits.k most accurate candidates that reach the threshold.
+
+    threshold: accuracy, 0 to 1. Members that limits.min_per_group demands are in whatever their accuracy: "at least one
+    of each architecture, and everything above 94 %" is min_per_group=1, threshold=0.94. Without such a demand the best
+    single candidate takes all where the average is less accurate than it.
+    """
+    accurate = scorer(probs, labels, "accuracy")
+    members = np.zeros(len(probs), bool)
+    members[limits.quota(accurate.order)] = True
+    for m in accurate.order:
+        if -accurate.singles[m] >= threshold and limits.allowed(members)[m]:
+            members[m] = True
+    if not members.any():
+        members[_first_allowed(accurate, limits)] = True
+    weights = np.where(members, np.maximum(-accurate.singles, 1e-9), 0.0)
+    return not_worse(weights / weights.sum(), probs, labels, limits, "accuracy")
+
+
+def trim(weights: np.ndarray, limits: Limits, order: np.ndarray) -> np.ndarray:
+    """The heaviest candidates that the limits admit, scaled to sum 1.
+
+    weights: (M,), non-negative; order: (M,) candidates from best to worst, which breaks ties and meets quotas.
+    """
+    members = np.zeros(len(weights), bool)
+    members[limits.quota(order)] = True
+    heaviest = order[np.argsort(-weights[order], kind="stable")]
+    for m in heaviest:
+        if weights[m] > 0 and limits.allowed(members)[m]:
+            members[m] = True
+    if not members.any():
+        members[heaviest[0]] = True
+    smallest = weights[members & (weights > 0)].min(initial=1.0)
+    kept = np.where(members, np.maximum(weights, smallest), 0.0)
+    return kept / kept.sum()
+
+
+def not_worse(weights: np.ndarray, probs: Probs, labels: np.ndarray, limits: Limits, score: Score) -> np.ndarray:
+    """`weights`, or the best single candidate where that scores better and no quota forbids it."""
+    if limits.min_per_group:
+        return weights
+    single = best_single(probs, labels, limits, score)
+    loss = SCORES[score]
+    return weights if loss(combine(probs, weights), labels) <= loss(combine(probs, single), labels) else single
+
+
+def scorer(probs: Probs, labels: np.ndarray, score: Score) -> Scorer:
+    """A scorer of that name, with nothing added to it yet; raises UserError for an unknown one."""
+    if score == "log_loss":
+        return LogLoss(true_probs(probs, labels))
+    if score == "brier":
+        return Brier(probs, labels)
+    if score == "accuracy":
+        return Accuracy(probs, labels)
+    raise UserError(f"unknown score {score!r}, expected {', '.join(get_args(Score))}")
+
+
+def _first_allowed(scorer: Scorer, limits: Limits) -> int:
+    fits = limits.allowed(np.zeros(len(scorer.singles), bool))
+    if not fits.any():
+        raise UserError(NOTHING_FITS)
+    return int(next(m for m in scorer.order if fits[m]))
+
+
+def _one_hot(models: int, chosen: int) -> np.ndarray:
+    weights = np.zeros(models)
+    weights[chosen] = 1.0
+    return weights

@@ -1,0 +1,286 @@
+"""Lanes with real Ray, without Tune: this process plays the Tune actor."""
+
+import asyncio
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import lane as worker
+from cluster.connect import connect, disconnect
+from cluster.lane import Broken, LaneLost, LaneSpec, Mailbox, Raised, Reported, Returned, run_in_lane
+from tests.errand import errand
+from trainables.job import Outcome, Result
+
+ONE = LaneSpec(workers=1, cpus=1)
+TWO = LaneSpec(workers=2, cpus=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # Ray's processes import targets
+        connect(cpus=2)
+    yield
+    worker._close_lane()
+    disconnect()
+
+
+# Targets, importable by the lane's workers.
+
+
+def count_epochs(job, report):
+    """Reports `epochs` epochs, going on from a checkpoint file if there is one; may do something bad in one of them."""
+    job = job.options
+    checkpoint = Path(job["checkpoint"]) if "checkpoint" in job else None
+    first = int(checkpoint.read_text()) if checkpoint and checkpoint.exists() else 0
+    for epoch in range(first, job["epochs"]):
+        if epoch == job.get("raise_at"):
+            raise ValueError("no such\nbackbone")
+        if epoch == job.get("hang_at") and not (first and job.get("once")):
+            time.sleep(600)
+        if checkpoint:
+            checkpoint.write_text(str(epoch + 1))
+        if report({"epoch": epoch, "pid": os.getpid()}):
+            return Result(Outcome.PRUNED)
+        held = epoch == job.get("held_at") and not first
+        end = time.monotonic() + (60 if held else job.get("epoch_s", 0))
+        while time.monotonic() < end:
+            report.alive()
+            time.sleep(0.02)
+    return "no result" if "odd" in job else Result(Outcome.FINISHED, {"first": first, "pid": os.getpid()})
+
+
+def train_together(job, report):
+    """Two ranks sum their ranks each epoch; one may raise alone, leaving the other in the collective."""
+    import torch
+    import torch.distributed as dist
+
+    rank, job = dist.get_rank(), job.options
+    for epoch in range(job["epochs"]):
+        if rank == 1 and job.get("raise_alone"):
+            raise ValueError("only rank 1")
+        if rank == 1 and job.get("run_out_of_memory"):
+            raise MemoryError("only rank 1 ran out")
+        if job.get("raise_together"):
+            raise ValueError("both")
+        total = torch.tensor([rank + 1])
+        dist.all_reduce(total)
+        abandon = report({"epoch": epoch, "total": total.item()})
+        note = {"pid": os.getpid(), "abandoned_at": epoch if abandon else None}
+        Path(job["folder"], f"rank{rank}.json").write_text(json.dumps(note))
+        if abandon:
+            return Result(Outcome.PRUNED)
+    return Result(Outcome.FINISHED)
+
+
+class Stopped(BaseException):
+    """What tune.report raises in a trial that Tune stops is no Exception either."""
+
+
+class Collect:
+    """A report function that remembers, and does something at one epoch."""
+
+    def __init__(self, at=None, do=None):
+        self.epochs, self.pids, self.at, self.do = [], [], at, do
+
+    def __call__(self, metrics):
+        self.epochs.append(metrics["epoch"])
+        self.pids.append(metrics.get("pid"))
+        if metrics["epoch"] == self.at:
+            self.at = None  # once: a restarted lane may report this epoch again
+            self.do(metrics)
+
+
+def stop(metrics):
+    raise Stopped
+
+
+def kill(metrics):
+    os.kill(metrics["pid"], signal.SIGKILL)
+
+
+def test_one_lane_trains_trial_after_trial():
+    reports = [Collect() for _ in range(3)]
+    results = [run_in_lane(count_epochs, ONE, errand(epochs=4), report) for report in reports]
+    assert [report.epochs for report in reports] == [[0, 1, 2, 3]] * 3
+    assert {result.outcome for result in results} == {Outcome.FINISHED}
+    assert len({result.metrics["pid"] for result in results}) == 1
+    assert results[0].metrics["pid"] != os.getpid()
+
+
+def test_a_stopped_trial_is_abandoned_at_its_next_epoch_and_the_next_one_starts():
+    before = run_in_lane(count_epochs, ONE, errand(epochs=1), Collect())
+    report = Collect(at=1, do=stop)
+    with pytest.raises(Stopped):
+        run_in_lane(count_epochs, ONE, errand(epochs=10_000, epoch_s=0.1), report)
+    assert report.epochs == [0, 1]
+    after = Collect()
+    result = run_in_lane(count_epochs, ONE, errand(epochs=2), after)  # never, if the 10,000 went on
+    assert after.epochs == [0, 1]
+    assert result.metrics["pid"] == before.metrics["pid"]
+
+
+def test_a_bug_in_the_target_returns_its_traceback_and_the_lane_lives_on():
+    before = run_in_lane(count_epochs, ONE, errand(epochs=1), Collect())
+    report = Collect()
+    result = run_in_lane(count_epochs, ONE, errand(epochs=4, raise_at=2), report)
+    assert report.epochs == [0, 1]
+    assert (result.outcome, result.error) == ("bug", "ValueError: no such")
+    assert "in count_epochs" in result.traceback
+    assert run_in_lane(count_epochs, ONE, errand(epochs=1), Collect()).metrics["pid"] == before.metrics["pid"]
+
+
+def test_a_long_epoch_with_signs_of_life_is_no_hang():
+    job = {"epochs": 1, "epoch_s": 8, "hang_s": 6}
+    before = run_in_lane(count_epochs, ONE, errand(epochs=1), Collect())
+    assert run_in_lane(count_epochs, ONE, errand(**job), Collect()).metrics["pid"] == before.metrics["pid"]
+
+
+def test_what_is_no_result_is_the_targets_bug():
+    result = run_in_lane(count_epochs, ONE, errand(epochs=1, odd=True), Collect())
+    assert (result.outcome, result.error) == ("bug", "TypeError: the target returned str, expected a Result")
+
+
+def test_the_job_of_a_killed_worker_goes_on_from_its_checkpoint_in_a_new_lane(tmp_path):
+    report = Collect(at=2, do=kill)
+    job = {"epochs": 5, "held_at": 2, "checkpoint": str(tmp_path / "epoch")}
+    with pytest.raises(LaneLost):
+        run_in_lane(count_epochs, ONE, errand(**job), report)
+    result = run_in_lane(count_epochs, ONE, errand(**job), report)
+    assert result.outcome == "finished"
+    assert result.metrics["first"] == 3
+    assert report.epochs == [0, 1, 2, 3, 4]
+    assert len(set(report.pids)) == 2
+
+
+def test_a_job_that_hangs_is_a_bug_and_the_next_one_continues_from_its_checkpoint(tmp_path):
+    job = errand(epochs=3, hang_at=1, once=True, hang_s=5, checkpoint=str(tmp_path / "epoch"))
+    result = run_in_lane(count_epochs, ONE, job, Collect())
+    assert result.outcome is Outcome.BUG
+    assert "training function hung" in result.error
+    report = Collect()
+    result = run_in_lane(count_epochs, ONE, job, report)
+    assert (result.outcome, result.metrics["first"]) == ("finished", 1)
+    assert report.epochs == [1, 2]
+
+
+def test_a_trial_that_is_stopped_where_it_waits_trains_no_further_epoch(tmp_path):
+    """Before: the ranks were told to go on before the verdict, so a stop cost the next epoch, too."""
+    checkpoint = tmp_path / "epoch"
+    job = errand(epochs=100, epoch_s=0.05, checkpoint=str(checkpoint), stops_at=(2,))
+    report = Collect(at=2, do=stop)
+    with pytest.raises(Stopped):
+        run_in_lane(count_epochs, ONE, job, report)
+    assert run_in_lane(count_epochs, ONE, errand(epochs=0), Collect()).outcome is Outcome.FINISHED
+    assert checkpoint.read_text() == "3"  # of epochs 0 to 2
+    report = Collect()
+    assert run_in_lane(count_epochs, ONE, errand(epochs=4, stops_at=(1, 2)), report).outcome is Outcome.FINISHED
+    assert report.epochs == [0, 1, 2, 3]
+
+
+def test_two_ranks_abandon_a_trial_and_fail_together(tmp_path):
+    def notes():
+        return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+    job = {"epochs": 3, "folder": str(tmp_path)}
+    totals = []
+    result = run_in_lane(train_together, TWO, errand(**job), lambda metrics: totals.append(metrics["total"]))
+    assert (result.outcome, totals) == ("finished", [3, 3, 3])
+    first = notes()
+
+    with pytest.raises(Stopped):
+        run_in_lane(train_together, TWO, errand(**{**job, "epochs": 1_000_000}), Collect(at=1, do=stop))
+    result = run_in_lane(train_together, TWO, errand(**{**job, "raise_together": True}), Collect())
+    assert (result.outcome, result.error) == ("bug", "ValueError: both")
+    abandoned = notes()
+    assert abandoned[0]["abandoned_at"] is not None
+    assert abandoned[0]["abandoned_at"] == abandoned[1]["abandoned_at"]
+
+    assert run_in_lane(train_together, TWO, errand(**job), Collect()).outcome == "finished"
+    assert [note["pid"] for note in notes()] == [note["pid"] for note in abandoned] == [note["pid"] for note in first]
+
+
+# The mailbox by itself.
+
+
+def in_mailbox(workers, conversation):
+    async def run():
+        return await conversation(Mailbox(workers))
+
+    return asyncio.run(run())
+
+
+def test_all_ranks_get_the_same_job_even_if_one_was_given_up_before_they_asked():
+    async def conversation(mailbox):
+        first = asyncio.create_task(mailbox.take(0))
+        given_up = await mailbox.submit(errand("a"))
+        await mailbox.abandon(given_up)
+        await mailbox.submit(errand("b"))
+        await asyncio.sleep(0)
+        return await asyncio.gather(first, mailbox.take(1))
+
+    assert in_mailbox(2, conversation) == [(2, errand("b"))] * 2
+
+
+BUG = Result(Outcome.BUG, error="e", traceback="t")
+
+
+def test_ranks_that_disagree_break_the_lane():
+    async def conversation(mailbox):
+        number = await mailbox.submit(errand())
+        await asyncio.gather(mailbox.take(0), mailbox.take(1))
+        answers = await asyncio.gather(
+            mailbox.meet(0, number, Reported({"epoch": 0})), mailbox.meet(1, number, Raised(BUG))
+        )
+        return answers, await mailbox.next_event(number, 1)
+
+    assert in_mailbox(2, conversation) == (["broken", "broken"], Broken(BUG))
+
+
+def test_out_of_memory_on_any_rank_is_what_the_lane_reports():
+    full = Result(Outcome.OUT_OF_MEMORY, error="e")
+
+    async def conversation(mailbox):
+        number = await mailbox.submit(errand())
+        await asyncio.gather(mailbox.take(0), mailbox.take(1))
+        answers = await asyncio.gather(
+            mailbox.meet(0, number, Raised(Result(Outcome.BUG, error="peer gone"))),
+            mailbox.meet(1, number, Raised(full)),
+        )
+        return answers, await mailbox.next_event(number, 1)
+
+    assert in_mailbox(2, conversation) == (["broken", "broken"], Broken(full))
+
+
+def test_ranks_still_busy_with_a_trial_that_was_given_up_hear_so_and_their_events_are_dropped():
+    async def conversation(mailbox):
+        old = await mailbox.submit(errand())
+        await mailbox.take(0)
+        await mailbox.abandon(old)
+        new = await mailbox.submit(errand())
+        answer = await mailbox.meet(0, old, Reported({"epoch": 5}))
+        await mailbox.meet(0, old, Returned(Result(Outcome.PRUNED)))
+        await mailbox.take(0)
+        await mailbox.meet(0, new, Reported({"epoch": 0}))
+        return answer, await mailbox.next_event(new, 1)
+
+    assert in_mailbox(1, conversation) == ("abandon", Reported({"epoch": 0}))
+
+
+@pytest.mark.parametrize("verdict", ["go on", "abandon"])
+def test_ranks_wait_for_the_verdict_where_the_trial_may_be_stopped(verdict):
+    async def conversation(mailbox):
+        number = await mailbox.submit(errand())
+        await asyncio.gather(mailbox.take(0), mailbox.take(1))
+        waiting = [asyncio.create_task(mailbox.meet(rank, number, Reported({}, awaited=True))) for rank in (0, 1)]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not any(task.done() for task in waiting)
+        await (mailbox.proceed(number) if verdict == "go on" else mailbox.abandon(number))
+        return await asyncio.gather(*waiting)
+
+    assert in_mailbox(2, conversation) == [verdict] * 2

@@ -1,0 +1,406 @@
+"""ensemble.serve: a real server in a process of its own, on a free port of the loopback interface."""
+
+import contextlib
+import dataclasses
+import http.client
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from upath import UPath
+
+from ensemble.file import Member, read_ensemble, write_ensemble
+from ensemble.predict import Voters
+from ensemble.selection.blend import scale
+from ensemble.serve import app as serving
+from ensemble.serve.answer import LARGEST_BATCH, Batcher
+from ensemble.serve.app import Serve, gpu_share
+from ensemble.serve.page import answer_html
+from trainables.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 240  # seconds that a start may take on a busy machine
+
+
+class Server:
+    """`python -m ensemble.serve` as a user would start it, with its temporary files in a folder of their own."""
+
+    def __init__(self, run: UPath, temporary: Path, *args: str) -> None:
+        self.temporary = temporary
+        command = [sys.executable, "-m", "ensemble.serve", "--run", str(run), "--port", "0", "--device", "cpu", *args]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "TMPDIR": str(temporary), "RAY_TMPDIR": "/tmp"},  # sockets' names must be short
+        )  # fmt: skip
+        watch = threading.Timer(PATIENCE, self.process.kill)
+        watch.start()
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        watch.cancel()
+        assert "http://127.0.0.1:" in line, self.process.stderr and self.process.stderr.read()[-3000:]
+        self.address = next(word for word in line.split() if word.startswith("http://"))
+        self.port = int(self.address.rsplit(":", 1)[1])
+
+    def post(self, content: Any, **headers: str) -> tuple[int, dict[str, Any]]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        with contextlib.closing(connection):
+            connection.request("POST", "/predict", content, headers)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+
+    def ask_page(self, function: int, value: Any) -> dict[str, Any]:
+        """What the page's own script would send to a function of it, and what comes back."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        with contextlib.closing(connection):
+            session = str(time.time_ns())
+            body = json.dumps({"data": [value], "fn_index": function, "session_hash": session})
+            connection.request("POST", "/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+            assert connection.getresponse().read()
+            connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
+            for line in connection.getresponse():
+                if line.startswith(b"data: ") and (told := json.loads(line[6:]))["msg"] == "process_completed":
+                    return told
+        raise AssertionError("no answer")
+
+    def upload(self, content: bytes) -> dict[str, Any]:
+        """A file given to the page: what its functions take as a value."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        with contextlib.closing(connection):
+            head = b'--cut\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+            form = {"Content-Type": "multipart/form-data; boundary=cut"}
+            connection.request("POST", "/gradio_api/upload", head + content + b"\r\n--cut--\r\n", form)
+            response = connection.getresponse()
+            assert response.status == 200, response.read()
+            return {"path": json.loads(response.read())[0], "meta": {"_type": "gradio.FileData"}}
+
+    def stop(self) -> str:
+        """SIGTERM, and what it had to say on stderr."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.communicate(timeout=60)[1]
+
+
+@pytest.fixture(scope="module")
+def run(small_run: UPath, tmp_path_factory: pytest.TempPathFactory) -> UPath:
+    """A run whose ensemble has temperatures, as `auto` chooses them."""
+    run = UPath(shutil.copytree(str(small_run), tmp_path_factory.mktemp("runs") / "tempered"))
+    ensemble = read_ensemble(run)
+    members = zip(ensemble.members, (0.5, 0.3, 0.2), (0.7, 1.0, 2.5), strict=True)
+    tempered = tuple(Member(m.id, weight, temperature=temperature) for m, weight, temperature in members)
+    write_ensemble(run, dataclasses.replace(ensemble, members=tempered, temperature=0.6))
+    return run
+
+
+@pytest.fixture(scope="module")
+def server(run: UPath, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(run, tmp_path_factory.mktemp("temporary"), "--most-mib", "2")
+    yield server
+    assert server.process.poll() is None, "it stayed up"
+    assert server.stop() == "", "nothing went wrong unseen"
+    assert server.process.returncode == 0
+    assert list(server.temporary.iterdir()) == []
+
+
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def picture(pictures: Path) -> Image.Image:
+    image = Image.open(pictures / "test/grid/0.png")
+    image.load()
+    return image
+
+
+def bomb(side: int = 10_000) -> bytes:
+    """A PNG of side x side pixels in a few kilobytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+    header = side.to_bytes(4) * 2 + bytes([1, 0, 0, 0, 0])
+    pixels = zlib.compress(bytes((side + 7) // 8 + 1) * side, 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_an_answer_is_what_the_ensemble_predicts(server: Server, run: UPath, picture: Image.Image) -> None:
+    status, told = server.post(encoded(picture, "PNG"))
+    assert status == 200
+    voters = Voters.load([run], read_ensemble(run), "cpu")
+    votes = voters.votes(np.asarray(picture)[None])
+    probs = voters.ensemble.predict(votes)[0]
+    assert list(told["probs"]) == list(voters.classes)
+    np.testing.assert_allclose(list(told["probs"].values()), probs, atol=1e-4)
+    assert told["label"] == voters.classes[int(probs.argmax())]
+    assert told["probability"] == pytest.approx(float(probs.max()), abs=1e-4)
+    assert [m["id"] for m in told["members"]] == [m.id for m in voters.ensemble.members]
+    for shown, member, vote in zip(told["members"], voters.ensemble.members, votes, strict=True):
+        assert shown["label"] == voters.classes[int(vote[0].argmax())]
+        assert shown["probability"] == pytest.approx(float(scale(vote, member.temperature).max()), abs=1e-4)
+        assert shown["weight"] == member.weight
+
+
+def test_odd_pictures_are_answered(server: Server, picture: Image.Image) -> None:
+    same = [  # the same pixels in other clothes
+        encoded(picture, "PNG"),
+        encoded(picture, "GIF", save_all=True, append_images=[picture.rotate(90)] * 3),
+        encoded(picture.convert("RGBA"), "PNG"),
+        encoded(picture, "TIFF"),
+    ]
+    answers = [server.post(content) for content in same]
+    assert [status for status, _ in answers] == [200] * 4
+    for _, told in answers[2:]:
+        assert told["probs"] == pytest.approx(answers[0][1]["probs"], abs=1e-4)
+    assert answers[1][1]["probs"] == pytest.approx(answers[0][1]["probs"], abs=0.2), "the first frame, in 256 colours"
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    upright = server.post(encoded(picture, "PNG"))[1]
+    assert server.post(encoded(picture.rotate(90), "PNG", exif=turned))[1]["probs"] == pytest.approx(
+        upright["probs"], abs=1e-4
+    )
+
+    sixteen = np.linspace(0, 65535, 900, dtype=np.uint16).reshape(30, 30)
+    for content in (
+        encoded(picture.convert("CMYK"), "JPEG"),
+        encoded(Image.fromarray(sixteen), "PNG"),
+        encoded(Image.new("RGB", (1, 1), "red"), "PNG"),
+        encoded(Image.new("1", (5000, 2)), "PNG"),
+        encoded(picture.convert("P"), "PNG", transparency=0),
+    ):
+        status, told = server.post(content)
+        assert status == 200
+        assert sum(told["probs"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_what_is_no_picture_is_refused_in_words(server: Server, picture: Image.Image) -> None:
+    png = encoded(picture, "PNG")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%id) (r) file"
+    for content, expected in (
+        (b"", "not an image"),
+        (b"just some text", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (eps, "not an image"),
+        (png[: len(png) // 2], "truncated"),
+        (bomb(), "100,000,000 pixels, expected at most 50,000,000"),
+        (bomb(40_000), "pixels"),  # Pillow itself refuses this one
+    ):
+        status, told = server.post(content)
+        assert status == 415
+        assert expected in told["error"]
+        assert len(told["error"]) < 200
+
+
+def test_large_uploads_are_refused_before_they_are_read(server: Server) -> None:
+    status, told = server.post(bytes(2 * 2**20 + 1))
+    assert (status, told) == (413, {"error": "the upload is too large, expected at most 2 MiB"})
+    status, told = server.post(iter([bytes(2**20)] * 3))  # chunked: no length announced
+    assert status == 413
+
+    # a client that announces much and sends nothing is answered at once
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_a_client_that_leaves_early_harms_nobody(server: Server, picture: Image.Image) -> None:
+    content = encoded(picture, "PNG")
+    for sent in (0, 10, len(content)):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+            head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+            connection.sendall(head + content[:sent])
+    assert server.post(content)[0] == 200
+
+
+def test_the_page_opens_uploads_alone(server: Server, pictures: Path) -> None:
+    """Whoever can reach the page must not get at other files of this machine, nor at addresses through it."""
+    picture = pictures / "test/grid/0.png"
+    told = server.ask_page(0, server.upload(picture.read_bytes()))
+    assert told["success"]
+    assert "Votes:" in told["output"]["data"][0]
+    kept = sorted(server.temporary.rglob("*.png"))
+    assert kept
+    named = {"path": str(picture), "meta": {"_type": "gradio.FileData"}}
+    fetched = {**named, "path": "https://127.0.0.1/a.png"}
+    upload, slider = 0, 1
+    for function, value in (
+        (upload, named), (upload, {**named, "is_stream": True}), (upload, fetched), (slider, named), (slider, fetched),
+    ):  # fmt: skip
+        told = server.ask_page(function, value)
+        assert not told["success"]
+        assert "nothing else is opened" in told["output"]["error"]
+    assert sorted(server.temporary.rglob("*.png")) == kept, "nothing was copied into reach"
+    with pytest.raises(AssertionError, match="maximum allowed size"):
+        server.upload(bytes(3 * 2**20))
+
+
+def test_many_at_once_get_each_their_own_answer(server: Server, pictures: Path, run: UPath) -> None:
+    paths = sorted((pictures / "test").glob("*/*.png"))[::2]
+    voters = Voters.load([run], read_ensemble(run), "cpu")
+    expected = voters(np.stack([np.asarray(Image.open(path)) for path in paths]))
+    with ThreadPoolExecutor(len(paths)) as pool:
+        answers = list(pool.map(lambda path: server.post(path.read_bytes()), paths))
+    assert len(answers) == 45
+    assert {status for status, _ in answers} == {200}
+    found = np.array([list(told["probs"].values()) for _, told in answers])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_it_listens_on_the_loopback_interface_alone(server: Server) -> None:
+    addresses = {c.laddr.ip for c in psutil.Process(server.process.pid).net_connections("inet") if c.status == "LISTEN"}
+    assert addresses == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_fifty_parallel_requests_for_a_minute(server: Server, picture: Image.Image) -> None:
+    """Good pictures, bad ones and bombs mixed; every request is answered, and memory does not grow with them."""
+    large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8))
+    contents = [
+        (encoded(picture, "PNG"), 200),
+        (encoded(large, "JPEG"), 200),
+        (encoded(Image.new("1", (7000, 7000)), "PNG"), 200),  # 49 megapixels are still allowed
+        (b"just some text", 415),
+        (bomb(), 415),
+        (bytes(3 * 2**20), 413),
+    ]
+    process = psutil.Process(server.process.pid)
+    start = time.time()
+    end = start + 60
+    peaks = [0, 0]  # bytes, of either half of the minute
+
+    def work(number: int) -> int:
+        answered = 0
+        while time.time() < end:
+            content, expected = contents[(number + answered) % len(contents)]
+            status, told = server.post(content)
+            assert status == expected, told
+            answered += 1
+        return answered
+
+    with ThreadPoolExecutor(50) as pool:
+        working = [pool.submit(work, number) for number in range(50)]
+        while time.time() < end:
+            half = int(time.time() > start + 30)
+            peaks[half] = max(peaks[half], process.memory_info().rss)
+            time.sleep(0.2)
+        answered = sum(future.result() for future in working)
+    print(f"{answered} requests answered, peak memory {peaks[0] / 2**30:.2f} GiB, then {peaks[1] / 2**30:.2f} GiB")
+    assert answered > 100
+    assert max(peaks) < 3 * 2**30
+    assert peaks[1] < 1.25 * peaks[0]
+    assert server.post(contents[0][0])[0] == 200
+
+
+@pytest.mark.slow
+def test_replicas_of_ray_serve_answer_alike(
+    run: UPath, server: Server, pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    replicated = Server(run, tmp_path_factory.mktemp("ray"), "--ray-serve", "--replicas", "2")
+    family = psutil.Process(replicated.process.pid).children(recursive=True)
+    paths = sorted((pictures / "test").glob("*/*.png"))[::3]
+    with ThreadPoolExecutor(len(paths)) as pool:
+        answers = list(pool.map(lambda path: replicated.post(path.read_bytes()), paths))
+    for (status, told), path in zip(answers, paths, strict=True):
+        assert status == 200
+        assert told["probs"] == pytest.approx(server.post(path.read_bytes())[1]["probs"], abs=1e-3)
+    assert sum("ServeReplica" in " ".join(process.cmdline()) for process in family) == 2
+    assert replicated.post(b"text")[0] == 415
+    assert replicated.post(bomb())[0] == 415
+    replicated.stop()
+    assert psutil.wait_procs(family, timeout=60)[1] == [], "Ray's processes have ended"
+
+
+# --- without a server ------------------------------------------------------------------------------------------------
+
+
+def test_waiting_images_are_predicted_together() -> None:
+    sizes = []
+    taken, go = threading.Event(), threading.Event()
+
+    def votes(images: np.ndarray) -> list[np.ndarray]:
+        taken.set()
+        go.wait()
+        sizes.append(len(images))
+        return [images.reshape(len(images), -1)[:, :2] / 255] * 3
+
+    batcher = Batcher(votes)
+    futures = [batcher.submit(np.full((2, 2, 3), 0, np.uint8))]
+    assert taken.wait(30)
+    futures += [batcher.submit(np.full((2, 2, 3), i, np.uint8)) for i in range(1, 50)]
+    go.set()
+    for i, future in enumerate(futures):
+        np.testing.assert_allclose(future.result(timeout=30), np.full((3, 2), i / 255))
+    assert sizes == [1, LARGEST_BATCH, 49 - LARGEST_BATCH]
+
+
+def test_a_failed_batch_and_a_cancelled_request_are_not_the_end() -> None:
+    calls = []
+    taken, go = threading.Event(), threading.Event()
+
+    def votes(images: np.ndarray) -> list[np.ndarray]:
+        taken.set()
+        go.wait()
+        calls.append(len(images))
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return [np.ones((len(images), 2))]
+
+    batcher = Batcher(votes)
+    image = np.zeros((2, 2, 3), np.uint8)
+    failing = batcher.submit(image)
+    assert taken.wait(30)  # it is in the first batch now
+    cancelled = [batcher.submit(image) for _ in range(3)]
+    assert all(future.cancel() for future in cancelled)
+    go.set()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        failing.result(timeout=30)
+    assert batcher.submit(image).result(timeout=30).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "replicas", "share"), [(0, 2, 0), (1, 1, 1), (1, 3, 1 / 3), (2, 3, 1 / 2), (4, 2, 1), (3, 7, 1 / 3)]
+)
+def test_replicas_share_gpus_so_that_all_find_room(gpus: float, replicas: int, share: float) -> None:
+    assert gpu_share(gpus, replicas) == pytest.approx(share)
+
+
+def test_names_of_classes_and_files_are_no_markup() -> None:
+    evil = "<script>alert(1)</script>"
+    member = {"id": evil, "architecture": evil, "weight": 1.0, "label": evil, "probability": 0.9}
+    answer = {"label": evil, "probability": 0.9, "probs": {evil: 0.9, "b": 0.1}, "members": [member]}
+    for page in (answer_html(answer, evil), answer_html({"error": evil})):
+        assert "<script>" not in page
+        assert "&lt;script&gt;" in page
+
+
+def test_mistakes(small_run: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match="choose another --port"):
+            serving.serve(Serve((str(small_run),), port=port))
+    with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1:99999 .*choose another --port"):
+        serving.serve(Serve((str(small_run),), port=99999))
+    with pytest.raises(UserError, match="has no ensemble best; it has equal"):
+        serving.serve(Serve((str(small_run),), "best"))
+    with pytest.raises(UserError, match="--replicas is 0"):
+        serving.serve(Serve((str(small_run),), port=0, ray_serve=True, replicas=0))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match=r"pip install 'ninefold\[serve\]'"):
+        serving.serve(Serve((str(small_run),), port=0, device="cpu"))

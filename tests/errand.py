@@ -1,0 +1,35 @@
+"""A job for lanes that are tested without training."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainables.job import Metrics
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What a test's target is to do, in `options`; the rest is what every lane wants to know."""
+
+    id: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    hang_s: float = 1800.0
+    stops_at: tuple[int, ...] = ()
+    node: str = ""
+
+
+def errand(id: str = "", hang_s: float = 1800.0, stops_at: tuple[int, ...] = (), **options: Any) -> Errand:
+    return Errand(id, options, hang_s, stops_at)
+
+
+class Hear:
+    """A trainables.job.Reporter that passes on what it hears."""
+
+    def __init__(self, hear: Callable[[Metrics], bool]) -> None:
+        self.hear = hear
+
+    def __call__(self, metrics: Metrics) -> bool:
+        return self.hear(metrics)
+
+    def alive(self) -> None:
+        pass

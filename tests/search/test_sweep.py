@@ -1,0 +1,444 @@
+"""The sweep's logic without Ray: every outcome told to the study, interrupted trials taken up, budgets kept."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+from upath import UPath
+
+from ensemble.pool import load_pool
+from search.budget import Budget, parse_keep
+from search.config import Task
+from search.spaces.recipes import intel_lites
+from search.timing import SECONDS_USED
+from tests.hand_sweep import finish, scores, states, suggest, sweep, take
+from trainables.config import TrialConfig
+from trainables.errors import UserError
+from trainables.job import Outcome, Result, WeightSource
+from trainables.run_directory import CandidateInfo, list_candidates, remove_temporaries, write_candidate
+from trainables.storage import write_json
+
+
+def test_it_hands_out_as_many_trials_as_asked_for(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=3)
+    jobs = [s.next() for _ in range(4)]
+    assert [job and job.id for job in jobs] == ["0000", "0001", "0002", None]
+    for job in jobs[:3]:
+        assert job is not None
+        finish(s, job)
+    assert states(s) == ["COMPLETE"] * 3
+    assert not s.has_more()
+
+
+def test_every_outcome_has_its_state(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=8)
+    jobs = {}
+    for outcome in ("good", "pruned", "diverged", "out of memory", "invalid"):
+        job = s.next()
+        assert job is not None
+        jobs[outcome] = job.id
+        s.report(job.id, scores(0.3))
+        if outcome == "good":
+            finish(s, job, 0.9)
+        else:
+            s.finish(job.id, Result(Outcome(outcome), error="why"))
+    by_id = {f"{t.number:04d}": t for t in s.study.trials}
+    assert by_id[jobs["good"]].value == 0.9
+    assert by_id[jobs["pruned"]].state == TrialState.PRUNED
+    # failures that the sampler shall learn from count as the worst value seen
+    assert by_id[jobs["diverged"]].value == 0.3
+    assert by_id[jobs["out of memory"]].value == 0.3
+    assert by_id[jobs["out of memory"]].user_attrs["outcome"] == "out of memory"
+    assert by_id[jobs["invalid"]].state == TrialState.FAIL
+    assert ("0002", "diverged: why", "") in s.failures()
+
+
+def test_a_bug_is_run_again_once_and_a_lost_node_several_times(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=1)
+    for outcome, attempts in (("bug", 2),):
+        for attempt in range(attempts):
+            job = s.next()
+            assert job is not None
+            assert job.id == "0000"
+            s.finish(job.id, Result(Outcome(outcome), error="boom", traceback="lines"))
+            assert s.has_more() == (attempt + 1 < attempts)
+    assert s.study.trials[0].state == TrialState.FAIL
+    assert s.study.trials[0].user_attrs["traceback"] == "lines"
+
+
+def test_interrupted_trials_are_taken_up_by_the_next_process_under_their_number(tmp_path: Path) -> None:
+    first = sweep(tmp_path, trials=3)
+    done, cut, killed = first.next(), first.next(), first.next()
+    assert done is not None
+    assert cut is not None
+    assert killed is not None
+    finish(first, done)
+    first.report(cut.id, scores(0.4))
+    first.finish(cut.id, Result(Outcome.INTERRUPTED))
+    # `killed` is never heard of again: kill -9
+
+    second = sweep(tmp_path, trials=3)
+    again = [second.next(), second.next(), second.next()]
+    assert [job and job.id for job in again] == [cut.id, killed.id, None]
+    assert again[0] is not None
+    assert again[0].config == cut.config
+    for job in again[:2]:
+        assert job is not None
+        finish(second, job)
+    assert states(second) == ["COMPLETE"] * 3
+
+
+def test_a_candidate_that_the_study_was_never_told_of_counts(tmp_path: Path) -> None:
+    first = sweep(tmp_path, trials=2)
+    job = first.next()
+    assert job is not None
+    metrics = {"tune_accuracy": 0.7, "tune_log_loss": 0.3}
+    first.report(job.id, scores(0.6, 1))  # and the last report was lost, too
+    curve = [{**scores(accuracy, epoch), "seconds": epoch} for epoch, accuracy in ((1, 0.6), (2, 0.7))]
+    config = job.config
+    info = CandidateInfo(job.id, config, metrics, tuple(curve), "finished", split_fingerprint="f")
+    write_candidate(first.run, info, np.full((4, 2), 0.5))
+    told = sweep(tmp_path, trials=2).study.trials[0]
+    assert (told.value, told.intermediate_values) == (0.7, {1: 0.6, 2: 0.7})
+    third = sweep(tmp_path, trials=2)  # and still counts for whoever comes after the one that told
+    following = third.next()
+    assert following is not None
+    assert following.id == "0001"
+    assert third.next() is None
+
+
+def test_a_repeated_epoch_does_not_disturb_the_study(tmp_path: Path) -> None:
+    s = sweep(tmp_path)
+    job = s.next()
+    assert job is not None
+    for accuracy, epoch in ((0.2, 1), (0.4, 2), (0.9, 2), (0.5, 3)):
+        s.report(job.id, scores(accuracy, epoch))
+    assert s.study.trials[0].intermediate_values == {1: 0.2, 2: 0.4, 3: 0.5}
+
+
+def test_the_pruner_stops_the_worse_half_at_a_rung_but_never_after_the_last_epoch(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=4, pruner="asha")
+    verdicts = []
+    for accuracy in (0.9, 0.8, 0.1):
+        job = s.next()
+        assert job is not None
+        verdicts.append([s.report(job.id, scores(accuracy, epoch)) for epoch in (1, 2, 3)])
+        s.report(job.id, scores(accuracy, 4))
+        s.report(job.id, scores(accuracy, 5))
+        assert not s.report(job.id, scores(accuracy, 6))
+        finish(s, job, accuracy)
+    assert verdicts[0] == [False, False, False]
+    assert verdicts[2] == [False, False, True]
+
+
+def test_the_rung_that_a_pruner_has_noted_outlives_a_kill(tmp_path: Path) -> None:
+    s = sweep(tmp_path, pruner="asha")
+    job = take(s)
+    for epoch in (1, 2, 3):
+        assert not s.report(job.id, scores(0.5, epoch))
+    again = optuna.load_study(study_name="test", storage=f"sqlite:///{tmp_path}/study.db")
+    assert again.trials[0].system_attrs == {"completed_rung_0": 0.5}
+
+
+def test_invalid_proposals_cost_no_trial(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=2)
+
+    def picky(trial: optuna.Trial) -> TrialConfig:
+        if trial.number % 2 == 0:
+            raise UserError("even")
+        return suggest(trial)
+
+    s.propose_with(picky)
+    assert [job and job.id for job in (s.next(), s.next(), s.next())] == ["0001", "0003", None]
+    assert s.study.trials[0].user_attrs == {"outcome": "invalid", "error": "even"}
+
+
+def test_a_space_that_yields_nothing_valid_is_told(tmp_path: Path) -> None:
+    s = sweep(tmp_path)
+
+    def never(trial: optuna.Trial) -> TrialConfig:
+        raise UserError("batch_size is too large")
+
+    s.propose_with(never)
+    with pytest.raises(UserError, match="batch_size is too large"):
+        s.next()
+
+
+def test_the_last_trials_are_shortened_to_the_time_left(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, deadline=time.time() + 1000)
+    job = s.next()
+    assert job is not None
+    finish(s, job, seconds=6 * 300.0)  # 300 s an epoch: three fit into what is left
+    job = s.next()
+    assert job is not None
+    assert job.config.epochs == 3
+    finish(s, job, seconds=3 * 300.0)
+    s.time.budget = Budget(deadline=time.time() + 100)  # not even one
+    assert s.next() is None
+    assert not s.has_more()
+
+
+def test_time_is_counted_over_processes(tmp_path: Path) -> None:
+    first = sweep(tmp_path)
+    first.time._started -= 100
+    first.time._saved -= 100
+    first.tick()
+    assert sweep(tmp_path).study.user_attrs[SECONDS_USED] >= 100
+
+
+def test_another_objective_is_refused(tmp_path: Path) -> None:
+    sweep(tmp_path)
+    with pytest.raises(UserError, match="objective is accuracy"):
+        sweep(tmp_path, objective="log_loss")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "pruner"),
+    [
+        ("tpe", "asha"),
+        ("gp", "none"),
+        ("random", "hyperband"),
+        ("qmc", "median"),
+        ("cmaes", "none"),
+        ("nsga2", "wilcoxon"),
+    ],
+)
+def test_samplers_and_pruners_by_name(tmp_path: Path, sampler: str, pruner: str) -> None:
+    s = sweep(tmp_path, trials=3, sampler=sampler, pruner=pruner)
+    for _ in range(3):
+        job = s.next()
+        assert job is not None
+        s.report(job.id, scores(0.5))
+        finish(s, job)
+    assert states(s) == ["COMPLETE"] * 3
+
+
+def test_checkpoints_of_ended_trials_are_removed_and_those_of_interrupted_ones_kept(tmp_path: Path) -> None:
+    s = sweep(tmp_path)
+    ended, cut = s.next(), s.next()
+    assert ended is not None
+    assert cut is not None
+    s.finish(ended.id, Result(Outcome.PRUNED))
+    s.finish(cut.id, Result(Outcome.INTERRUPTED))
+    for job in (ended, cut):
+        folder = tmp_path / "checkpoints" / job.id
+        folder.mkdir(parents=True)
+        (folder / "state.safetensors").write_bytes(b"late")
+    s.remove_stale_checkpoints()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [cut.id]
+
+
+def test_a_database_that_was_killed_in_its_making_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite commits every CREATE by itself: cut after the tables, the index of study names would be missing."""
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sqlalchemy.sql.ddl.SchemaGenerator.visit_index", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(tmp_path)
+    for _ in range(3):
+        assert states(sweep(tmp_path)) == []
+
+
+def test_the_sampler_is_told_what_candidates_add_to_the_ensemble_as_it_is_now(tmp_path: Path) -> None:
+    s = sweep(tmp_path, objective="ensemble")
+    good, twin, other = (0.9, 0.9, 0.4, 0.4), (0.89, 0.9, 0.4, 0.4), (0.35, 0.35, 0.9, 0.9)
+    for true in (good, twin, other):
+        finish(s, take(s), true=true)
+    take(s)
+    told = [t.value for t in s.study.trials[:3]]
+    seen = [t.value for t in s.study.sampler.view.get_trials()[:3]]  # type: ignore[attr-defined]
+    assert told[0] == pytest.approx(-np.log(good).mean() - np.log(2))  # alone when it ended: better than guessing
+    assert seen[2] == pytest.approx(-np.log(np.add(good, other) / 2).mean() + np.log(good).mean())
+    assert seen[2] < seen[1]  # weaker than the twin, but different
+    again = sweep(tmp_path, objective="ensemble")
+    take(again)
+    assert [t.value for t in again.study.sampler.view.get_trials()[:3]] == seen  # type: ignore[attr-defined]
+
+
+def test_it_ends_when_more_trials_do_not_raise_the_ensemble(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, plateau=2)
+    finish(s, take(s), true=(0.6,) * 4)
+    finish(s, take(s), true=(0.9,) * 4)
+    finish(s, take(s), true=(0.4,) * 4)
+    s = sweep(tmp_path, trials=None, plateau=2)  # the curve outlives a kill
+    assert [round(loss, 3) for *_, loss in s.live.curve] == [0.511, 0.105, 0.105]  # type: ignore[union-attr]
+    last, running = take(s), take(s)
+    s.finish(last.id, Result(Outcome.DIVERGED, error="nan"))
+    assert s.enough() == "2 more trials have not raised the ensemble"
+    assert s.next() is None
+    assert s.report(running.id, scores(0.9))  # what still runs is stopped
+    s.finish(running.id, Result(Outcome.PRUNED))
+    assert not s.has_more()
+
+
+def test_it_ends_at_the_target(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, target_accuracy=0.75)
+    finish(s, take(s), true=(0.9, 0.9, 0.4, 0.4))
+    assert s.has_more()
+    finish(s, take(s), true=(0.8, 0.4, 0.7, 0.8))
+    assert not s.has_more()
+
+
+def test_device_seconds_are_counted_over_processes(tmp_path: Path) -> None:
+    now = [time.time()]
+    s = sweep(tmp_path, trials=None, device_seconds=1000)
+    s.time.clock = lambda: now[0]
+    s.time.place(lanes=2, devices=2)
+    first, _second = take(s), take(s)
+    now[0] += 100
+    assert s.time.device_seconds() == 400
+    assert s.time.left() == 150  # four devices are busy
+    s.finish(first.id, Result(Outcome.PRUNED))
+    now[0] += 100
+    assert s.time.device_seconds() == 600
+    s.tick()
+    s = sweep(tmp_path, trials=None, device_seconds=1000)
+    assert s.time.device_seconds() == 600
+    assert s.time.left() == 400
+
+
+def test_the_last_part_goes_to_new_seeds_of_the_members(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=8, final_seeds=0.5, pruner="promote")
+    configs = {}
+    for true in ((0.9, 0.9, 0.4, 0.4), (0.3,) * 4, (0.3, 0.3, 0.9, 0.9), (0.2,) * 4):
+        job = take(s)
+        configs[job.id] = job.config
+        finish(s, job, true=true)
+    assert set(s.live.members) == {"0000", "0002"}  # type: ignore[union-attr]
+    seeded = [take(s), take(s)]
+    assert {s.proposals.seeds[job.id] for job in seeded} == {"0000", "0002"}
+    for job in seeded:
+        same = replace(configs[s.proposals.seeds[job.id]], seed=int(job.id))
+        assert job.config == same
+    assert not s.report(seeded[0].id, scores(0.1, 1))  # it does not wait at a rung
+    assert sweep(tmp_path, trials=8, final_seeds=0.5).proposals.seeds == s.proposals.seeds
+
+
+def test_weights_that_can_no_longer_matter_are_dropped(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, keep="3")
+    write_json(UPath(tmp_path / "ensembles" / "mine.json"), {"members": [{"id": "0001", "weight": 1.0}]})
+    for accuracy, true in ((0.6, 0.9), (0.1, 0.1), (0.5, 0.3), (0.7, 0.4), (0.4, 0.2), (0.8, 0.4)):
+        finish(s, take(s), accuracy, true=(true,) * 4)
+    assert set(s.live.members) == {"0000"}  # type: ignore[union-attr]
+    kept = [c.id for c in list_candidates(s.run) if c.has_weights]
+    assert kept == ["0000", "0001", "0005"]  # the live member, the saved one, and the best of the others
+    assert all((c.path / "select_probs.npy").exists() for c in list_candidates(s.run))
+    left_out = load_pool([s.run]).left_out  # an ensemble that is chosen later can predict new images
+    assert {id for id, why in left_out.items() if "--keep-weights" in why} == {"0002", "0003", "0004"}
+
+
+def test_what_was_spent_is_put_where_the_next_process_finds_it_while_a_long_trial_runs(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=1)
+    now, saved = time.time(), []
+    s.time.clock = lambda: now
+    s.save = lambda: saved.append(s.study.user_attrs.get(SECONDS_USED, 0.0))
+    take(s)
+    for _ in range(300):
+        now += 1
+        s.tick()
+    assert len(saved) == 5  # before the trial, and every minute
+    assert saved[-1] > 200
+
+
+def test_time_counts_from_where_the_process_began(tmp_path: Path) -> None:
+    s = sweep(tmp_path, began=time.time() - 1000)
+    s.time._saved = 0.0
+    s.time.save()
+    assert s.study.user_attrs[SECONDS_USED] >= 1000
+
+
+def test_sizes_of_weights_to_keep() -> None:
+    assert parse_keep("30").candidates == 30
+    assert parse_keep("1.5GB").bytes == 1_500_000_000
+    for wrong in ("", "1.5", "-3", "20 cats"):
+        with pytest.raises(UserError, match="--keep-weights"):
+            parse_keep(wrong)
+
+
+def test_a_bug_is_not_retried_again_by_the_next_process(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=1)
+    s.finish(take(s).id, Result(Outcome.BUG, error="boom", traceback="lines"))
+    s = sweep(tmp_path, trials=1)
+    s.finish(take(s).id, Result(Outcome.BUG, error="boom", traceback="lines"))
+    assert not s.has_more()
+    assert s.failures() == [("0000", "bug: boom", "lines")]
+
+
+def test_a_sampler_that_repeats_itself_is_made_to_explore(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=3, sampler="tpe")
+    grid = [TrialConfig(batch_size=size, epochs=2) for size in (8, 16, 32)]
+    s.propose_with(lambda trial: grid[trial.suggest_int("size", 0, 2)])
+    s.study.enqueue_trial({"size": 1})
+    s.study.enqueue_trial({"size": 1})
+    first, second = take(s), take(s)
+    assert first.config.batch_size == 16
+    refused = s.study.trials[1]
+    assert refused.state == TrialState.FAIL
+    assert refused.user_attrs["error"] == "these parameters have been tried"
+    assert second.id == "0002"
+    s.propose_with(lambda trial: grid[trial.suggest_int("size", 1, 1)])
+    assert take(s).config.batch_size == 16  # nothing else is left: better again than not at all
+
+
+def test_fixed_recipes_are_taken_in_turn(tmp_path: Path) -> None:
+    """They suggest no parameters: that is no repetition, and a number passed over would be a recipe passed over."""
+    names = list(intel_lites.BACKBONES)
+    task = Task(dict.fromkeys(names, WeightSource("offline")), 6, 11_233, 96, "cpu", None)
+    s = sweep(tmp_path, trials=3)
+    s.propose_with(lambda trial: intel_lites.suggest(trial, task))
+    jobs = [take(s) for _ in range(3)]
+    assert [job.id for job in jobs] == ["0000", "0001", "0002"]
+    assert [job.config.backbone for job in jobs] == names
+
+
+def test_an_enqueued_configuration_outlives_a_kill_before_it_is_known(tmp_path: Path) -> None:
+    first = sweep(tmp_path, trials=1)
+    first.study.enqueue_trial({"lr": 0.02}, user_attrs={"why": "a guess"})
+    first.study.ask()  # and never heard of again
+    second = sweep(tmp_path, trials=1)
+    job = take(second)
+    assert (job.id, job.config.lr) == ("0001", 0.02)
+    assert second.study.trials[1].user_attrs["why"] == "a guess"
+    assert [trial.state.name for trial in second.study.trials] == ["FAIL", "RUNNING"]
+    assert second.next() is None
+
+
+def test_a_trial_that_came_to_a_better_end_after_a_kill_is_no_failure(tmp_path: Path) -> None:
+    first = sweep(tmp_path, trials=1)
+    job = take(first)
+    first.running[job.id].set_user_attr("outcome", "diverged")
+    first.running[job.id].set_user_attr("error", "nan")  # killed before the study was told
+    second = sweep(tmp_path, trials=1)
+    finish(second, take(second))
+    assert second.failures() == []
+
+
+def test_a_sweep_that_is_stopping_ends_trials_after_their_epoch_but_for_the_last(tmp_path: Path) -> None:
+    s = sweep(tmp_path)
+    job = take(s)
+    assert not s.report(job.id, scores(0.5, 4))
+    s.stopping = True
+    assert s.report(job.id, scores(0.5, 5))
+    assert not s.report(job.id, scores(0.5, 6))  # only its predictions are still to be made
+    finish(s, job)
+    assert states(s) == ["COMPLETE"]
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    s = sweep(tmp_path)
+    finish(s, take(s))
+    kept = {path for path in tmp_path.rglob("*") if path.is_file()}
+    for folder in (tmp_path, tmp_path / "candidates" / "0000"):
+        (folder / ".weights.safetensors.0123abcd.tmp").write_bytes(b"half")
+    remove_temporaries(UPath(tmp_path))
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == kept

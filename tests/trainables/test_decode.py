@@ -1,0 +1,128 @@
+"""Decoding: every kind of image becomes RGB of the right size; what cannot be read is reported, not raised."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.trainables.test_data import picture
+from trainables.data.decode import read_images
+
+
+def grey_16_bit(path: Path) -> np.ndarray:
+    values = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(values).save(path)
+    return np.repeat((values // 257).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def cmyk(path: Path) -> np.ndarray:
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(path, quality=95)
+    return np.full((8, 8, 3), (254, 0, 0))
+
+
+def transparent(path: Path) -> np.ndarray:
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 4, 8))
+    image.save(path)
+    return np.array([[[255] * 3] * 4 + [[255, 0, 0]] * 4] * 8)
+
+
+def palette_with_transparency(path: Path) -> np.ndarray:
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.paste(1, (4, 0, 8, 8))
+    image.save(path, transparency=0)
+    return np.array([[[255] * 3] * 4 + [[40, 50, 60]] * 4] * 8)
+
+
+def black_and_white(path: Path) -> np.ndarray:
+    Image.new("1", (8, 8), 1).save(path)
+    return np.full((8, 8, 3), 255)
+
+
+def grey_with_alpha(path: Path) -> np.ndarray:
+    Image.new("LA", (8, 8), (100, 255)).save(path)
+    return np.full((8, 8, 3), 100)
+
+
+def animation(path: Path) -> np.ndarray:
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    return np.full((8, 8, 3), (255, 0, 0))
+
+
+def turned_by_exif(path: Path) -> np.ndarray:
+    upright = Image.new("RGB", (8, 8), "black")
+    upright.paste("white", (0, 0, 8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned right by 90 degrees
+    upright.rotate(90).save(path, exif=exif, quality=95, subsampling=0)
+    return np.asarray(upright)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("grey16.png", grey_16_bit),
+        ("grey16.tif", grey_16_bit),
+        ("cmyk.jpg", cmyk),
+        ("alpha.png", transparent),
+        ("palette.png", palette_with_transparency),
+        ("palette.gif", palette_with_transparency),
+        ("bits.png", black_and_white),
+        ("la.png", grey_with_alpha),
+        ("anim.gif", animation),
+        ("turned.jpg", turned_by_exif),
+    ],
+)
+def test_every_kind_of_image_becomes_rgb(name, make, tmp_path):
+    expected = make(tmp_path / name)
+    [(path, image)] = read_images([tmp_path / name], 8)
+    assert path == tmp_path / name
+    assert image.shape == (8, 8, 3)
+    assert image.dtype == np.uint8
+    assert np.abs(image.astype(int) - expected).max() <= 3
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg", "bmp", "gif", "tiff", "ppm", "jp2"])
+def test_resizing_keeps_the_centre_of_the_shorter_side(suffix, tmp_path):
+    image = Image.new("RGB", (120, 40), "red")
+    image.paste("blue", (40, 0, 80, 40))
+    image.save(tmp_path / f"x.{suffix}")
+    [(_, square)] = read_images([tmp_path / f"x.{suffix}"], 10)
+    assert square.shape == (10, 10, 3)
+    assert np.abs(square[:, 1:-1].astype(int) - (0, 0, 255)).max() < 20
+    [(_, wide)] = read_images([tmp_path / f"x.{suffix}"], (10, 30))
+    assert wide.shape == (10, 30, 3)
+    assert np.abs(wide[5, [2, 15, 27]].astype(int) - ((255, 0, 0), (0, 0, 255), (255, 0, 0))).max() < 20
+
+
+def test_read_images_keeps_order_and_reports_errors(tmp_path):
+    paths = []
+    for i in range(100):
+        paths.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (8, 8), (i, i, i)).save(paths[-1])
+    paths[40].write_bytes(b"no image")
+    paths[41].unlink()
+    errors = {}
+    read = list(read_images(map(str, paths), 4, lambda path, reason: errors.setdefault(path.name, reason)))
+    assert [path for path, _ in read] == paths
+    assert [None if image is None else int(image[0, 0, 0]) for _, image in read] == [
+        *range(40),
+        None,
+        None,
+        *range(42, 100),
+    ]
+    assert errors["40.png"] == "not an image"
+    assert "No such file" in errors["41.png"]
+
+
+def test_a_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
+    picture(0, (50, 50)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    reasons = []
+    with pytest.warns(Image.DecompressionBombWarning):
+        [(_, image)] = read_images([tmp_path / "bomb.png"], 8, lambda path, reason: reasons.append(reason))
+    assert image is None
+    assert reasons == ["2,500 pixels, expected at most 2,000"]

@@ -1,0 +1,152 @@
+"""A run directory on S3: moto's server on loopback speaks the protocol, and can be away for a while."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+from upath import UPath
+
+from search.study.open import fetch_study, open_study, store_study
+from tests.errand import Hear
+from trainables import storage
+from trainables.data.dataset import default_cache, open_data
+from trainables.data.share import open_prepared, share_data
+from trainables.errors import UserError
+from trainables.job import Alone, DataSource, Job
+from trainables.run_directory import list_candidates, open_run, read_run
+from trainables.storage import StorageLost, read_json, write_bytes
+from trainables.trial import run_trial
+
+ROOT = Path(__file__).parents[2]
+
+
+class Store:
+    """The server; what it holds outlives `stop`."""
+
+    def __init__(self) -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.port = listener.getsockname()[1]
+        self.start()
+
+    def start(self) -> None:
+        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self.server.start()
+
+    def stop(self) -> None:
+        self.server.stop()
+
+    def away(self, seconds: float) -> threading.Thread:
+        """Gone at once, and back after so many seconds."""
+        self.stop()
+        back = threading.Timer(seconds, self.start)
+        back.start()
+        return back
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with pytest.MonkeyPatch.context() as patch:
+        started = Store()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{started.port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # its own retries would only make the tests slower
+        UPath("s3://bucket").mkdir()
+        yield started
+        started.stop()
+
+
+def upload(local: UPath, name: str) -> UPath:
+    """A copy of a local run in the bucket."""
+    run = UPath(f"s3://bucket/{name}")
+    for path in Path(str(local)).rglob("*"):
+        if path.is_file():
+            write_bytes(run / str(path.relative_to(str(local))), path.read_bytes())
+    return run
+
+
+def prepared(run: UPath) -> DataSource:
+    """Where the data of a run were prepared, as a job says it."""
+    path = default_cache() / "data" / read_run(run).data.folder
+    return DataSource(str(path), "folder")
+
+
+def test_a_trial_waits_until_the_store_is_back(store: Store, small_run: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "RETRY_S", 0.1)
+    run = upload(small_run, "waits")
+    local = list_candidates(small_run)[0]
+    storage.patiently(run, lambda: run.fs.rm(f"{run.path}/candidates", recursive=True))
+    backs = []
+
+    def report(metrics: dict) -> bool:
+        if metrics["epoch"] == 2:
+            backs.append(store.away(2))
+        return False
+
+    job = Job("0000", local.info.config, str(run), prepared(small_run))
+    result = run_trial(job, Hear(report))
+    backs[0].join()
+    assert result.outcome == "finished"
+    (remote,) = list_candidates(run)
+    assert [row["epoch"] for row in remote.info.curve] == list(range(1, 9))
+    np.testing.assert_array_equal(remote.probs("select"), local.probs("select"))
+    assert storage.list_folder(run / "checkpoints") == []
+
+
+def test_an_outage_that_does_not_end_is_told_and_the_trial_goes_on_later(
+    store: Store, small_run: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "RETRY_S", 0.1)
+    monkeypatch.setattr(storage, "OUTAGE_S", 0.5)
+    run = upload(small_run, "lost")
+    config = list_candidates(small_run)[0].info.config
+    job = Job("0009", config, str(run), prepared(small_run))
+    result = run_trial(job, Hear(lambda metrics: metrics["epoch"] == 2 and store.stop()))
+    assert result.outcome == "storage lost"
+    assert "could not be reached for 0.5 s" in result.error
+    with pytest.raises(StorageLost):
+        storage.exists(run / "run.json")
+    with pytest.raises(UserError, match="cannot be reached"):
+        open_run(run)
+    store.start()
+    assert run_trial(job, Alone()).outcome == "finished"
+    assert read_json(run / "candidates/0009/candidate.json")["resumed_after_epochs"] == [2]
+
+
+def test_a_study_goes_to_the_store_and_comes_back(store: Store) -> None:
+    run = UPath("s3://bucket/study")
+    copy = fetch_study(run)
+    study = open_study(f"sqlite:///{copy}", "study", "accuracy", "random", "none", 0)
+    study.tell(study.ask(), 0.5)
+    store_study(run, copy)
+    study.tell(study.ask(), 0.7)  # in the copy alone
+    copy.with_name(f"{copy.name}-journal").write_bytes(b"of a transaction that a kill cut")
+    again = open_study(f"sqlite:///{fetch_study(run)}", "study", "accuracy", "random", "none", 0)
+    assert [trial.value for trial in again.trials] == [0.5]
+    assert not copy.with_name(f"{copy.name}-journal").exists()
+
+
+def test_a_node_copies_the_prepared_data_once(
+    store: Store, small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(prepared(small_run).path)
+    run = UPath("s3://bucket/shared")
+    monkeypatch.setenv("NINEFOLD_CACHE", str(tmp_path / "node"))
+    with pytest.raises(UserError, match="no prepared data set"):
+        open_prepared(run, tmp_path / "elsewhere" / data.path.name)
+    share_data(run, data)
+    there = open_prepared(run, tmp_path / "elsewhere" / data.path.name)
+    assert there.fingerprint == data.fingerprint
+    assert there.path.is_relative_to(tmp_path / "node" / "runs"), "in a cache of that run's own"
+    np.testing.assert_array_equal(there.images, data.images)
+    store.stop()
+    try:  # from now on nothing is asked of the store
+        assert open_prepared(run, tmp_path / "elsewhere" / data.path.name).path == there.path
+    finally:
+        store.start()

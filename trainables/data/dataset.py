@@ -1,0 +1,167 @@
+"""A prepared data set, as every trial opens it: memory-mapped uint8 arrays.
+
+<cache>/data/<name>-<fingerprint>/
+  images.npy         uint8 (N, H, W, 3), the train part: everything a sweep may see
+  labels.npy         int64 (N,)
+  test_images.npy    the test part, in files of its own
+  test_labels.npy    which only `open_test` opens
+  meta.json          a folder without it does not exist
+"""
+
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from upath import UPath
+
+from trainables.errors import UserError
+from trainables.storage import Damaged, parse, read_array, read_json
+
+FORMAT = 1  # of the cache folder; raise it when decoding changes
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The train part of a prepared data set.
+
+    Attributes:
+        name: one of DATASETS.
+        classes: C class names; a label is an index into them.
+        images: uint8 (N, H, W, 3), RGB, a read-only memory map.
+        labels: int64 (N,).
+        fingerprint: 16 hex digits of the content: source bytes, labels, class names, stored size, both parts.
+        path: the folder of its arrays.
+        cache: where what is computed from its images is kept: never with what other data sets share.
+        test_images: number of images of the test part; 0 when there is none.
+        mean, std: of the three channels of `images` scaled to 0..1.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    images: np.ndarray
+    labels: np.ndarray
+    fingerprint: str
+    path: Path
+    cache: Path
+    test_images: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Meta:
+    """meta.json of a prepared data set."""
+
+    format: int
+    name: str
+    classes: tuple[str, ...]
+    fingerprint: str
+    test_images: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    skipped: tuple[str, ...] = ()
+
+
+def default_cache() -> Path:
+    """$NINEFOLD_CACHE, or ~/.cache/ninefold; where HOME cannot be written to, a folder of this user's in /tmp.
+
+    Raises UserError when that folder is somebody else's, who could plant images in it.
+    """
+    if named := os.environ.get("NINEFOLD_CACHE"):
+        return Path(named)
+    home = Path.home() / ".cache" / "ninefold"
+    if _can_be_made(home):
+        return home
+    own = Path(tempfile.gettempdir()) / f"ninefold-{os.getuid()}"
+    own.mkdir(mode=0o700, exist_ok=True)
+    status = own.lstat()
+    if status.st_uid != os.getuid() or stat.S_ISLNK(status.st_mode) or status.st_mode & 0o077:
+        raise UserError(f"{own} is not this user's alone; set NINEFOLD_CACHE to a folder that is")
+    return own
+
+
+def _can_be_made(folder: Path) -> bool:
+    """Whether a folder is there and can be written to, or could be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
+def open_data(path: str | Path, cache: Path | None = None) -> Data:
+    """Return the data set in a folder, memory-mapped. Raises UserError when it is missing, damaged or outdated.
+
+    `cache` is where results of its images are kept; default: the cache that the folder lies in.
+    """
+    path = Path(path)
+    meta = read_meta(path)
+    images = _images(path, "images")
+    labels = _labels(path, "labels", len(images), len(meta.classes))
+    return Data(
+        name=meta.name,
+        classes=meta.classes,
+        images=images,
+        labels=labels,
+        fingerprint=meta.fingerprint,
+        path=path,
+        cache=cache or path.parent.parent,
+        test_images=meta.test_images,
+        mean=meta.mean,
+        std=meta.std,
+    )
+
+
+def open_test(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return images uint8 (N, H, W, 3) and labels int64 (N,) of the test part. Only ensemble.report calls this.
+
+    Raises UserError when the folder is missing, damaged or outdated, or the data set has no test part.
+    """
+    images = open_test_images(path)
+    labels = _labels(Path(path), "test_labels", len(images), len(read_meta(Path(path)).classes))
+    if len(images) == 0:
+        raise UserError("the data set has no test part; put labelled images that no sweep saw into ROOT/test/<class>")
+    return images, labels
+
+
+def open_test_images(path: str | Path) -> np.ndarray:
+    """Return images uint8 (N, H, W, 3) of the test part, without their labels; N is 0 when there is no test part.
+
+    Raises UserError when the folder is missing, damaged or outdated.
+    """
+    read_meta(Path(path))
+    return _images(Path(path), "test_images")
+
+
+def read_meta(path: Path) -> Meta:
+    """Return meta.json of a prepared data set."""
+    if not (path / "meta.json").exists():
+        raise UserError(f"{path} holds no prepared data set; prepare it again")
+    values = read_json(UPath(path / "meta.json"))
+    if values.get("format") != FORMAT:
+        raise UserError(f"{path} was written by another version of Ninefold; prepare it again")
+    return parse(values, Meta, path / "meta.json")
+
+
+def _images(path: Path, name: str) -> np.ndarray:
+    """uint8 (N, H, W, 3), memory-mapped; (0, ...) where there are none."""
+    images = _array(path, name, "u", 4)
+    if images.dtype != np.uint8 or images.shape[3] != 3:
+        raise UserError(f"{path} is damaged ({name} are {images.dtype} {images.shape}); remove it and prepare it again")
+    return images
+
+
+def _labels(path: Path, name: str, images: int, classes: int) -> np.ndarray:
+    """int64 (images,), each below `classes`."""
+    labels = np.asarray(_array(path, name, "i", 1), np.int64)
+    if len(labels) != images or (images and not 0 <= labels.min() <= labels.max() < classes):
+        raise UserError(f"{path} is damaged ({name} do not fit its images); remove it and prepare it again")
+    return labels
+
+
+def _array(path: Path, name: str, kinds: str, dimensions: int) -> np.ndarray:
+    try:
+        return read_array(UPath(path / f"{name}.npy"), kinds, dimensions)
+    except (OSError, Damaged) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and prepare it again") from None

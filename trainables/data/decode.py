@@ -1,0 +1,142 @@
+"""Reading images: how a file of any kind becomes uint8 pixels.
+
+Files are decoded in threads, because Pillow's decoders release the GIL and every process would import the whole sweep
+again.
+"""
+
+import functools
+import hashlib
+import io
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Pillow opens more than these, but EPS runs Ghostscript, and others are stubs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_open` refuses what Pillow would only warn of
+Item = Path | np.ndarray  # a file, or pixels: uint8 (H, W, 3)
+
+
+def read_images(
+    paths: Iterable[str | Path],
+    size: int | tuple[int, int],
+    on_error: Callable[[Path, str], None] = lambda path, reason: None,
+) -> Iterator[tuple[Path, np.ndarray | None]]:
+    """Decode files in parallel, in order, a few hundred ahead of the reader.
+
+    Yields (path, uint8 (H, W, 3)), where (H, W) is `size` (an int is a square), as `decode` makes them. An unreadable
+    image is yielded as None, after `on_error(path, reason)` was called.
+    """
+    shape = (size, size) if isinstance(size, int) else size
+    files = [Path(path) for path in paths]
+    for path, (image, note) in zip(files, read_items(files, shape), strict=True):
+        if image is None:
+            on_error(path, note)
+        yield path, image
+
+
+Read = tuple[np.ndarray | None, str]
+
+
+def read_items(items: Sequence[Path] | np.ndarray, shape: tuple[int, int]) -> Iterator[Read]:
+    """(uint8 (*shape, 3), SHA-256 of the source bytes) of every item in order; (None, reason) if unreadable."""
+
+    workers = os.cpu_count() or 1
+    step = max(1, min(32, len(items) // workers))  # in chunks: handing over a 32x32 image costs as much as decoding it
+    pending: deque[Future[list[Read]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(items), step):
+            chunk = items[start : start + step]
+            pending.append(pool.submit(lambda chunk: [_read(item, shape) for item in chunk], chunk))
+            if len(pending) > 4 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+
+
+def _read(item: Item, shape: tuple[int, int]) -> Read:
+    try:
+        if isinstance(item, np.ndarray):
+            content, pixels = item.tobytes(), decode(Image.fromarray(item), shape)
+        else:
+            pixels = decode_bytes(content := item.read_bytes(), shape)
+    except (OSError, ValueError, MemoryError) as error:
+        return None, str(error) or type(error).__name__
+    return pixels, hashlib.sha256(content).hexdigest()
+
+
+def decode_bytes(content: bytes, shape: tuple[int, int], most_pixels: int | None = None) -> np.ndarray:
+    """The picture in the bytes of a file of one of FORMATS, as `decode` makes it: uint8 (*shape, 3).
+
+    Raises ValueError, saying what is wrong, for bytes that are no image or a damaged one, and for a picture whose
+    header announces more than `most_pixels` (default: Pillow's own limit), before anything is decoded.
+    """
+    try:
+        return decode(_open(io.BytesIO(content), most_pixels), shape)
+    except UnidentifiedImageError:
+        raise ValueError("not an image") from None
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
+        raise ValueError(str(error).split("\n")[0] or type(error).__name__) from None
+
+
+def decode(image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
+    """Upright RGB pixels of the first frame, uint8 (*shape, 3): shorter side resized (bicubic), centre cut out.
+
+    Transparency is laid on white; 16-bit grey is scaled to 8. Raises what Pillow raises on a damaged file.
+    """
+    height, width = shape
+    # JPEG can leave out detail while it decodes: 2 to 4 times faster for photographs, invisible at twice the size.
+    image.draft("RGB", (2 * max(shape), 2 * max(shape)))
+    ImageOps.exif_transpose(image, in_place=True)
+    image = _rgb(image)
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def measure(item: Item) -> tuple[int, int] | None:
+    """(height, width) of an upright image from its header alone; None when that is unreadable."""
+    if isinstance(item, np.ndarray):
+        return item.shape[0], item.shape[1]
+    try:
+        with _open(item) as image:
+            is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the sides
+            return image.size if is_turned else image.size[::-1]
+    except Exception:
+        return None
+
+
+def _open(file: Any, most_pixels: int | None = None) -> Image.Image:
+    image = Image.open(file, formats=_formats())
+    most = most_pixels or Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        raise ValueError(f"{image.width * image.height:,} pixels, expected at most {most:,}")
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, of which convert() would turn all above 255 to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    formats = _formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)

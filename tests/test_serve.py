@@ -1,5 +1,6 @@
 """ensemble.serve: a real server in a process of its own, on a free port of the loopback interface."""
 
+import asyncio
 import contextlib
 import dataclasses
 import http.client
@@ -30,7 +31,7 @@ from ensemble import answer as answering
 from ensemble import serve as serving
 from ensemble.answer import LARGEST_BATCH, Batcher, Busy, Decoders
 from ensemble.blend import scale
-from ensemble.demo import answer_html
+from ensemble.demo import answer_html, build_page
 from ensemble.ensemble import Member, read_ensemble, write_ensemble
 from ensemble.predict import Voters
 from ensemble.serve import Serve, gpu_share
@@ -472,6 +473,29 @@ def test_of_too_many_waiting_pictures_the_largest_goes(monkeypatch: pytest.Monke
     for future in (first, small, smaller):
         assert future.result(timeout=30).shape == (1,)
     assert set(decoded) == {b"first", b"small", b"smaller", b"damaged"}
+
+
+def test_the_page_has_few_uploads_in_memory(small_run: UPath, tmp_path: Path) -> None:
+    """A request for the answer takes a hundred bytes, and names an upload of 20 MiB."""
+    at_a_time, most = 0, 0
+
+    async def answer(content: bytes) -> dict[str, Any]:
+        nonlocal at_a_time, most
+        at_a_time += 1
+        most = max(most, at_a_time)
+        await asyncio.sleep(0.01)
+        at_a_time -= 1
+        return {"error": "no"}
+
+    page = build_page(small_run, read_ensemble(small_run), None, answer, tmp_path)
+    (tmp_path / "a.png").write_bytes(b"picture")
+    function: Any = page.fns[0].fn
+
+    async def ask() -> list[str]:
+        return await asyncio.gather(*[function(str(tmp_path / "a.png")) for _ in range(20)])
+
+    assert len(asyncio.run(ask())) == 20
+    assert most == 4
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,32 @@
     curl --data-binary @cat.jpg http://127.0.0.1:7860/predict
 
 answers with the label, its probability, those of all classes, and every member's vote, as JSON. What is no picture, or
-too large a one, is refused in words with status 413 or 415. `--ray-serve` predicts in replicas of a Ray Serve
-deployment instead of in this process; page and API are the same.
+too large a one, is refused in words with status 413 or 415; a busy server answers 503 with Retry-After. GET /health
+says that it runs. `--ray-serve` predicts in replicas of a Ray Serve deployment instead of in this process; page and API
+are the same.
+
+On the loopback interface the server answers requests for its own names only. Beyond it a token is needed:
+
+    NINEFOLD_TOKEN=SECRET python -m ensemble.serve --host 0.0.0.0
+    curl -H 'Authorization: Bearer SECRET' --data-binary @cat.jpg http://HOST:7860/predict
+
+and http://HOST:7860/?token=SECRET for the page. Without TLS in front of it whoever sees the traffic can read it.
 """
 
+import asyncio
 import contextlib
+import functools
+import ipaddress
 import math
+import os
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import tyro
 
@@ -27,7 +41,7 @@ from trainables.run_directory import open_runs
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
-CONNECTIONS = 128  # beyond them requests are told that the server is busy
+TOKEN = "NINEFOLD_TOKEN"  # environment variable
 ONGOING = 64  # requests that a replica works on at a time, which are what it batches
 
 
@@ -40,56 +54,67 @@ class Serve:
     ensemble: str | None = None
     """Name of an ensemble of the run; default: the one written last."""
     host: str = "127.0.0.1"
-    """Address to listen on. Whoever can reach it can use it: there is no password."""
+    """Address to listen on; one that other machines can reach needs a token."""
     port: int = 7860
     """0 takes a free one."""
+    token: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """Answer only those who send it; default: $NINEFOLD_TOKEN, which no list of processes shows."""
     device: str | None = None
     """cuda, mps or cpu; default: the first that there is."""
     most_mib: float = 20.0
     """Largest upload."""
     most_megapixels: float = 50.0
     """Largest picture, by its header."""
+    most_seconds: float = 20.0
+    """Longest time that a request's head may take to arrive, and its body."""
     ray_serve: bool = False
     """Predict in Ray Serve replicas: those of the cluster when run as its job, else on this machine."""
     replicas: int = 2
     """Of --ray-serve."""
 
 
-def make_app(answer: Answer, most_bytes: int) -> "FastAPI":
-    """POST /predict; the page is mounted on it."""
+def make_app(answer: Answer, about: dict[str, Any]) -> "FastAPI":
+    """POST /predict, and GET /health, which says `about`; the page is mounted on it."""
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response
-    from starlette.requests import ClientDisconnect
+
+    from ensemble.serve.guard import RETRY
 
     app = FastAPI(title="Ninefold", docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
 
     @app.post("/predict")
     async def predict(request: Request) -> Response:
-        try:
-            content = await _body(request, most_bytes)
-        except ClientDisconnect:
+        result = await _answer_while_connected(request, answer)
+        if result is None:
             return Response(status_code=400)  # nobody is there to read it
-        if content is None:
-            limit = f"{most_bytes / 2**20:g} MiB"
-            return JSONResponse({"error": f"the upload is too large, expected at most {limit}"}, 413)
-        told = await answer(content)
-        status = told.pop("status", 200)
-        return JSONResponse(told, status)
+        status = result.pop("status", 200)
+        return JSONResponse(result, status, {"Retry-After": RETRY} if status == 503 else None)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", **about}
+
+    @app.get("/predict")
+    async def explain() -> Response:  # or Gradio says "Not Found" to who opens it in a browser
+        return JSONResponse({"error": "expected a POST request with the bytes of a picture"}, 405, {"Allow": "POST"})
+
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": "the server failed; its log says why"}, 500)
 
     return app
 
 
-async def _body(request: "Request", most_bytes: int) -> bytes | None:
-    """The request's body; None when it is too large, of which no more than the limit is ever read."""
-    if int(request.headers.get("content-length", 0)) > most_bytes:
-        return None
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most_bytes:
-            return None
-        parts.append(part)
-    return b"".join(parts)
+async def _answer_while_connected(request: "Request", answer: Answer) -> dict[str, Any] | None:
+    """The answer to the request's body; None once the client has left, whose picture need not be decoded then."""
+    answering = asyncio.ensure_future(answer(await request.body()))
+    leaving = asyncio.ensure_future(request.receive())  # the body has come, so nothing else can follow
+    try:
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return answering.result() if answering.done() else None
+    finally:
+        answering.cancel()
+        leaving.cancel()
 
 
 def gpu_share(gpus: float, replicas: int) -> float:
@@ -136,16 +161,29 @@ def replicas(args: Serve, *answerer: Any) -> Iterator[Answer]:
         disconnect()
 
 
-def serve(args: Serve) -> None:
-    """Answer until interrupted. Raises UserError for whatever a user can mend, before anything is answered."""
-    runs = open_runs(args.run)
-    run = runs[0]
-    ensemble = read_ensemble(run, args.ensemble)
+def open_listener(host: str, port: int, token: str) -> tuple[socket.socket, bool]:
+    """A listening socket, and whether only this machine can reach it.
+
+    Raises UserError when that fails, and when other machines could reach it without a token.
+    """
     try:
-        listener = socket.create_server((args.host, args.port))
+        listener = socket.create_server((host, port))
     except (OSError, OverflowError) as error:  # the latter for a port beyond 65535
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot listen on {args.host}:{args.port} ({reason}); choose another --port") from None
+        raise UserError(f"cannot listen on {host}:{port} ({reason}); choose another --port") from None
+    is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    if not is_local and not token:
+        listener.close()
+        raise UserError(f"--host {host} lets other machines in, which needs a token; set {TOKEN} or give --token")
+    return listener, is_local
+
+
+def serve(args: Serve) -> None:
+    """Answer until interrupted. Raises UserError for whatever a user can fix, before anything is answered."""
+    runs = open_runs(args.run)
+    run, ensemble = runs[0], read_ensemble(runs[0], args.ensemble)
+    token = (args.token or os.environ.get(TOKEN, "")).strip()
+    listener, is_local = open_listener(args.host, args.port, token)
     most_bytes, most_pixels = round(args.most_mib * 2**20), round(args.most_megapixels * 1e6)
     what = ([str(run.absolute()) for run in runs], args.ensemble, args.device, most_pixels)
     with (
@@ -157,12 +195,24 @@ def serve(args: Serve) -> None:
         import gradio
         import uvicorn
 
-        app = make_app(answer, most_bytes)
+        from ensemble.serve.guard import LOOPBACK, Connection, Guard
+
+        app = make_app(answer, {"run": run.name, "ensemble": ensemble.name, "members": len(ensemble.members)})
         gradio.mount_gradio_app(app, page, path="/", max_file_size=most_bytes, **mount_options())
+        hosts = (*LOOPBACK, args.host.lower()) if is_local else None
+        guard = Guard(app, hosts, token, most_bytes, args.most_seconds, Path(uploads))  # type: ignore[arg-type]
         address = f"http://{args.host}:{listener.getsockname()[1]}"
-        told = f"{run.name}, {len(ensemble.members)} members, at {address} (page) and {address}/predict (HTTP API)"
-        print(told, flush=True)
+        print(f"{run.name}, {len(ensemble.members)} members, at {address} (page) and {address}/predict (HTTP API)")
+        if token:
+            shown = quote(args.token.strip(), safe="") if args.token else f"${TOKEN}"
+            print(f"with a token: {address}/?token={shown} (page) and 'Authorization: Bearer TOKEN' (HTTP API)")
+        sys.stdout.flush()
         config = uvicorn.Config(
-            app, log_level="warning", limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=3, lifespan="on"
+            guard,
+            http=functools.partial(Connection, seconds=args.most_seconds),  # type: ignore[arg-type]
+            ws="none",
+            log_level="error",  # what is wrong with a request is said to its sender; a log of it could fill a disk
+            timeout_graceful_shutdown=3,
+            lifespan="on",
         )
         uvicorn.Server(config).run(sockets=[listener])

@@ -4,6 +4,7 @@ Gradio draws the frame and takes the uploads; the answers are HTML of our own. N
 page works without a network.
 """
 
+import asyncio
 import base64
 import html
 import io
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
     import gradio
 
 Answer = Callable[[bytes], Awaitable[dict[str, Any]]]
-"""From the bytes of an image file to what `ensemble.answer.Answerer` says about it."""
+"""From the bytes of an image file to what `ensemble.serve.answer.Answerer` says about it."""
 
 MOST_BARS = 10
 MINUTES_KEPT = 10  # that uploads stay on disk
+READ = 4  # uploads that are in memory at a time: to ask for one again takes a hundred bytes
+QUEUED = 64  # answers that wait, of all tabs; Gradio's own queue has no end
+SESSIONS = 64  # tabs that Gradio remembers, each in 20 kB; its own limit is 10,000
 OWN, SELECT = "Your picture", "Select split"
 
 
@@ -77,6 +81,7 @@ def build_page(
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: nothing is sent home
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # not 10,000: every answer takes a table of them all
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     try:
         import gradio
@@ -91,10 +96,17 @@ def build_page(
     async def keep(path: str) -> str:
         return uploaded(path)
 
+    turns = asyncio.Semaphore(READ)
+
     async def answer_upload(path: str | None) -> str:
         if path is None:
             return _HINT
-        return answer_html(await answer(Path(path).read_bytes()))
+        async with turns:
+            try:
+                content = Path(path).read_bytes()
+            except FileNotFoundError:  # so many came after it that it had to go
+                return answer_html({"error": "the picture is no longer here; upload it again"})
+            return answer_html(await answer(content))
 
     async def answer_example(index: float) -> tuple[str, str]:
         assert examples is not None
@@ -137,7 +149,8 @@ def build_page(
     for block in page.blocks.values():
         # Gradio, mounted, would copy any file of this machine, or fetch any address, that a request names as its upload
         block.async_move_resource_to_block_cache = keep  # type: ignore[method-assign,assignment]
-    return page
+    page.state_session_capacity = SESSIONS
+    return page.queue(max_size=QUEUED)
 
 
 def mount_options() -> dict[str, Any]:

@@ -74,10 +74,10 @@ class Page:
 
 @pytest.fixture(scope="module")
 def server(small_run: UPath, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(small_run, tmp_path_factory.mktemp("temporary"), "--most-mib", "2")
-    yield server
-    assert server.process.poll() is None, "it stayed up"
-    server.stop()
+    with Server(small_run, tmp_path_factory.mktemp("temporary"), "--most-mib", "2") as server:
+        yield server
+        assert server.process.poll() is None, "it stayed up"
+        server.stop()
 
 
 @pytest.fixture
@@ -146,3 +146,23 @@ def test_the_slider_shows_the_select_split_with_true_labels(page: Page, small_ru
             lambda truth=truth: f"true label: {truth}" in page.text("#example-answer"), f"no answer to image {index}"
         )
     assert page.errors() == []
+
+
+def test_a_token_opens_the_page(small_run: UPath, pictures: Path, tmp_path: Path) -> None:
+    """The address that --token prints leads to a page that works, and that no longer shows the token."""
+    (tmp_path / "uploads").mkdir()
+    with Server(small_run, tmp_path / "uploads", "--token", "a secret") as server:
+        assert server.process.stdout is not None
+        address = next(word for word in server.process.stdout.readline().split() if word.startswith("http://"))
+        assert address == f"{server.address}/?token=a%20secret"
+        page = Page(address, tmp_path / "profile")
+        try:
+            assert page.driver.current_url == f"{server.address}/"
+            page.upload(pictures / "test/grid/0.png")
+            page.wait_for(lambda: "Votes:" in page.text("#own-answer"), "no answer came")
+            assert page.errors() == []
+            page.driver.delete_all_cookies()
+            page.driver.get(server.address)
+            assert "needs a token" in page.text("body")
+        finally:
+            page.driver.quit()

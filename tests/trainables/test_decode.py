@@ -1,5 +1,8 @@
 """Decoding: every kind of image becomes RGB of the right size; what cannot be read is reported, not raised."""
 
+import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +10,10 @@ import pytest
 from PIL import Image
 
 from tests.trainables.test_data import picture
-from trainables.data.decode import read_images
+from trainables.data import decode as decoding
+from trainables.data.decode import count_pixels, decode_bytes, read_images
+
+ROOT = Path(__file__).parents[2]
 
 
 def grey_16_bit(path: Path) -> np.ndarray:
@@ -126,3 +132,40 @@ def test_a_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
         [(_, image)] = read_images([tmp_path / "bomb.png"], 8, lambda path, reason: reasons.append(reason))
     assert image is None
     assert reasons == ["2,500 pixels, expected at most 2,000"]
+
+
+def test_bands_are_laid_on_white_as_the_whole_is(monkeypatch):
+    monkeypatch.setattr(decoding, "BAND", 1000)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (101, 67, 4), np.uint8))
+    for kind in (image, image.convert("LA"), image.convert("RGB").quantize(64)):
+        file = io.BytesIO()
+        kind.save(file, "PNG", **({"transparency": bytes(range(0, 256, 4))} if kind.mode == "P" else {}))
+        whole = Image.open(file).convert("RGBA")
+        expected = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+        np.testing.assert_array_equal(decode_bytes(file.getvalue(), (101, 67)), np.asarray(expected))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux reports the peak of one process")
+def test_a_large_transparent_picture_takes_little_more_than_its_pixels(tmp_path):
+    """It was in memory four times: 16 bytes a pixel."""
+    Image.new("RGBA", (5000, 5000), (1, 2, 3, 4)).save(tmp_path / "a.png")
+    code = (
+        "import re, sys; from trainables.data.decode import decode_bytes\n"
+        "def peak(): return 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "content, before = open(sys.argv[1], 'rb').read(), peak()\n"
+        "decode_bytes(content, (8, 8)); print(peak() - before)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 12 * 5000 * 5000
+
+
+def test_pixels_are_counted_without_decoding(monkeypatch):
+    file = io.BytesIO()
+    Image.new("1", (3000, 2000)).save(file, "PNG")
+    monkeypatch.setattr(Image.Image, "load", None)
+    assert count_pixels(file.getvalue(), 6_000_000) == 6_000_000
+    with pytest.raises(ValueError, match="6,000,000 pixels, expected at most 5,999,999"):
+        count_pixels(file.getvalue(), 5_999_999)
+    with pytest.raises(ValueError, match="not an image"):
+        count_pixels(b"text", 1)

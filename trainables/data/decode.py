@@ -4,6 +4,7 @@ Files are decoded in threads, because Pillow's decoders release the GIL and ever
 again.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -20,6 +21,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Pillow opens more than these, but EPS runs Ghostscript, and others are stubs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+# Their headers do not bound what they take: 24 kB of JPEG 2000 in blocks of 4x4 took 1.1 GiB for 9 megapixels, and an
+# AVIF that called itself 64x64 decoded to 268 megapixels.
+COSTLY = ("JPEG2000", "AVIF")
+MOST_SCANS = 50  # of a progressive JPEG; encoders make about ten
+BAND = 2**22  # pixels that transparency is taken from at a time
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_open` refuses what Pillow would only warn of
 Item = Path | np.ndarray  # a file, or pixels: uint8 (H, W, 3)
 
@@ -78,12 +84,27 @@ def decode_bytes(content: bytes, shape: tuple[int, int], most_pixels: int | None
     Raises ValueError, saying what is wrong, for bytes that are no image or a damaged one, and for a picture whose
     header announces more than `most_pixels` (default: Pillow's own limit), before anything is decoded.
     """
-    try:
+    with _value_errors():
         return decode(_open(io.BytesIO(content), most_pixels), shape)
-    except UnidentifiedImageError:
-        raise ValueError("not an image") from None
-    except Exception as error:  # Pillow's decoders raise a dozen kinds
-        raise ValueError(str(error).split("\n")[0] or type(error).__name__) from None
+
+
+def count_pixels(content: bytes, most_pixels: int) -> int:
+    """Pixels that decoding a stranger's picture takes memory for, by its header; nothing is decoded.
+
+    Raises ValueError as `decode_bytes` does, and for pictures whose header does not say what they cost.
+    """
+    with _value_errors(), _open(io.BytesIO(content), most_pixels) as image:
+        pixels = image.width * image.height
+        if image.format in COSTLY:
+            raise ValueError(f"{image.format} is not accepted, because it may hide any size; send JPEG, PNG or WEBP")
+        if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > MOST_SCANS:
+            raise ValueError(f"more than {MOST_SCANS} scans, each of which takes as long as a whole picture")
+        if image.format == "TIFF":  # whole tiles are decoded, however small the picture that is cut out of them
+            tags = image.tag_v2  # type: ignore[attr-defined]
+            pixels = max(pixels, int(tags.get(322, 0)) * int(tags.get(323, 0)))
+            if pixels > most_pixels:
+                raise ValueError(f"tiles of {pixels:,} pixels, expected at most {most_pixels:,}")
+        return pixels
 
 
 def decode(image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
@@ -99,6 +120,17 @@ def decode(image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+@contextlib.contextmanager
+def _value_errors() -> Iterator[None]:
+    """Turn what Pillow raises on bytes that are no image, or a damaged one, into a ValueError of one line."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise ValueError("not an image") from None
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
+        raise ValueError(str(error).split("\n")[0] or type(error).__name__) from None
 
 
 def measure(item: Item) -> tuple[int, int] | None:
@@ -125,9 +157,20 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, of which convert() would turn all above 255 to white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        return _lay_on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _lay_on_white(image: Image.Image) -> Image.Image:
+    """RGB, band by band: whole, a picture of 50 megapixels would be in memory four times, in 800 MB."""
+    result = Image.new("RGB", image.size)
+    rows = max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        band = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        result.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    return result
 
 
 @functools.cache

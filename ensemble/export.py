@@ -39,6 +39,7 @@ from upath import UPath
 from ensemble.file import Ensemble, read_ensemble
 from ensemble.predict import Voters
 from ensemble.selection.metrics import FLOOR
+from trainables.data.decode import Canvas
 from trainables.data.share import open_run_data
 from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import view_logits
@@ -160,7 +161,7 @@ def export(runs: Sequence[UPath], ensemble: Ensemble, out: Path, format: Literal
     if format == "onnx":
         _need_onnx()
     voters = Voters.load(runs, ensemble, "cpu", precision="fp32")
-    images, real = _images_to_check(runs[0], voters.size)
+    images, real = _images_to_check(runs[0], voters.canvas)
     module = EnsembleModule(runs, ensemble)
     metadata = describe(runs, ensemble)
     write = _write_onnx if format == "onnx" else _write_torch
@@ -168,7 +169,7 @@ def export(runs: Sequence[UPath], ensemble: Ensemble, out: Path, format: Literal
     os.close(descriptor)
     temporary = Path(name)
     try:
-        runtime = write(module, voters.size, metadata, temporary)
+        runtime = write(module, voters.canvas, metadata, temporary)
         worst = largest_difference(runtime, voters, images)
         if not worst <= TOLERANCE:
             raise UserError(
@@ -202,7 +203,7 @@ def largest_difference(runtime: Runtime, predict: Runtime, images: np.ndarray) -
     return max(float(np.abs(runtime(part) - predict(part)).max()) for part in parts)
 
 
-def _images_to_check(run: UPath, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
+def _images_to_check(run: UPath, canvas: Canvas) -> tuple[np.ndarray, bool]:
     """Images of the select split, or random ones (and False) when it is empty or the data set not within reach."""
     try:
         data, splits = open_run_data(run)
@@ -210,7 +211,7 @@ def _images_to_check(run: UPath, size: tuple[int, int]) -> tuple[np.ndarray, boo
     except (UserError, OSError):  # nowhere, damaged, or there is no room for a copy of it
         images = np.empty(0, np.uint8)
     if len(images) == 0:  # a refit was trained on its select split, too
-        return np.random.default_rng(0).integers(0, 256, (CHECKED, *size, 3), np.uint8), False
+        return np.random.default_rng(0).integers(0, 256, (CHECKED, *canvas.shape), np.uint8), False
     return images, True
 
 
@@ -223,14 +224,14 @@ def _need_onnx() -> None:
         raise UserError(f"ONNX needs the package {error.name}; pip install 'ninefold[export]'") from None
 
 
-def _write_onnx(module: nn.Module, size: tuple[int, int], metadata: dict[str, str], path: Path) -> Runtime:
+def _write_onnx(module: nn.Module, canvas: Canvas, metadata: dict[str, str], path: Path) -> Runtime:
     from onnxruntime import InferenceSession, SessionOptions
 
     weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     if weights > LARGEST_ONNX:
         raise UserError(f"the weights are {weights / 2**30:.1f} GiB, one ONNX file ends at 2 GiB; use --format torch")
     with _silence():
-        program = _traced(module, size)
+        program = _traced(module, canvas)
         try:
             converted = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["probs"], verbose=False
@@ -247,9 +248,9 @@ def _write_onnx(module: nn.Module, size: tuple[int, int], metadata: dict[str, st
     return lambda images: np.asarray(session.run(["probs"], {"images": images})[0])
 
 
-def _write_torch(module: nn.Module, size: tuple[int, int], metadata: dict[str, str], path: Path) -> Runtime:
+def _write_torch(module: nn.Module, canvas: Canvas, metadata: dict[str, str], path: Path) -> Runtime:
     with _silence():
-        program = _traced(module, size)
+        program = _traced(module, canvas)
         with open(path, "wb") as file:
             torch.export.save(program, file, extra_files=metadata)  # type: ignore[arg-type]
         with open(path, "rb") as written:
@@ -262,8 +263,8 @@ def _write_torch(module: nn.Module, size: tuple[int, int], metadata: dict[str, s
     return run
 
 
-def _traced(module: nn.Module, size: tuple[int, int]) -> torch.export.ExportedProgram:
-    example = torch.zeros(2, *size, 3, dtype=torch.uint8)  # two: a batch of one would be taken for a constant
+def _traced(module: nn.Module, canvas: Canvas) -> torch.export.ExportedProgram:
+    example = torch.zeros(2, *canvas.shape, dtype=torch.uint8)  # two: a batch of one would be taken for a constant
     try:
         with torch.no_grad():
             return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))

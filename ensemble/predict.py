@@ -25,7 +25,8 @@ from upath import UPath
 
 from ensemble.file import Ensemble, read_ensemble
 from trainables.config import TestTimeAugmentation
-from trainables.data.decode import read_images
+from trainables.data.decode import Canvas, read_images
+from trainables.data.prepare import LARGEST_SIDE
 from trainables.data.sources import list_images
 from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import pick_device, predict_probs
@@ -36,7 +37,6 @@ from trainables.training.augment import Pixels
 
 BATCH = 500  # images between two writes to the file, at most
 BATCH_BYTES = 128 * 2**20  # of their pixels
-LARGEST_SIDE = 4096
 NAMED = 5  # unreadable images that are told by name
 
 
@@ -96,13 +96,13 @@ class Voters:
     Attributes:
         ensemble: how the votes combine.
         classes: C names.
-        size: (height, width) of the images that it takes, as its data set stores them.
+        canvas: the form of the images that it takes, as its data set stores them.
         members: one predictor each, in the ensemble's order.
     """
 
     ensemble: Ensemble
     classes: tuple[str, ...]
-    size: tuple[int, int]
+    canvas: Canvas
     members: tuple[Predictor, ...]
 
     @classmethod
@@ -124,26 +124,26 @@ class Voters:
                     f"{len(info.classes)}; select without it"
                 )
         members = [candidate_predictor(candidate, device, tta, precision) for candidate in candidates]
-        return cls(ensemble, info.classes, stored_size(runs[0]), tuple(members))
+        return cls(ensemble, info.classes, stored_form(runs[0]), tuple(members))
 
     def votes(self, images: np.ndarray) -> list[np.ndarray]:
-        """Each member's probabilities, float32 (N, C), of uint8 images (N, *size, 3)."""
+        """Each member's probabilities, float32 (N, C), of uint8 images (N, H, W, 3) of that form."""
         return [member(images) for member in self.members]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """The ensemble's probabilities, float32 (N, C), of uint8 images (N, *size, 3)."""
+        """The ensemble's probabilities, float32 (N, C), of uint8 images (N, H, W, 3) of that form."""
         return self.ensemble.predict(self.votes(images))
 
 
-def stored_size(run: UPath) -> tuple[int, int]:
-    """(height, width) to which a run's data set was decoded, and new images must be. Raises UserError if unknown."""
-    size = read_run(run).data.size
-    if size is None or not all(1 <= side <= LARGEST_SIDE for side in size):
+def stored_form(run: UPath) -> Canvas:
+    """Return the form to which a run's data set was decoded, and new images must be. Raises UserError if unknown."""
+    data = read_run(run).data
+    if data.size is None or not all(1 <= side <= LARGEST_SIDE for side in data.size):
         raise UserError(
             f"{run / 'run.json'} does not say to which size images are to be decoded; "
             f"expected data.size: [height, width], each 1 to {LARGEST_SIDE}"
         )
-    return size
+    return Canvas(*data.size, data.fit)
 
 
 def find_images(folder: Path) -> dict[str, Path]:
@@ -185,7 +185,7 @@ def predict_folder(args: Predict) -> tuple[int, dict[str, str]]:
             rows = csv.writer(file, lineterminator="\n")
             if file.tell() == 0:
                 rows.writerow(header)
-            for ids, pictures, reasons in _batches(images, done, voters.size):
+            for ids, pictures, reasons in _batches(images, done, voters.canvas):
                 readable = [picture for picture in pictures if picture is not None]
                 answers = iter(voters(np.stack(readable)) if readable else ())
                 for id, picture in zip(ids, pictures, strict=True):
@@ -203,17 +203,17 @@ def predict_folder(args: Predict) -> tuple[int, dict[str, str]]:
 
 
 def _batches(
-    images: dict[str, Path], done: Container[str], size: tuple[int, int]
+    images: dict[str, Path], done: Container[str], canvas: Canvas
 ) -> Iterator[tuple[list[str], list[np.ndarray | None], dict[str, str]]]:
     """Ids, pixels (None: unreadable) and the unreadable's reasons; the next batch is decoded while one is worked on."""
     todo = [id for id in images if id not in done]
-    step = max(1, min(BATCH, BATCH_BYTES // (3 * size[0] * size[1])))
+    step = max(1, min(BATCH, BATCH_BYTES // (3 * canvas.height * canvas.width)))
     parts = [todo[start : start + step] for start in range(0, len(todo), step)]
 
     def read(ids: list[str]) -> tuple[list[str], list[np.ndarray | None], dict[str, str]]:
         reasons: dict[str, str] = {}
         names = {images[id]: id for id in ids}
-        decoded = read_images(names, size, lambda path, reason: reasons.update({names[path]: reason}))
+        decoded = read_images(names, canvas, lambda path, reason: reasons.update({names[path]: reason}))
         return ids, [picture for _, picture in decoded], reasons
 
     console = Console(stderr=True)

@@ -14,6 +14,7 @@ DataName = Literal["digits", "cifar10", "cifar100", "folder"]
 Sampler = Literal["tpe", "gp", "random", "qmc"]
 Pruner = Literal["asha", "hyperband", "median", "promote", "wilcoxon", "none"]
 Objective = Literal["accuracy", "log_loss", "ensemble"]
+Fit = Literal["squash", "crop", "pad"]
 Scale = Literal["full", "tiny"]
 
 
@@ -30,6 +31,9 @@ class SearchConfig:
     """Where the images lie. Without it cifar10 and cifar100 are downloaded into the cache."""
     stored_size: int | None = None
     """Side in pixels at which images are kept; default: their own, or the median one up to 256."""
+    fit: Fit = "squash"
+    """How images of other proportions than most are brought to the stored size: squash keeps all of an image and
+    stretches it, crop cuts the middle out, pad keeps all of it in its proportions, on grey."""
     space: str = "auto"
     """Search space: a name in search/spaces/, or the path of a Python file like those. auto: the run's own when it goes
     on, else dry_run for digits, default with GPUs and laptop without."""

@@ -65,7 +65,7 @@ def make_plan(config: SearchConfig) -> Plan:
                 backbones[name] = None
     if not backbones:
         raise UserError(f"none of the backbones of space {space.name} has weights here; see --weights-dir, --backbones")
-    data = prepare(config.data, config.data_dir, size=config.stored_size)
+    data = prepare(config.data, config.data_dir, size=config.stored_size, fit=config.fit)
     splits = make_splits(data.labels, data.fingerprint, config.split_seed)
     _check_space(space, backbones, data, splits, config)
     run = reach(config.run or f"{RUNS}/{config.data}-{space.name}{'-tiny' if config.scale == 'tiny' else ''}")

@@ -185,7 +185,9 @@ def _job(runs: list[UPath], target: UPath, info: RunInfo, member: Member, args: 
     config = without_validation(old.config, old.curve)
     weights = find_weights(config.backbone, args.weights_dir) if config.pretrained else None
     folder = str(args.data_dir.resolve()) if args.data_dir else None
-    data = DataSource(str(default_cache() / "data" / info.data.folder), info.data.name, folder, info.data.stored_size)
+    data = DataSource(
+        str(default_cache() / "data" / info.data.folder), info.data.name, folder, info.data.stored_size, info.data.fit
+    )
     return Job(_new_id(member), config, str(target), data, weights)
 
 

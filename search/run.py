@@ -93,7 +93,7 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         reserve = min(share * 60 * config.minutes, most)
         deadline = began + 60 * config.minutes - used - reserve
     folder = str(config.data_dir.resolve()) if config.data_dir else None
-    source = DataSource(str(plan.data.path), config.data, folder, config.stored_size)
+    source = DataSource(str(plan.data.path), config.data, folder, config.stored_size, config.fit)
     live = EnsembleSoFar(plan.run, config.top_k)
     board = LiveBoard(live, plan.trials, deadline, plan.splits.shared)
     budget = Budget(
@@ -167,6 +167,7 @@ def _open_run(plan: Plan, config: SearchConfig) -> None:
             folder=data.path.name,
             size=(data.images.shape[1], data.images.shape[2]),
             stored_size=config.stored_size,
+            fit=config.fit,
             mean=data.mean,
             std=data.std,
         ),

@@ -5,7 +5,7 @@ Standard library only: the driver, Tune's actors, the mailbox and the ranks of a
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from trainables.config import TrialConfig
 
@@ -88,13 +88,15 @@ class DataSource:
 
     Attributes:
         path: the folder in which the driver has it; elsewhere it may lie in another cache, or beside the run.
-        name, data_dir, size: as `trainables.data.prepare` takes them; data_dir None where the images are not at hand.
+        name, data_dir, size, fit: as `trainables.data.prepare` takes them; data_dir None where the images are not at
+            hand.
     """
 
     path: str
     name: str
     data_dir: str | None = None
     size: int | None = None
+    fit: Literal["squash", "crop", "pad"] = "squash"
 
 
 @dataclass(frozen=True)

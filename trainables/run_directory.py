@@ -29,7 +29,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -71,7 +71,8 @@ class DataInfo:
         name: as in --data; fingerprint: 16 hex digits of its content.
         folder: of the prepared data set, in whichever cache it is: "<name>-<fingerprint>".
         size: (height, width) of the stored images.
-        stored_size: the side that was asked for; None: the data set's own.
+        stored_size: the shorter side that was asked for; None: the data set's own.
+        fit: how images of other proportions were brought to that size; see trainables.data.decode.Canvas.
         mean, std: of the three channels, of pixels in 0..1.
     """
 
@@ -80,6 +81,7 @@ class DataInfo:
     folder: str = ""
     size: tuple[int, int] | None = None
     stored_size: int | None = None
+    fit: Literal["squash", "crop", "pad"] = "crop"  # as runs did that do not say
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 

@@ -111,7 +111,7 @@ def _open(run: str, source: DataSource) -> tuple[Data, Splits]:
         raise
     except UserError:
         folder = source.data_dir
-        data = prepare(source.name, Path(folder) if folder else None, size=source.size)
+        data = prepare(source.name, Path(folder) if folder else None, size=source.size, fit=source.fit)
         expected = Path(source.path).name
         if data.path.name != expected:  # which ends in the fingerprint
             raise UserError(

@@ -142,7 +142,7 @@ class Answerer:
         self.voters = Voters.load(homes, read_ensemble(homes[0], ensemble), device)
         self.architectures = [m.candidate(homes).architecture for m in self.voters.ensemble.members]
         self.most_pixels = most_pixels
-        self.voters.votes(np.zeros((1, *self.voters.size, 3), np.uint8))  # the first request need not wait longer
+        self.voters.votes(np.zeros((1, *self.voters.canvas.shape), np.uint8))  # the first request need not wait longer
         self.batcher = Batcher(self.voters.votes)
         self.headers = ThreadPoolExecutor(1, "header")
         self.small = Decoders(self._decode, SMALL_AT_A_TIME)
@@ -168,7 +168,7 @@ class Answerer:
         return self._describe(votes)
 
     def _decode(self, content: bytes) -> np.ndarray:
-        return decode_bytes(content, self.voters.size, self.most_pixels)
+        return decode_bytes(content, self.voters.canvas, self.most_pixels)
 
     def _describe(self, votes: np.ndarray) -> dict[str, Any]:
         classes = self.voters.classes

@@ -20,6 +20,7 @@ from ensemble.file import Ensemble, Member, read_ensemble
 from ensemble.predict import Voters
 from ensemble.selection.blend import Stack
 from trainables.data.dataset import default_cache, open_data
+from trainables.data.decode import Canvas
 from trainables.data.share import share_data
 from trainables.errors import UserError
 from trainables.models.classic import _TwoByTwo
@@ -157,7 +158,7 @@ def test_without_the_data_set_random_images_are_compared(small_run: UPath, tmp_p
     info = json.loads((run / "run.json").read_text())
     info["data"]["folder"] = "folder-0123456789abcdef"
     (run / "run.json").write_text(json.dumps(info))
-    images, real = exporting._images_to_check(run, (12, 12))
+    images, real = exporting._images_to_check(run, Canvas(12, 12))
     assert images.shape == (1000, 12, 12, 3)
     assert not real
 
@@ -166,9 +167,9 @@ def test_images_beside_the_run_are_compared(small_run: UPath, tmp_path: Path, mo
     run = UPath(shutil.copytree(str(small_run), tmp_path / "run"))
     info = json.loads((run / "run.json").read_text())
     share_data(run, open_data(default_cache() / "data" / info["data"]["folder"]))
-    expected, _ = exporting._images_to_check(run, (12, 12))
+    expected, _ = exporting._images_to_check(run, Canvas(12, 12))
     monkeypatch.setenv("NINEFOLD_CACHE", str(tmp_path / "cache"))
-    images, real = exporting._images_to_check(run, (12, 12))
+    images, real = exporting._images_to_check(run, Canvas(12, 12))
     assert real
     np.testing.assert_array_equal(images, expected)
 

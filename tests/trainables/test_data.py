@@ -246,7 +246,7 @@ def test_the_slower_of_two_without_a_lock_takes_the_other_result(tmp_path):
     root = class_folders(tmp_path / "photos", {"a": 12, "b": 12})
     found = prepare("folder", root)
     before = (found.path / "meta.json").stat().st_ino
-    again, _ = data._decode("folder", folder(root), found.path.parent, None, progress=False)
+    again, _ = data._decode("folder", folder(root), found.path.parent, None, "squash", progress=False)
     assert again == found.path
     assert (found.path / "meta.json").stat().st_ino == before
     assert not list(found.path.parent.glob("*.tmp"))
@@ -278,8 +278,9 @@ def test_failure_leaves_nothing_and_old_leftovers_go(tmp_path, cache, monkeypatc
     [
         ([(8, 8)] * 9, (8, 8)),
         ([(12, 8)] * 9, (8, 12)),
-        ([(300, 280)] * 9, (256, 256)),
-        ([(20, 30), (40, 30), (25, 90)] * 3, (25, 25)),
+        ([(300, 280)] * 9, (256, 274)),
+        ([(1000, 280)] * 9, (256, 512)),
+        ([(20, 30), (40, 30), (25, 90)] * 3, (38, 25)),
     ],
 )
 def test_stored_size(sizes, stored, tmp_path):

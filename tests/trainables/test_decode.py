@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from tests.trainables.test_data import picture
 from trainables.data import decode as decoding
-from trainables.data.decode import count_pixels, decode_bytes, read_images
+from trainables.data.decode import GREY, Canvas, Fit, count_pixels, decode_bytes, read_images
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +85,7 @@ def turned_by_exif(path: Path) -> np.ndarray:
 )
 def test_every_kind_of_image_becomes_rgb(name, make, tmp_path):
     expected = make(tmp_path / name)
-    [(path, image)] = read_images([tmp_path / name], 8)
+    [(path, image)] = read_images([tmp_path / name], Canvas(8, 8))
     assert path == tmp_path / name
     assert image.shape == (8, 8, 3)
     assert image.dtype == np.uint8
@@ -92,16 +93,25 @@ def test_every_kind_of_image_becomes_rgb(name, make, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "jpg", "bmp", "gif", "tiff", "ppm", "jp2"])
-def test_resizing_keeps_the_centre_of_the_shorter_side(suffix, tmp_path):
+def test_an_image_of_other_proportions_is_squashed_cropped_or_padded(suffix, tmp_path):
+    """Before: the middle was always cut out, so a 4:3 photograph lost a quarter of its width for ever."""
     image = Image.new("RGB", (120, 40), "red")
     image.paste("blue", (40, 0, 80, 40))
     image.save(tmp_path / f"x.{suffix}")
-    [(_, square)] = read_images([tmp_path / f"x.{suffix}"], 10)
-    assert square.shape == (10, 10, 3)
-    assert np.abs(square[:, 1:-1].astype(int) - (0, 0, 255)).max() < 20
-    [(_, wide)] = read_images([tmp_path / f"x.{suffix}"], (10, 30))
-    assert wide.shape == (10, 30, 3)
-    assert np.abs(wide[5, [2, 15, 27]].astype(int) - ((255, 0, 0), (0, 0, 255), (255, 0, 0))).max() < 20
+
+    def read(canvas: Canvas) -> np.ndarray:
+        [(_, pixels)] = read_images([tmp_path / f"x.{suffix}"], canvas)
+        assert pixels.shape == canvas.shape
+        return pixels.astype(int)
+
+    red, blue = (255, 0, 0), (0, 0, 255)
+    assert np.abs(read(Canvas(12, 12, "crop"))[:, 1:-1] - blue).max() < 20
+    assert np.abs(read(Canvas(12, 12, "squash"))[6, [1, 6, 10]] - (red, blue, red)).max() < 20
+    padded = read(Canvas(12, 12, "pad"))
+    assert np.abs(padded[6, [1, 6, 10]] - (red, blue, red)).max() < 30
+    assert np.abs(padded[[0, 1, 10, 11]] - GREY).max() < 3
+    for fit in get_args(Fit):  # one of these proportions needs none of it
+        assert np.abs(read(Canvas(10, 30, fit))[5, [2, 15, 27]] - (red, blue, red)).max() < 20
 
 
 def test_read_images_keeps_order_and_reports_errors(tmp_path):
@@ -112,7 +122,7 @@ def test_read_images_keeps_order_and_reports_errors(tmp_path):
     paths[40].write_bytes(b"no image")
     paths[41].unlink()
     errors = {}
-    read = list(read_images(map(str, paths), 4, lambda path, reason: errors.setdefault(path.name, reason)))
+    read = list(read_images(map(str, paths), Canvas(4, 4), lambda path, reason: errors.setdefault(path.name, reason)))
     assert [path for path, _ in read] == paths
     assert [None if image is None else int(image[0, 0, 0]) for _, image in read] == [
         *range(40),
@@ -129,7 +139,7 @@ def test_a_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     reasons = []
     with pytest.warns(Image.DecompressionBombWarning):
-        [(_, image)] = read_images([tmp_path / "bomb.png"], 8, lambda path, reason: reasons.append(reason))
+        [(_, image)] = read_images([tmp_path / "bomb.png"], Canvas(8, 8), lambda path, reason: reasons.append(reason))
     assert image is None
     assert reasons == ["2,500 pixels, expected at most 2,000"]
 
@@ -142,7 +152,7 @@ def test_bands_are_laid_on_white_as_the_whole_is(monkeypatch):
         kind.save(file, "PNG", **({"transparency": bytes(range(0, 256, 4))} if kind.mode == "P" else {}))
         whole = Image.open(file).convert("RGBA")
         expected = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
-        np.testing.assert_array_equal(decode_bytes(file.getvalue(), (101, 67)), np.asarray(expected))
+        np.testing.assert_array_equal(decode_bytes(file.getvalue(), Canvas(101, 67)), np.asarray(expected))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux reports the peak of one process")
@@ -150,10 +160,10 @@ def test_a_large_transparent_picture_takes_little_more_than_its_pixels(tmp_path)
     """It was in memory four times: 16 bytes a pixel."""
     Image.new("RGBA", (5000, 5000), (1, 2, 3, 4)).save(tmp_path / "a.png")
     code = (
-        "import re, sys; from trainables.data.decode import decode_bytes\n"
+        "import re, sys; from trainables.data.decode import Canvas, decode_bytes\n"
         "def peak(): return 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "content, before = open(sys.argv[1], 'rb').read(), peak()\n"
-        "decode_bytes(content, (8, 8)); print(peak() - before)"
+        "decode_bytes(content, Canvas(8, 8)); print(peak() - before)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from upath import UPath
 
+from trainables.data.decode import Canvas, Fit
 from trainables.errors import UserError
 from trainables.storage import Damaged, parse, read_array, read_json
 
-FORMAT = 1  # of the cache folder; raise it when decoding changes
+FORMAT = 2  # of the cache folder; raise it when decoding changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class Data:
         cache: where what is computed from its images is kept: never with what other data sets share.
         test_images: number of images of the test part; 0 when there is none.
         mean, std: of the three channels of `images` scaled to 0..1.
+        fit: how images of other proportions were brought to the size of the stored ones; see `Canvas`.
     """
 
     name: str
@@ -49,6 +51,12 @@ class Data:
     test_images: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    fit: Fit = "squash"
+
+    @property
+    def canvas(self) -> Canvas:
+        """The form of its images."""
+        return Canvas(self.images.shape[1], self.images.shape[2], self.fit)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class Meta:
     test_images: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    fit: Fit = "squash"
     skipped: tuple[str, ...] = ()
 
 
@@ -110,6 +119,7 @@ def open_data(path: str | Path, cache: Path | None = None) -> Data:
         test_images=meta.test_images,
         mean=meta.mean,
         std=meta.std,
+        fit=meta.fit,
     )
 
 

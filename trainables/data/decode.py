@@ -13,8 +13,9 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -23,26 +24,44 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 # Their headers do not bound what they take: 24 kB of JPEG 2000 in blocks of 4x4 took 1.1 GiB for 9 megapixels, and an
 # AVIF that called itself 64x64 decoded to 268 megapixels.
+GREY = (124, 116, 104)  # ImageNet's mean, which networks take for nothing
 COSTLY = ("JPEG2000", "AVIF")
 MOST_SCANS = 50  # of a progressive JPEG; encoders make about ten
 BAND = 2**22  # pixels that transparency is taken from at a time
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_open` refuses what Pillow would only warn of
+Fit = Literal["squash", "crop", "pad"]
 Item = Path | np.ndarray  # a file, or pixels: uint8 (H, W, 3)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The form in which images are stored: uint8 (height, width, 3).
+
+    `fit` says how an image of other proportions gets there: "squash" keeps all of it and stretches it, "crop" cuts the
+    middle out, "pad" keeps all of it in its proportions, on grey.
+    """
+
+    height: int
+    width: int
+    fit: Fit = "squash"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.height, self.width, 3
 
 
 def read_images(
     paths: Iterable[str | Path],
-    size: int | tuple[int, int],
+    canvas: Canvas,
     on_error: Callable[[Path, str], None] = lambda path, reason: None,
 ) -> Iterator[tuple[Path, np.ndarray | None]]:
     """Decode files in parallel, in order, a few hundred ahead of the reader.
 
-    Yields (path, uint8 (H, W, 3)), where (H, W) is `size` (an int is a square), as `decode` makes them. An unreadable
-    image is yielded as None, after `on_error(path, reason)` was called.
+    Yields (path, uint8 (H, W, 3)), as `decode` makes them. An unreadable image is yielded as None, after
+    `on_error(path, reason)` was called.
     """
-    shape = (size, size) if isinstance(size, int) else size
     files = [Path(path) for path in paths]
-    for path, (image, note) in zip(files, read_items(files, shape), strict=True):
+    for path, (image, note) in zip(files, read_items(files, canvas), strict=True):
         if image is None:
             on_error(path, note)
         yield path, image
@@ -51,8 +70,8 @@ def read_images(
 Read = tuple[np.ndarray | None, str]
 
 
-def read_items(items: Sequence[Path] | np.ndarray, shape: tuple[int, int]) -> Iterator[Read]:
-    """(uint8 (*shape, 3), SHA-256 of the source bytes) of every item in order; (None, reason) if unreadable."""
+def read_items(items: Sequence[Path] | np.ndarray, canvas: Canvas) -> Iterator[Read]:
+    """(uint8 (H, W, 3), SHA-256 of the source bytes) of every item in order; (None, reason) if unreadable."""
 
     workers = os.cpu_count() or 1
     step = max(1, min(32, len(items) // workers))  # in chunks: handing over a 32x32 image costs as much as decoding it
@@ -60,32 +79,32 @@ def read_items(items: Sequence[Path] | np.ndarray, shape: tuple[int, int]) -> It
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(items), step):
             chunk = items[start : start + step]
-            pending.append(pool.submit(lambda chunk: [_read(item, shape) for item in chunk], chunk))
+            pending.append(pool.submit(lambda chunk: [_read(item, canvas) for item in chunk], chunk))
             if len(pending) > 4 * workers:
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
 
 
-def _read(item: Item, shape: tuple[int, int]) -> Read:
+def _read(item: Item, canvas: Canvas) -> Read:
     try:
         if isinstance(item, np.ndarray):
-            content, pixels = item.tobytes(), decode(Image.fromarray(item), shape)
+            content, pixels = item.tobytes(), decode(Image.fromarray(item), canvas)
         else:
-            pixels = decode_bytes(content := item.read_bytes(), shape)
+            pixels = decode_bytes(content := item.read_bytes(), canvas)
     except (OSError, ValueError, MemoryError) as error:
         return None, str(error) or type(error).__name__
     return pixels, hashlib.sha256(content).hexdigest()
 
 
-def decode_bytes(content: bytes, shape: tuple[int, int], most_pixels: int | None = None) -> np.ndarray:
-    """The picture in the bytes of a file of one of FORMATS, as `decode` makes it: uint8 (*shape, 3).
+def decode_bytes(content: bytes, canvas: Canvas, most_pixels: int | None = None) -> np.ndarray:
+    """The picture in the bytes of a file of one of FORMATS, as `decode` makes it: uint8 (H, W, 3).
 
     Raises ValueError, saying what is wrong, for bytes that are no image or a damaged one, and for a picture whose
     header announces more than `most_pixels` (default: Pillow's own limit), before anything is decoded.
     """
     with _value_errors():
-        return decode(_open(io.BytesIO(content), most_pixels), shape)
+        return decode(_open(io.BytesIO(content), most_pixels), canvas)
 
 
 def count_pixels(content: bytes, most_pixels: int) -> int:
@@ -107,18 +126,23 @@ def count_pixels(content: bytes, most_pixels: int) -> int:
         return pixels
 
 
-def decode(image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
-    """Upright RGB pixels of the first frame, uint8 (*shape, 3): shorter side resized (bicubic), centre cut out.
+def decode(image: Image.Image, canvas: Canvas) -> np.ndarray:
+    """Return upright RGB pixels of the first frame, uint8 (H, W, 3), resized (bicubic) as the canvas says.
 
     Transparency is laid on white; 16-bit grey is scaled to 8. Raises what Pillow raises on a damaged file.
     """
-    height, width = shape
+    height, width, fit = canvas.height, canvas.width, canvas.fit
     # JPEG can leave out detail while it decodes: 2 to 4 times faster for photographs, invisible at twice the size.
-    image.draft("RGB", (2 * max(shape), 2 * max(shape)))
+    image.draft("RGB", (2 * max(height, width), 2 * max(height, width)))
     ImageOps.exif_transpose(image, in_place=True)
     image = _rgb(image)
     if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        if fit == "squash":
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        elif fit == "crop":
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        else:
+            image = ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=GREY)
     return np.asarray(image)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from upath import UPath
 
 from trainables.data.dataset import Data, read_meta
+from trainables.data.decode import Fit
 from trainables.data.prepare import find_source, listing_of, prepare, train_and_test
 from trainables.errors import UserError
 from trainables.storage import read_json
@@ -29,14 +30,18 @@ class Origin:
 
 
 def find_origin(
-    name: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None, size: int | None = None
+    name: str,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    size: int | None = None,
+    fit: Fit = "squash",
 ) -> Origin:
     """Where the images come from that `prepare`, called with the same arguments, gives. Prepares them if need be."""
-    data = prepare(name, data_dir, cache_dir, size)
+    data = prepare(name, data_dir, cache_dir, size, fit)
     root = data.path.parent
     folder = None if data_dir is None else Path(data_dir).expanduser()
     source = find_source(name, folder, root / "downloads")
-    listed = read_json(UPath(listing_of(root, name, size, source)))
+    listed = read_json(UPath(listing_of(root, name, size, fit, source)))
     skipped = [str(entry) for entry in listed.get("skipped", read_meta(data.path).skipped)]
     left_out = {entry[: end.start()] for entry in skipped for end in re.finditer(r" \(", entry)}
     names: list[list[str]] = []

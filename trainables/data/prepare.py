@@ -7,6 +7,7 @@ Only the listing is looked at a second time, so an unchanged data set opens at o
 """
 
 import contextlib
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -26,7 +27,7 @@ from rich.progress import Progress
 from upath import UPath
 
 from trainables.data.dataset import FORMAT, Data, default_cache, open_data
-from trainables.data.decode import FORMATS, Item, measure, read_items
+from trainables.data.decode import FORMATS, Canvas, Fit, Item, measure, read_items
 from trainables.data.sources import Contents, Part, Source, cifar, digits, folder
 from trainables.data.splits import FEWEST_PER_CLASS, draw
 from trainables.errors import UserError
@@ -34,6 +35,8 @@ from trainables.storage import read_json, write_json
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
 LARGEST_DEFAULT_SIDE = 256
+LARGEST_SIDE = 4096
+MOST_OBLONG = 2.0  # longer side of a canvas, in shorter ones
 MEASURED_IMAGES = 1000  # that decide the stored size
 LEAST_SKIP_LIMIT = 10
 
@@ -43,26 +46,29 @@ def prepare(
     data_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
     size: int | None = None,
+    fit: Fit = "squash",
     progress: bool = True,
 ) -> Data:
     """Find a data set, decode it unless that was done before, and open it.
 
     Args:
         name: "digits", "cifar10", "cifar100" or "folder".
-        data_dir: where its images lie; see `folder` and `cifar` in decode.py. "digits" takes none.
+        data_dir: where its images lie; see `folder` and `cifar` in sources.py. "digits" takes none.
         cache_dir: where the arrays go; default `default_cache()`.
-        size: side of the stored squares in pixels. None keeps the size that all images share, up to 256 pixels a side;
-            otherwise the median shorter side, at most 256. (Judged by 1,000 images spread over the data set.)
+        size: shorter side of the stored images in pixels. None keeps the size that all images share, up to 256 pixels a
+            side; otherwise the median shorter side, at most 256. The other side follows from the images' median
+            proportions. (Judged by 1,000 images spread over the data set.)
+        fit: how images of other proportions get there; see `Canvas`.
         progress: show a bar on stderr while decoding, if that is a terminal.
 
     Images that cannot be read are named on stderr and left out, up to 1 % of them (or 10). Raises UserError beyond
-    that, and on whatever else a user can mend. Any number of processes may prepare the same data set at once.
+    that, and on whatever else a user can fix. Any number of processes may prepare the same data set at once.
     """
     root = Path(cache_dir or default_cache()).expanduser().resolve() / "data"
-    if size is not None and not 1 <= size <= 4096:
-        raise UserError(f"size is {size}, expected 1 to 4096 pixels")
+    if size is not None and not 1 <= size <= LARGEST_SIDE:
+        raise UserError(f"size is {size}, expected 1 to {LARGEST_SIDE} pixels")
     source = find_source(name, None if data_dir is None else Path(data_dir).expanduser(), root / "downloads")
-    listing = listing_of(root, name, size, source)
+    listing = listing_of(root, name, size, fit, source)
     path = _decoded(listing)
     if path is None:
         try:
@@ -74,14 +80,14 @@ def prepare(
         with FileLock(listing.with_suffix(".lock")):  # else the workers of a machine would decode side by side
             path = _decoded(listing)
             if path is None:
-                path, skipped = _decode(name, source, root, size, progress)
+                path, skipped = _decode(name, source, root, size, fit, progress)
                 write_json(UPath(listing), {"folder": path.name, "skipped": skipped})
     return open_data(path)
 
 
-def listing_of(root: Path, name: str, size: int | None, source: Source) -> Path:
+def listing_of(root: Path, name: str, size: int | None, fit: Fit, source: Source) -> Path:
     """The file that says what a source was decoded to."""
-    key = hashlib.sha256(f"{FORMAT} {name} {size} {source.key}".encode()).hexdigest()[:24]
+    key = hashlib.sha256(f"{FORMAT} {name} {size} {fit} {source.key}".encode()).hexdigest()[:24]
     return root / "listings" / f"{key}.json"
 
 
@@ -110,7 +116,9 @@ def find_source(name: str, data_dir: Path | None, downloads: Path) -> Source:
     return folder(data_dir)
 
 
-def _decode(name: str, source: Source, root: Path, size: int | None, progress: bool) -> tuple[Path, list[str]]:
+def _decode(
+    name: str, source: Source, root: Path, size: int | None, fit: Fit, progress: bool
+) -> tuple[Path, list[str]]:
     """Decode a source into a folder below `root`; returns that and the images that were left out, with the reasons.
 
     The folder appears whole or not at all.
@@ -120,8 +128,8 @@ def _decode(name: str, source: Source, root: Path, size: int | None, progress: b
     train, test = train_and_test(contents)
     _check_counts(classes, train.labels)
     items = [*train.items, *test.items]
-    shape = (size, size) if size else _stored_shape(items)
-    digest = hashlib.sha256(json.dumps([FORMAT, classes, shape]).encode())
+    canvas = _canvas(items, size, fit)
+    digest = hashlib.sha256(json.dumps([FORMAT, classes, dataclasses.astuple(canvas)]).encode())
     skipped: list[str] = []
 
     def skip(item: Item, reason: str) -> None:
@@ -139,7 +147,7 @@ def _decode(name: str, source: Source, root: Path, size: int | None, progress: b
         with _progress_bar(progress) as bar:
             task = bar.add_task(f"decoding {name}", total=len(items))
             for part, prefix in ((train, ""), (test, "test_")):
-                _write_part(part, temporary, prefix, shape, digest, skip, lambda: bar.advance(task))
+                _write_part(part, temporary, prefix, canvas, digest, skip, lambda: bar.advance(task))
         labels = np.load(temporary / "labels.npy", allow_pickle=False)
         _check_counts(classes, labels)  # again, now that unreadable images are out
         mean, std = _channel_statistics(np.load(temporary / "images.npy", mmap_mode="r", allow_pickle=False))
@@ -147,7 +155,7 @@ def _decode(name: str, source: Source, root: Path, size: int | None, progress: b
             "format": FORMAT,
             "name": name,
             "classes": list(classes),
-            "size": list(shape),
+            "fit": fit,
             "images": len(labels),
             "test_images": len(np.load(temporary / "test_labels.npy", allow_pickle=False)),
             "mean": mean,
@@ -189,23 +197,28 @@ def _check_counts(classes: Sequence[str], labels: np.ndarray) -> None:
         )
 
 
-def _stored_shape(items: Sequence[Item]) -> tuple[int, int]:
-    """(height, width) that the images share, if it is small; else the square of the median shorter side."""
+def _canvas(items: Sequence[Item], size: int | None, fit: Fit) -> Canvas:
+    """The form in which these images are stored; see `prepare`."""
     sample = items[:: math.ceil(len(items) / MEASURED_IMAGES)]
     shapes = [shape for shape in map(measure, sample) if shape is not None]
     if not shapes:
         raise UserError(f"none of the images can be read, the first being {items[0]}; expected {', '.join(FORMATS)}")
-    if len(set(shapes)) == 1 and max(shapes[0]) <= LARGEST_DEFAULT_SIDE:
-        return shapes[0]
-    side = min(LARGEST_DEFAULT_SIDE, round(float(np.median([min(shape) for shape in shapes]))))
-    return side, side
+    if size is None and len(set(shapes)) == 1 and max(shapes[0]) <= LARGEST_DEFAULT_SIDE:
+        return Canvas(*shapes[0], fit)
+    shorter = round(float(np.median([min(shape) for shape in shapes])))
+    side = min(size or LARGEST_DEFAULT_SIDE, shorter) if size is None or shorter < size else size
+    proportion = float(np.exp(np.median([math.log(height / width) for height, width in shapes])))
+    proportion = min(max(proportion, 1 / MOST_OBLONG), MOST_OBLONG)
+    if proportion >= 1:
+        return Canvas(round(side * proportion), side, fit)
+    return Canvas(side, round(side / proportion), fit)
 
 
 def _write_part(
     part: Part,
     folder: Path,
     prefix: str,
-    shape: tuple[int, int],
+    canvas: Canvas,
     digest: "hashlib._Hash",
     skip: Callable[[Item, str], None],
     tick: Callable[[], None],
@@ -213,8 +226,8 @@ def _write_part(
     """Write <prefix>images.npy and <prefix>labels.npy of the readable images, and add them to the digest."""
     kept = []
     with open(folder / f"{prefix}images.npy", "wb") as file:
-        _write_header(file, (len(part.items), *shape, 3))
-        for item, label, (image, note) in zip(part.items, part.labels, read_items(part.items, shape), strict=True):
+        _write_header(file, (len(part.items), *canvas.shape))
+        for item, label, (image, note) in zip(part.items, part.labels, read_items(part.items, canvas), strict=True):
             tick()
             if image is None:
                 skip(item, note)
@@ -223,7 +236,7 @@ def _write_part(
             digest.update(f"{prefix}{label} {note}\n".encode())
             kept.append(label)
         file.seek(0)  # the count is known only now; numpy pads the header so that it may change
-        _write_header(file, (len(kept), *shape, 3))
+        _write_header(file, (len(kept), *canvas.shape))
     np.save(folder / f"{prefix}labels.npy", np.array(kept, np.int64), allow_pickle=False)
 
 

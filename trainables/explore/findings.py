@@ -16,7 +16,7 @@ from rich.progress import Progress
 from upath import UPath
 
 from trainables.data.dataset import open_test_images
-from trainables.data.decode import measure
+from trainables.data.decode import Fit, measure
 from trainables.data.duplicates import Group, Signatures, find_groups, sign, twins_across
 from trainables.data.origin import find_origin, unnamed
 from trainables.data.prepare import prepare
@@ -46,7 +46,9 @@ class Explore:
     data_dir: Path | None = None
     """Where its images lie; of a run's, too, to show the files' names."""
     stored_size: int | None = None
-    """Side in pixels at which images are kept, as for search.run."""
+    """Shorter side in pixels at which images are kept, as for search.run."""
+    fit: Fit = "squash"
+    """How images of other proportions are brought to that size, as for search.run."""
     run: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
     """Run directory of a sweep on this data set."""
     split_seed: int = 0
@@ -119,13 +121,13 @@ def _open(args: Explore, run: UPath | None) -> Images:
         origin = unnamed(data, len(test))
     else:
         name = args.data or ("folder" if args.data_dir else "digits")
-        data = prepare(name, args.data_dir, size=args.stored_size)
+        data = prepare(name, args.data_dir, size=args.stored_size, fit=args.fit)
         splits = make_splits(data.labels, data.fingerprint, args.split_seed) if run is None else load_splits(run)
         expected = "" if run is None else read_run(run).data.fingerprint
         if expected and data.fingerprint != expected:
             raise UserError(f"{run} is a run on other images than these; name those with --data and --data-dir")
         test = open_test_images(data.path)
-        origin = find_origin(name, args.data_dir, size=args.stored_size)
+        origin = find_origin(name, args.data_dir, size=args.stored_size, fit=args.fit)
     names, split = _split_of_each(splits, len(data.labels), len(test))
     is_files = "/" in origin.train[0]
     root = args.data_dir if is_files else None

@@ -1,6 +1,6 @@
 """Is the sweep worth it? Its ensemble against the best configuration trained with as many seeds, model for model.
 
-    python -m benchmarks.equal_compute --run runs/folder-laptop [--draws 20] [--json FILE]
+    python -m benchmarks.equal_compute --run runs/folder-auto [--draws 20] [--json FILE]
 
 Takes a finished sweep of K candidates, trains its best configuration (by tune log-loss) with K new seeds in the run
 directory RUN-seeds, and compares, at K trained models each: the best single model, the average of all seeds, the best

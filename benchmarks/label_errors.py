@@ -1,6 +1,6 @@
 """How many planted label errors does explore find among its first 200 suspects?
 
-    python -m benchmarks.label_errors --run runs/cifar10-laptop [--flips 100] [--draws 20] [--json FILE]
+    python -m benchmarks.label_errors --run runs/cifar10-auto [--flips 100] [--draws 20] [--json FILE]
 
 Gives `--flips` images of the tune and select splits another label, drawn at random, and looks for them with
 `trainables.suspects`. The candidates of a finished sweep have learned none of these images, so changing their labels

@@ -169,7 +169,7 @@ def kitchens(candidates: list[Candidate]) -> list[list[Candidate]]:
     for candidate in candidates:
         config = candidate.info.config
         usable = candidate.has_weights and "tune_log_loss" in candidate.info.metrics
-        if usable and not candidate.info.soup and config is not None and config.pretrained:
+        if usable and not (candidate.info.soup or candidate.info.refitted) and config is not None and config.pretrained:
             # position embeddings are as many as the patches of an image
             size = config.image_size if takes_image_size(config.backbone) else None
             key = (config.backbone, config.stem, config.width, size)

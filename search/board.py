@@ -113,9 +113,9 @@ class LiveBoard:
             running.add_row(
                 id,
                 config.backbone,
-                f"{metrics.get('epoch', 0)}/{config.epochs}",
+                f"{metrics.get('epoch', 0)}/{config.all_epochs}",
                 f"{metrics['tune_accuracy']:.2%}" if metrics else "",
-                f"{metrics['images_per_second']:.0f}" if metrics else "",
+                f"{metrics['images_per_second']:.0f}" if "images_per_second" in metrics else "",
                 f"{time.time() - since:.0f}",
             )
         return Group(*[Text(line) for line in self.links], running, Text("\n".join(self.recent)), Text(self._summary()))

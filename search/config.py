@@ -35,8 +35,8 @@ class SearchConfig:
     """How images of other proportions than most are brought to the stored size: squash keeps all of an image and
     stretches it, crop cuts the middle out, pad keeps all of it in its proportions, on grey."""
     space: str = "auto"
-    """Search space: a name in search/spaces/, or the path of a Python file like those. auto: the run's own when it goes
-    on, else dry_run for digits, default with GPUs and laptop without."""
+    """Search space: a name in search/spaces/, or the path of a Python file like those. auto: what the budget buys on
+    these images and devices; but the run's own when it goes on, and dry_run for digits."""
     scale: Scale = "full"
     """tiny: few, short, narrow trials on small images, to try a space out in minutes."""
     backbones: tuple[str, ...] = ()
@@ -120,21 +120,47 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a pretrained backbone costs a lane.
+
+    Attributes:
+        native: side in pixels at which it was pretrained.
+        forward: seconds per view of one image for stored features, at `native`.
+        training: seconds per image of a training step, at `native`.
+    """
+
+    native: int
+    forward: float
+    training: float
+
+    def features(self, images: int, size: int) -> float:
+        """Seconds for the stored features of so many images, plain and mirrored."""
+        return 2 * images * self.forward * (size / self.native) ** 2
+
+    def epoch(self, images: int, size: int) -> float:
+        """Seconds of a training epoch over so many images."""
+        return images * self.training * (size / self.native) ** 2
+
+
+@dataclass(frozen=True)
 class Task:
     """What a search space may look at when it proposes a configuration.
 
     Attributes:
         backbones: name -> source of its pretrained weights, or None where it starts from random ones.
         classes: number of classes.
-        train_images: size of the train split.
-        stored_size: side in pixels of the stored images.
+        images, train_images: size of all splits together, and of the train split.
+        stored_size: shorter side in pixels of the stored images.
         device: "cuda" or "cpu".
-        minutes: the sweep's time budget, None for no limit.
+        left: seconds that a lane has left, None for no limit.
+        costs: of the backbones with pretrained weights, as far as they are known.
     """
 
     backbones: dict[str, WeightSource | None]
     classes: int
+    images: int
     train_images: int
     stored_size: int
     device: Literal["cuda", "cpu"]
-    minutes: float | None
+    left: float | None
+    costs: dict[str, Cost]

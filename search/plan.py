@@ -1,8 +1,11 @@
 """What a command line asks for, with everything checked that can be wrong: before anything is written or started."""
 
+import os
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
+import numpy as np
 import optuna
 import torch
 from optuna.trial import FrozenTrial
@@ -10,6 +13,7 @@ from upath import UPath
 
 from cluster.connect import in_cluster
 from search.config import SearchConfig, Task
+from search.costs import Costs
 from search.spaces import Space, known_spaces, load_space
 from search.study.warm_start import read_earlier
 from trainables.config import TrialConfig
@@ -20,11 +24,14 @@ from trainables.errors import UserError
 from trainables.job import WeightSource
 from trainables.models.backbones import check_backbone, check_image_size
 from trainables.models.classic import NETWORKS
+from trainables.models.speed import gflops, native_size, training_rate
 from trainables.models.weights import find_weights
 from trainables.run_directory import RUNS, read_run, study_name
 from trainables.storage import exists, reach
 
 TRIED_PROPOSALS = 20
+GPU_RATE = 4000.0  # 1e9 operations per second of training, of a GPU that is not here to be measured
+MOST_LANES = 8  # on a machine without GPUs, see cluster.capacity
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Plan:
     study: str  # its name in the study's storage
     missing: list[str]  # backbones whose pretrained weights were not found
     earlier: list[FrozenTrial]  # of --warm-start
+    costs: Costs  # of the backbones with pretrained weights
+    left_out: list[str]  # backbones of the space that it does not want for these images and this budget
 
 
 def make_plan(config: SearchConfig) -> Plan:
@@ -67,7 +76,7 @@ def make_plan(config: SearchConfig) -> Plan:
         raise UserError(f"none of the backbones of space {space.name} has weights here; see --weights-dir, --backbones")
     data = prepare(config.data, config.data_dir, size=config.stored_size, fit=config.fit)
     splits = make_splits(data.labels, data.fingerprint, config.split_seed)
-    _check_space(space, backbones, data, splits, config)
+    costs = _costs(backbones, splits, config)
     run = reach(config.run or f"{RUNS}/{config.data}-{space.name}{'-tiny' if config.scale == 'tiny' else ''}")
     if in_cluster() and not run.is_absolute():
         raise UserError(
@@ -75,27 +84,56 @@ def make_plan(config: SearchConfig) -> Plan:
             "name one that all nodes see: --run /shared/NAME or --run s3://BUCKET/NAME"
         )
     run = run.absolute()
+    begun = read_run(run).backbones if exists(run / "run.json") else ()
+    task = make_task(backbones, splits, data, costs, config.minutes and 60 * config.minutes)
+    taking_part = list(backbones)
+    if not config.backbones:
+        taking_part = [name for name in backbones if (name in begun if begun else space.takes(task, name))]
+    if not taking_part:  # the time is too short for any: then the cheapest
+        taking_part = [min(costs.gflops, key=costs.gflops.__getitem__)] if costs.gflops else list(backbones)
+    left_out = [name for name in backbones if name not in taking_part]
+    backbones = {name: backbones[name] for name in taking_part}
+    task = replace(task, backbones=backbones)
+    _check_space(space, task)
     # unique, for a database may hold the studies of many runs
     study = study_name(run) if exists(run / "run.json") else f"{run.name}-{uuid.uuid4().hex[:8]}"
     other_budget = config.minutes or config.device_hours or config.target_accuracy or config.stop_on_plateau
     trials = config.trials or (None if other_budget else space.trials)
     metric = "tune_accuracy" if config.objective == "accuracy" else "tune_log_loss"
-    task = make_task(backbones, data, splits, config, device="cpu")
 
     def propose(trial: optuna.Trial) -> TrialConfig:
         return space.suggest(trial, task)
 
     earlier = [t for old in config.warm_start for t in read_earlier(old, metric, propose, config.storage)]
-    return Plan(run, data, splits, space, backbones, trials, study, missing, earlier)
+    return Plan(run, data, splits, space, backbones, trials, study, missing, earlier, costs, left_out)
 
 
 def make_task(
-    backbones: dict[str, WeightSource | None], data: Data, splits: Splits, config: SearchConfig, device: str
-) -> Task:
-    """What a space is told, for trials on `device` ("cpu" or "cuda")."""
-    size = int(data.images.shape[1])
-    assert device in ("cpu", "cuda")
-    return Task(backbones, len(data.classes), len(splits.train), size, device, config.minutes)  # type: ignore[arg-type]
+    backbones: dict[str, WeightSource | None], splits: Splits, data: Data, costs: Costs, left: float | None,
+    device: Literal["cuda", "cpu"] = "cpu",
+) -> Task:  # fmt: skip
+    """What a space is told, for trials on `device` with `left` seconds (None: no limit) to go."""
+    side = min(data.images.shape[1:3])
+    return Task(
+        backbones, len(data.classes), costs.images, len(splits.train), side, device, left, costs.table()
+    )  # fmt: skip
+
+
+def _costs(backbones: dict[str, WeightSource | None], splits: Splits, config: SearchConfig) -> Costs:
+    """What pretrained backbones are guessed to cost here, before the first trial has shown it."""
+    pretrained = [name for name, weights in backbones.items() if weights is not None]
+    native = {name: native_size(name) for name in pretrained}
+    work = {name: gflops(name, native[name]) for name in pretrained}
+    if not pretrained:
+        rate = 1.0
+    elif torch.cuda.is_available():
+        rate = training_rate("cuda")
+    elif in_cluster():  # this may be a machine without GPUs
+        rate = GPU_RATE
+    else:
+        rate = training_rate("cpu", max(1, round(config.cpus_per_trial or (os.cpu_count() or 1) / MOST_LANES)))
+    images = len(np.unique(np.concatenate([splits.train, splits.tune, splits.select])))
+    return Costs(native, work, rate, images, len(splits.train))
 
 
 def checked(trial: TrialConfig, task: Task) -> TrialConfig:
@@ -108,11 +146,8 @@ def checked(trial: TrialConfig, task: Task) -> TrialConfig:
     return trial
 
 
-def _check_space(
-    space: Space, backbones: dict[str, WeightSource | None], data: Data, splits: Splits, config: SearchConfig
-) -> None:
+def _check_space(space: Space, task: Task) -> None:
     """Raise the UserError of a space that proposes nothing that could be trained, before anything is written."""
-    task = make_task(backbones, data, splits, config, device="cpu")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     error = None
@@ -138,5 +173,4 @@ def _auto_space(config: SearchConfig) -> str:
             return begun.space
     if config.data == "digits":
         return "dry_run"
-    has_gpus = torch.cuda.is_available() or in_cluster()  # a cluster is joined for its GPUs
-    return "default" if has_gpus else "laptop"
+    return "auto"

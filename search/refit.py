@@ -71,9 +71,10 @@ class Jobs:
 
     def __init__(self, jobs: list[Job], progress: Progress) -> None:
         self.waiting, self.progress = list(jobs), progress
-        self.epochs = {job.id: job.config.epochs for job in jobs}
+        self.epochs = {job.id: job.config.all_epochs for job in jobs}
         self.bars = {
-            job.id: progress.add_task(f"{job.id} {job.config.backbone}", total=job.config.epochs) for job in jobs
+            job.id: progress.add_task(f"{job.id} {job.config.backbone}", total=max(1, job.config.all_epochs))
+            for job in jobs
         }
         self.stopping = False
         self.errors: list[str] = []
@@ -85,7 +86,7 @@ class Jobs:
         return bool(self.waiting)
 
     def report(self, id: str, metrics: Metrics) -> bool:
-        self.progress.update(self.bars[id], completed=metrics["epoch"])
+        self.progress.update(self.bars[id], completed=max(1, metrics["epoch"]))  # a probe's is 0
         return self.stopping and metrics["epoch"] < self.epochs[id]
 
     def finish(self, id: str, result: Result) -> None:
@@ -196,13 +197,14 @@ def without_validation(config: TrialConfig, curve: Sequence[dict[str, float]]) -
 
     Early stopping becomes as many epochs as were best on the tune split, and the plateau schedule a cosine.
     """
-    epochs = config.epochs
+    epochs = config.all_epochs
     if config.patience and curve:
         epochs = int(min(curve, key=lambda row: row["tune_log_loss"])["epoch"])
+    freeze_epochs = min(config.freeze_epochs, epochs)
     return dataclasses.replace(
         config,
-        epochs=epochs,
-        freeze_epochs=min(config.freeze_epochs, epochs),
+        epochs=epochs - freeze_epochs,
+        freeze_epochs=freeze_epochs,
         patience=0,
         schedule="cosine" if config.schedule == "plateau" else config.schedule,
     )

@@ -5,6 +5,7 @@ plan (plan.py) -> open the run directory -> connect -> sweep -> leaderboard and 
 
 import importlib.metadata
 import inspect
+import math
 import shlex
 import sys
 import time
@@ -29,13 +30,14 @@ from ensemble.select import Select, choose_from, open_pool, show
 from ensemble.show import make_console
 from search.board import LiveBoard
 from search.budget import Budget, WeightStore, parse_keep
-from search.config import SearchConfig
+from search.config import SearchConfig, Task
 from search.plan import Plan, checked, make_plan, make_task
 from search.study.objective import Contribution
 from search.study.open import fetch_study, open_study, store_study
 from search.study.warm_start import add_earlier, enqueue_first
 from search.sweep import Sweep
 from search.timing import SECONDS_USED
+from trainables.config import TrialConfig
 from trainables.data.share import share_data
 from trainables.data.splits import save_splits
 from trainables.errors import UserError, exit_on_user_error
@@ -85,7 +87,6 @@ def sweep(config: SearchConfig) -> Ensemble | None:
     storage = config.storage or f"sqlite:///{file}"
     study = open_study(storage, plan.study, config.objective, config.sampler, config.pruner, config.seed)
     add_earlier(study, plan.earlier)
-    enqueue_first(study, plan.space.first, list(plan.backbones))
     used = float(study.user_attrs.get(SECONDS_USED, 0.0))
     deadline = None
     if config.minutes is not None:
@@ -122,12 +123,24 @@ def sweep(config: SearchConfig) -> Ensemble | None:
                 going.time.place(max(1, count), devices=spec.workers * (spec.gpus or 1))
                 return count
 
-            task = make_task(plan.backbones, plan.data, plan.splits, config, "cuda" if spec.gpus else "cpu")
-            going.propose_with(lambda trial: checked(plan.space.suggest(trial, task), task))
+            def task() -> Task:
+                left = going.time.left()
+                return make_task(
+                    plan.backbones, plan.splits, plan.data, plan.costs, None if left == math.inf else left,
+                    "cuda" if spec.gpus else "cpu",
+                )  # fmt: skip
+
+            def propose(trial: optuna.Trial) -> TrialConfig:
+                now = task()
+                return checked(plan.space.suggest(trial, now), now)
+
+            going.propose_with(propose, plan.costs)
+            enqueue_first(study, plan.space.first(task()), list(plan.backbones))
             board.links = [f"Ray dashboard {dashboard}"] if dashboard else []
             board.links.append(f"study: optuna-dashboard {storage if file else '(as in --storage)'}")
             board.metrics = SweepMetrics(plan.run.name)
             console.print("\n".join([_at_a_time(lanes), *board.links]), markup=False)
+            _print_first(console, plan, task(), going)
             with board:
                 while going.has_more() and not going.stopping:
                     run_trials(going, run_trial, spec, lanes_now)
@@ -246,6 +259,28 @@ def _print_start(console: Console, plan: Plan, config: SearchConfig, going: Swee
     console.print(f"space {plan.space.name} over {', '.join(plan.backbones)}; run directory {_shown(plan.run)}")
     if going.counted:
         console.print(f"going on with {going.counted} trials, {len(going.interrupted)} of them cut in the middle")
+
+
+def _print_first(console: Console, plan: Plan, task: Task, going: Sweep) -> None:
+    """What the space tries first, and what each is expected to take."""
+    first = [params for params in plan.space.first(task) if params.get("backbone") in plan.backbones]
+    if not first or going.counted:
+        return
+    left = "" if task.left is None else f" of {task.left:.0f} s for each"
+    table = Table(title=f"tried first{left}; a lane trains at about {plan.costs.rate:.0f} GFLOP/s")
+    for heading in ("backbone", "how"):
+        table.add_column(heading)
+    for heading in ("pixels", "epochs", "about, s"):
+        table.add_column(heading, justify="right")
+    for params in first:
+        config = plan.space.suggest(optuna.trial.FixedTrial(params), task)  # type: ignore[arg-type]
+        how = "probe" if config.is_probe else "tuned" if config.pretrained else "from scratch"
+        speed = going.time.seconds(config)
+        seconds = "" if speed is None else f"{speed.start + config.epochs * speed.epoch:.0f}"
+        table.add_row(config.backbone, how, str(config.image_size), str(config.all_epochs or ""), seconds)
+    console.print(table)
+    if plan.left_out:
+        console.print(f"left out for these images and this budget: {', '.join(plan.left_out)}")
 
 
 def _print_leaderboard(console: Console, run: UPath) -> None:

@@ -16,8 +16,9 @@ from upath import UPath
 
 from ensemble.running import EnsembleSoFar
 from search.budget import Budget, Goal, WeightStore
+from search.costs import Costs
 from search.study.objective import Contribution
-from search.study.promotion import Rungs, rung_epochs
+from search.study.promotion import FACTOR, Rungs, rung_epochs
 from search.study.proposals import Proposals
 from search.study.storage import flush
 from search.study.values import Values
@@ -76,6 +77,7 @@ class Sweep:
         self.proposals = Proposals(study, self.time, live, self.values.retold)
         self.running: dict[str, Trial] = {}
         self.epochs: dict[str, int] = {}  # of every trial handed out
+        self.stops: dict[str, tuple[int, ...]] = {}  # its epochs at which it may be stopped for its scores
         self.waiting: dict[str, Trial] = {}  # at a rung, with their checkpoints
         self.interrupted: list[Trial] = []
         self.retried: dict[str, int] = {}
@@ -84,9 +86,13 @@ class Sweep:
         self.tried: set[str] = set()  # trials that have ended, or reached a rung and wait
         self._resume()
 
-    def propose_with(self, suggest: Callable[[Trial], TrialConfig]) -> None:
-        """Who proposes a TrialConfig for an Optuna trial; a UserError from it marks the proposal as invalid."""
+    def propose_with(self, suggest: Callable[[Trial], TrialConfig], costs: Costs | None = None) -> None:
+        """Who proposes a TrialConfig for an Optuna trial; a UserError from it marks the proposal as invalid.
+
+        `costs` tell what a trial takes whose like has not been seen yet.
+        """
         self.proposals.suggest = suggest
+        self.time.know(costs)
 
     # what is left to do
 
@@ -155,7 +161,7 @@ class Sweep:
             return False
         scores = {epoch: self.values.score(value) for epoch, value in sorted(frozen.intermediate_values.items())}
         kind = frozen.user_attrs["config"]["backbone"] if scores else ""
-        return self.rungs.replay(id, kind, _epochs(frozen), scores, frozen.state == TrialState.RUNNING)
+        return self.rungs.replay(id, kind, _rungs(frozen), scores, frozen.state == TrialState.RUNNING)
 
     # the next job
 
@@ -174,22 +180,27 @@ class Sweep:
         else:
             return None
         id, config = trial_id(trial.number), TrialConfig.from_dict(trial.user_attrs["config"])
-        self.running[id], self.epochs[id] = trial, config.epochs
+        self.running[id], self.epochs[id], self.stops[id] = trial, config.all_epochs, self._stops_at(id, config)
         self.time.begin(id)
         self.board.started(id, config)
         weights = self.weights.get(config.backbone) if config.pretrained else None
         left = self.time.left()
         deadline = None if left == math.inf else self.time.clock() + left
         self._save()
-        return Job(
-            id, config, str(self.run), self.data, weights, self.gpus, deadline, self._stops_at(id, config.epochs)
-        )
+        return Job(id, config, str(self.run), self.data, weights, self.gpus, deadline, self.stops[id])
 
-    def _stops_at(self, id: str, epochs: int) -> tuple[int, ...]:
-        """Epochs at whose report the trial may be stopped for its scores."""
+    def _stops_at(self, id: str, config: TrialConfig) -> tuple[int, ...]:
+        """Epochs at whose report the trial may be stopped for its scores.
+
+        None where it is a new seed of what has proved its worth, and no rung where the time left has no room for the
+        others that the trial would be held against: it would only wait.
+        """
         if id in self.proposals.seeds:
             return ()
-        return tuple(rung_epochs(epochs) if self.rungs is not None else range(1, epochs))
+        if self.rungs is None:
+            return tuple(range(1, config.all_epochs))
+        has_room = self.time.room_for(config) >= FACTOR
+        return rung_epochs(config.epochs, config.freeze_epochs) if has_room else ()
 
     def _wants_new(self) -> bool:
         return not self.proposals.out_of_time and (self.budget.trials is None or self.counted < self.budget.trials)
@@ -208,8 +219,8 @@ class Sweep:
 
     def _seconds_to_finish(self, id: str) -> float:
         frozen = self.study._storage.get_trial(self.waiting[id]._trial_id)
-        done = max(frozen.intermediate_values)
-        return self.time.of_epochs(frozen.user_attrs["config"], _epochs(frozen) - done)
+        config = TrialConfig.from_dict(frozen.user_attrs["config"])
+        return self.time.to_finish(config, done=max(frozen.intermediate_values))
 
     def _ask(self) -> Trial | None:
         """A new trial, or None; in the last part of the budget a member of the ensemble again, with another seed."""
@@ -234,13 +245,13 @@ class Sweep:
             return False
         if self.stopping or self.enough():
             return True
-        if id in self.proposals.seeds:  # of a configuration that has proved its worth
+        if epoch not in self.stops[id]:
             return False
         if self.rungs is None:
             pruned = trial.should_prune()
             flush(self.study)  # the rung that it has noted
             return pruned
-        rung = self.rungs.at(epoch, self.epochs[id])
+        rung = self.rungs.at(epoch, _rungs(trial))
         if rung is None:
             return False
         score = self.values.score(metrics[self.values.metric])
@@ -346,6 +357,7 @@ class Sweep:
         self.time.learn(candidate)
 
 
-def _epochs(trial: FrozenTrial) -> int:
-    """How many epochs its configuration asks for; 0 when it died before that was known."""
-    return int(trial.user_attrs.get("config", {}).get("epochs", 0))
+def _rungs(trial: FrozenTrial | Trial) -> tuple[int, ...]:
+    """The epochs of its rungs; none when it died before its configuration was known."""
+    config = trial.user_attrs.get("config", {})
+    return rung_epochs(config.get("epochs", 0), config.get("freeze_epochs", 0))

@@ -4,17 +4,26 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import optuna
 
 from search.budget import Budget
+from search.costs import Costs
 from trainables.config import TrialConfig
 from trainables.run_directory import Candidate
 
 SECONDS_USED, DEVICE_SECONDS = "seconds_used", "device_seconds"  # study attributes: spent by earlier processes
 SAVE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a trial before its body learns, and of an epoch of the whole network."""
+
+    start: float
+    epoch: float
 
 
 class Timing:
@@ -30,8 +39,10 @@ class Timing:
         self.study, self.budget, self.clock = study, budget, clock
         self.lanes, self.devices = 1, 1.0
         self.began: dict[str, float] = {}  # of every running trial
-        self.seconds_per_epoch: dict[tuple[str, str], float] = {}  # by what decides it, see _speed_key
+        self.speeds: dict[tuple[str, str], Speed] = {}  # by what decides them, see _speed_key
+        self.costs: Costs | None = None  # of backbones that nothing was trained with yet
         self.seconds_of_trials: list[float] = []  # that were trained to the end
+        self.candidates: list[Candidate] = []
         self._saved = clock()
         self._started = self._saved if budget.began is None else budget.began
         self._used = float(study.user_attrs.get(SECONDS_USED, 0.0))
@@ -80,37 +91,68 @@ class Timing:
 
     # how long trials take
 
-    def learn(self, candidate: Candidate) -> None:
-        """Median seconds of an epoch: the first may have computed what later trials find cached."""
-        ends = [row["seconds"] for row in candidate.info.curve if "seconds" in row]
-        if ends and candidate.info.config:
-            epochs = [after - before for before, after in pairwise([0.0, *ends])]
-            self.seconds_per_epoch[_speed_key(candidate.info.config.to_dict())] = statistics.median(epochs)
-            self.seconds_of_trials.append(ends[-1])
+    def know(self, costs: Costs | None) -> None:
+        """Fall back on these where nothing was measured; they learn from all candidates seen so far."""
+        self.costs = costs
+        if costs is not None:
+            for candidate in self.candidates:
+                costs.learn(candidate)
 
-    def of_epochs(self, config: dict[str, Any], epochs: int) -> float:
-        """Seconds of so many epochs: as measured, else as of the slowest of its family so far; 0 when unknown."""
+    def learn(self, candidate: Candidate) -> None:
+        """Note what a candidate took. The first of its kind may have computed what later ones find stored."""
+        self.candidates.append(candidate)
+        config, ends = candidate.info.config, [row["seconds"] for row in candidate.info.curve if "seconds" in row]
+        if not ends or config is None:
+            return
+        key, epochs = _speed_key(config), [after - before for before, after in pairwise([0.0, *ends])]
+        body = epochs[config.freeze_epochs :] or epochs
+        each = 0.0 if config.is_probe else statistics.median(body)
+        start = max(0.0, ends[-1] - each * len(body))
+        known = self.speeds.get(key)
+        self.speeds[key] = Speed(start if known is None else min(known.start, start), each)
+        self.seconds_of_trials.append(ends[-1])
+        if self.costs is not None:
+            self.costs.learn(candidate)
+
+    def seconds(self, config: TrialConfig) -> Speed | None:
+        """What a trial takes: as measured, else as its backbone costs, else as the slowest of its family; or None."""
         family, exact = _speed_key(config)
-        known = [speed for key, speed in self.seconds_per_epoch.items() if key[0] == family]
-        return epochs * self.seconds_per_epoch.get((family, exact), max(known, default=0.0))
+        if (family, exact) in self.speeds:
+            return self.speeds[family, exact]
+        if self.costs is not None and config.pretrained and config.backbone in self.costs.gflops:
+            cost, costs = self.costs.of(config.backbone), self.costs
+            features = cost.features(costs.images, config.image_size)
+            return Speed(features, cost.epoch(costs.train_images, config.image_size) if config.epochs else 0.0)
+        known = [speed for (other, _), speed in self.speeds.items() if other == family]
+        return max(known, key=lambda speed: speed.epoch, default=None)
+
+    def to_finish(self, config: TrialConfig, done: int) -> float:
+        """Seconds that a trial with `done` epochs behind it still takes; 0 when that is not known."""
+        speed = self.seconds(config)
+        return 0.0 if speed is None else speed.epoch * (config.all_epochs - done)
 
     def too_short_for_a_trial(self) -> bool:
         """Whether less is left than half of the trials so far took."""
         return bool(self.seconds_of_trials) and self.left() < statistics.median(self.seconds_of_trials)
 
+    def room_for(self, config: TrialConfig) -> float:
+        """How many trials like this one the time left has room for, in one lane."""
+        speed, left = self.seconds(config), self.left()
+        took = 0.0 if speed is None else speed.start + config.epochs * speed.epoch
+        return math.inf if not took else left / took
+
     def fit(self, config: TrialConfig) -> TrialConfig | None:
         """The config with as many epochs as the time left allows (its schedule then still ends at zero), or None."""
-        speed, left = self.of_epochs(config.to_dict(), 1), self.left()
-        if left == math.inf or not speed:
+        speed, left = self.seconds(config), self.left()
+        if left == math.inf or speed is None:
             return config
-        epochs = min(config.epochs, int(left / speed))
-        if epochs < 1:
-            return None
-        values = config.to_dict()
-        return TrialConfig.from_dict({**values, "epochs": epochs, "freeze_epochs": min(config.freeze_epochs, epochs)})
+        if config.epochs == 0:  # the head alone
+            return config if speed.start + config.all_epochs * speed.epoch <= left else None
+        epochs = config.epochs if not speed.epoch else min(config.epochs, int((left - speed.start) / speed.epoch))
+        return replace(config, epochs=epochs) if epochs >= 1 else None
 
 
-def _speed_key(config: dict[str, Any]) -> tuple[str, str]:
+def _speed_key(config: TrialConfig) -> tuple[str, str]:
     """What an epoch's seconds depend on: much (the first part), and a little (the second)."""
-    frozen = config["freeze_epochs"] >= config["epochs"]
-    return f"{config['backbone']} {frozen}", f"{config['image_size']} {config['width']:.2f} {config['stem']}"
+    kind = "whole" if config.epochs else "head" if config.freeze_epochs else "probe"
+    return f"{config.backbone} {kind}", f"{config.image_size} {config.width:.2f} {config.stem}"

@@ -22,7 +22,7 @@ from trainables.trial import run_trial
 
 def train_run(path: Path, data_dir: Path, trials: int = 3, epochs: int = 4) -> tuple[UPath, Ensemble]:
     """A run directory as `search.run` leaves it, of `trials` candidates, a pruned trial and two that failed."""
-    config = SearchConfig(data="folder", data_dir=data_dir, space="laptop", backbones=("speednet",), run=str(path))
+    config = SearchConfig(data="folder", data_dir=data_dir, space="auto", backbones=("speednet",), run=str(path))
     plan = make_plan(config)
     search_run._open_run(plan, config)
     study = open_study(f"sqlite:///{path}/study.db", plan.study, "accuracy", "tpe", "none", 0)

@@ -79,7 +79,7 @@ def test_a_folder_holds_at_most_a_dozen_files(folder: Path) -> None:
         ("ensemble.select", {"torch", "ray", "optuna"}),
         ("ensemble.predict", {"ray"}),
         ("search.config", {"torch", "rich", "ray", "optuna"}),
-        ("search.spaces.laptop", {"torch", "rich", "ray"}),
+        ("search.spaces.auto", {"torch", "rich", "ray"}),
         ("search.study.open", {"ray", "torch"}),
         ("search.sweep", {"ray", "torch"}),
     ],

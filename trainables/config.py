@@ -21,23 +21,28 @@ Stem = Literal["default", "small"]
 class TrialConfig:
     """The hyperparameters of one trial. Fractions are of 1, sizes in pixels, lengths in epochs unless said otherwise.
 
+    A pretrained backbone starts from its probe: the head is first fitted exactly, on features of the frozen body
+    (linear probing, then fine-tuning: Kumar et al., 2022). `freeze_epochs` train that head further, `epochs` the whole
+    network. With neither the probe itself is the candidate, and its head is fitted once more on all labelled images.
+
     Attributes:
-        backbone: a timm model name, squeezenet1_0/1_1 of torchvision, or one of trainables.classic.
+        backbone: a timm model name, squeezenet1_0/1_1 of torchvision, or one of trainables.models.classic.
         pretrained: start from pretrained weights (a source must exist) or from a random initialisation.
         image_size: side to which images are resized on the device.
         progressive: image sizes over the epochs, spread evenly; the last should be image_size. Empty: image_size.
         stem: "small" keeps the resolution of a ResNet- or DenseNet-like stem, for inputs of 32 pixels.
-        width: width multiplier of the from-scratch networks of trainables.classic.
-        epochs: passes over the train split, freeze epochs included.
-        freeze_epochs: epochs at the start during which only the head learns (parameters and BatchNorm are frozen).
+        width: width multiplier of the from-scratch networks of trainables.models.classic.
+        epochs: passes over the train split in which the whole network learns.
+        freeze_epochs: passes before these in which only the head learns, on stored features where that is possible,
+            with a schedule of their own.
         batch_size: effective batch, over all workers and accumulation steps. An epoch is cut into
             round(images / batch_size) batches of nearly equal size, so they may be a little smaller or larger.
         accumulate: micro-batches per optimiser step; an out-of-memory error doubles it.
         lr: peak learning rate of the head; the body's is lr * body_lr.
         body_lr: factor on lr for everything but the head.
         layer_decay: lr of a block is body_lr * layer_decay ** (blocks above it).
-        weight_decay: decoupled (AdamW, Muon); for SGD, added to the gradient. Not on biases and norms,
-            speednet's excepted.
+        weight_decay: decoupled (AdamW, Muon); for SGD, added to the gradient. Not on biases, norms and what else the
+            network names, speednet's biases excepted.
         momentum: of SGD (Nesterov) and Muon.
         schedule: "cosine", "onecycle" (up for `warmup`, then cosine to 0), "triangular" (up for `warmup`, then linear
             to 0), "constant", "plateau" (halved when the tune log-loss has not improved for 2 epochs).
@@ -45,13 +50,18 @@ class TrialConfig:
         label_smoothing: 0 to 1.
         dropout: probability, 0 to 1.
         drop_path: probability of stochastic depth, 0 to 1; without effect on networks that have none: squeezenet, those
-            of trainables.classic but vit_scratch, and a few families of timm.
-        mixup, cutmix: Beta(a, a) parameter; 0 switches it off. With both, each batch takes one of them at random.
-        cutout: side of a square set to the mean, as a fraction of the image; 0 is off.
+            of trainables.models.classic but vit_scratch, and a few families of timm.
+        mixup, cutmix: Beta(a, a) parameter; 0 switches it off. With both, each batch takes one of them at random. They
+            end after four fifths of the training, which then sees images as they are.
         flip: mirror "random"ly, or "alternating" (every image is mirrored every second epoch).
         crop: largest shift in pixels of the *stored* image, reflected at the border.
-        randaugment: magnitude 0 (off) to 10 of two random operations per batch slice.
-        ema: decay of a moving average of the weights, which is then what is evaluated and kept; 0 is off.
+        scale: smallest share of an image's area that a random resized crop shows; 1 is off. Not with crop.
+        jitter: brightness, contrast and saturation are changed by a factor of 1 - jitter to 1 + jitter.
+        erase: probability that a random rectangle of an image is replaced by noise.
+        trivial: one random operation of random strength on every image (TrivialAugment).
+        randaugment: two random operations of this magnitude, 0 (off) to 10, on every image. Not with trivial.
+        ema: horizon of a moving average of the weights, as a share of the training; the average is then what is
+            evaluated and kept; 0 is off.
         lookahead: pull towards slow weights every that many steps, harder as training goes on; 0 is off. Not with ema.
         clip_norm: largest norm of the whole gradient; 0 is off.
         class_weights: weigh the loss by inverse class frequency.
@@ -85,9 +95,12 @@ class TrialConfig:
     drop_path: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
-    cutout: float = 0.0
     flip: Flip = "none"
     crop: int = 0
+    scale: float = 1.0
+    jitter: float = 0.0
+    erase: float = 0.0
+    trivial: bool = False
     randaugment: float = 0.0
     ema: float = 0.0
     lookahead: int = 0
@@ -99,6 +112,16 @@ class TrialConfig:
     precision: Precision = "auto"
     seed: int = field(default=0)
 
+    @property
+    def all_epochs(self) -> int:
+        """Epochs of the head alone and of the whole network together: what a trial reports."""
+        return self.freeze_epochs + self.epochs
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether nothing is trained but the head, which is fitted exactly."""
+        return self.all_epochs == 0
+
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
@@ -108,10 +131,15 @@ class TrialConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"{name} is {value!r}, expected {', '.join(choices)}")
-        if self.ema and self.lookahead:
-            raise UserError("ema and lookahead are both on, expected at most one of them")
-        if self.freeze_epochs > self.epochs:
-            raise UserError(f"freeze_epochs is {self.freeze_epochs}, expected at most epochs ({self.epochs})")
+        for one, other in (("ema", "lookahead"), ("trivial", "randaugment")):
+            if getattr(self, one) and getattr(self, other):
+                raise UserError(f"{one} and {other} are both on, expected at most one of them")
+        if self.crop and self.scale < 1:
+            raise UserError("crop and scale are both on, expected at most one of them")
+        if self.is_probe and not self.pretrained:
+            raise UserError("epochs and freeze_epochs are both 0, expected 1 or more without pretrained weights")
+        if self.pretrained and self.optimizer == "muon":
+            raise UserError("muon keeps weights at the norm of a random start and would rescale pretrained ones away")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -133,7 +161,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("image_size", 8, 1024),
     ("width", 0.05, 16),
-    ("epochs", 1, 10_000),
+    ("epochs", 0, 10_000),
     ("freeze_epochs", 0, 10_000),
     ("batch_size", 1, 1_000_000),
     ("accumulate", 1, 65_536),
@@ -148,10 +176,12 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("drop_path", 0.0, 0.95),
     ("mixup", 0.0, 10.0),
     ("cutmix", 0.0, 10.0),
-    ("cutout", 0.0, 0.9),
     ("crop", 0, 1024),
+    ("scale", 0.01, 1.0),
+    ("jitter", 0.0, 0.9),
+    ("erase", 0.0, 1.0),
     ("randaugment", 0.0, 10.0),
-    ("ema", 0.0, 0.99999),
+    ("ema", 0.0, 1.0),
     ("lookahead", 0, 1000),
     ("clip_norm", 0.0, 1e6),
     ("patience", 0, 10_000),

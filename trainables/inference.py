@@ -13,7 +13,7 @@ from trainables.errors import UserError
 from trainables.training.augment import Pixels
 
 EVAL_BATCH = 500
-EVAL_PIXELS_CPU = 150_000  # of a batch on a CPU: larger ones leave its caches, and took twice as long
+EVAL_PIXELS_CPU = 200_000  # of a batch on a CPU: larger ones leave its caches, and take up to twice as long
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -41,7 +41,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 def eval_batch(device: torch.device, image_size: int) -> int:
     """Images of one forward pass."""
-    return max(8, min(EVAL_BATCH, EVAL_PIXELS_CPU // image_size**2)) if device.type == "cpu" else EVAL_BATCH
+    return max(4, min(EVAL_BATCH, EVAL_PIXELS_CPU // image_size**2)) if device.type == "cpu" else EVAL_BATCH
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def view_logits(model: nn.Module, batch: Tensor, pixels: Pixels, size: int, tta:
     return 0.5 * both(batch) + 0.5 * shifted
 
 
-def scores(probs: np.ndarray, labels: np.ndarray, split: str) -> dict[str, float | int]:
+def scores(probs: np.ndarray, labels: np.ndarray, split: str) -> dict[str, float]:
     """Accuracy, log-loss and size of a split, each under a name that says which: `tune_accuracy`, ..."""
     true = np.clip(probs[np.arange(len(labels)), labels].astype(np.float64), 1e-12, 1.0)
     return {

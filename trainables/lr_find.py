@@ -76,22 +76,21 @@ def range_test(
     """Train with an lr that rises geometrically from `low` to `high` over `steps`; stop where the loss diverges.
 
     Returns the head's lr of each step and the mean train loss of its batch, float64 (S,) both, S <= steps. With
-    config.freeze_epochs the body stays frozen. Raises UserError as train() does.
+    config.freeze_epochs and no other epochs the body stays frozen. Raises UserError as train() does.
     """
-    epochs = steps  # an epoch has at least one step
-    config = dataclasses.replace(
-        config, schedule="constant", warmup=0.0, epochs=epochs, freeze_epochs=epochs * bool(config.freeze_epochs),
-        progressive=(),
+    only_head = config.freeze_epochs > 0 and config.epochs == 0
+    config = dataclasses.replace(  # an epoch has at least one step
+        config, schedule="constant", warmup=0.0, epochs=0 if only_head else steps,
+        freeze_epochs=steps if only_head else 0, progressive=(),
     )  # fmt: skip
     learner = Learner(config, data, splits, weights, device)
-    learner.choose_layout()
     lrs: list[float] = []
     losses: list[float] = []
-    batches = itertools.chain.from_iterable(learner.begin_epoch(epoch) for epoch in range(epochs))
+    batches = itertools.chain.from_iterable(learner.begin_epoch(epoch) for epoch in range(steps))
     for lr, batch in zip(np.geomspace(low, high, steps), batches, strict=False):
         tick()
         learner.set_lr(0.0, lr / config.lr)
-        loss = float(learner.step(batch)) / len(batch)
+        loss = float(learner.step(batch, 0.0)) / len(batch)
         if not math.isfinite(loss):
             break
         lrs.append(float(lr))

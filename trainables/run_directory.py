@@ -157,6 +157,8 @@ class CandidateInfo:
         node, resumed_after_epochs, finished: where and when it was trained.
         split_fingerprint, tune_and_select_shared: of the splits that it was trained on.
         soup: ids of the candidates whose weights it averages.
+        refitted: a probe's head was fitted once more on all labelled images after its predictions were made, so the
+            weights are better than its scores, which no image of tune or select can check any longer.
         weights_deleted: they were, to save space.
     """
 
@@ -180,6 +182,7 @@ class CandidateInfo:
     split_fingerprint: str | None = None
     tune_and_select_shared: bool = False
     soup: tuple[str, ...] = ()
+    refitted: bool = False
     weights_deleted: bool = False
 
 

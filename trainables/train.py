@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from upath import UPath
 
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data
 from trainables.data.splits import Splits
 from trainables.inference import scores
-from trainables.job import Outcome, WeightSource
+from trainables.job import Metrics, Outcome, WeightSource
 from trainables.storage import Damaged
 from trainables.training.augment import Pixels
 from trainables.training.averaging import WeightAverage
@@ -30,7 +30,7 @@ from trainables.training.learner import Learner
 PLATEAU_EPOCHS = 2
 EXPLODED = 10.0  # an epoch's mean loss of that many times ln(classes) is not going to come back
 
-Report = Callable[[dict[str, Any]], bool]
+Report = Callable[[Metrics], bool]
 
 
 class Diverged(RuntimeError):
@@ -42,7 +42,8 @@ class Trained:
     """What train() leaves: the network, how it came about, and its predictions.
 
     Attributes:
-        model: in eval mode, with the weights that are evaluated (averaged or best ones when the config asks).
+        model: in eval mode, with the weights that are evaluated (averaged or best ones when the config asks). A
+            probe's head is `refitted` on all labelled images after its predictions were made.
         probs: split name ("tune", "select") -> float32 (N, C), with the config's test-time augmentation.
         metrics: accuracy, log-loss and size by split, as in `scores`.
         curve: one dict per epoch, as reported.
@@ -56,8 +57,8 @@ class Trained:
 
     model: nn.Module
     probs: dict[str, np.ndarray]
-    metrics: dict[str, Any]
-    curve: list[dict[str, Any]]
+    metrics: Metrics
+    curve: list[Metrics]
     pixels: Pixels
     precision: str
     accumulate: int
@@ -65,19 +66,84 @@ class Trained:
     resumed: list[int]
     image_size: int
     outcome: Outcome
+    refitted: bool = False
 
 
 @dataclass
-class _Progress:
+class Progress:
     """Where a trial stands; with the tensors, this is its checkpoint."""
 
     epoch: int = 0  # epochs done
     seconds: float = 0.0
-    plateau_factor: float = 1.0
     since_best: int = 0
     best_log_loss: float = math.inf
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[Metrics] = field(default_factory=list)
     resumed: list[int] = field(default_factory=list)
+
+
+class EarlyStopping:
+    """Watches the tune log-loss: keeps the best epoch's weights, halves the lr on plateaus, ends a stalled training."""
+
+    def __init__(self, config: TrialConfig, progress: Progress, best: dict[str, Tensor] | None = None) -> None:
+        self.config, self.progress, self.best = config, progress, best
+
+    def see(self, tune: Metrics, weights: Callable[[], dict[str, Tensor]]) -> None:
+        """Take note of an epoch's tune scores; `weights` gives those that were scored."""
+        if not tune:  # a refit holds nothing out
+            return
+        if tune["tune_log_loss"] < self.progress.best_log_loss:
+            self.progress.best_log_loss, self.progress.since_best = tune["tune_log_loss"], 0
+            if self.config.patience:
+                self.best = {name: tensor.detach().clone() for name, tensor in weights().items()}
+        else:
+            self.progress.since_best += 1
+
+    @property
+    def lr_factor(self) -> float:
+        """What the schedule's learning rates are multiplied by."""
+        if self.config.schedule != "plateau":
+            return 1.0
+        losses = [row["tune_log_loss"] for row in self.progress.curve if "tune_log_loss" in row]
+        halvings, best, since = 0, math.inf, 0
+        for loss in losses:
+            best, since = (loss, 0) if loss < best else (best, since + 1)
+            halvings += since > 0 and since % PLATEAU_EPOCHS == 0
+        return 0.5**halvings
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self.config.patience) and self.progress.since_best >= self.config.patience
+
+
+class Deadline:
+    """Brings a training to its end in time.
+
+    Where the epochs asked for would take longer, the schedule runs with the clock instead, so that the learning rate
+    has come down by then (Li et al., 2020, "Budgeted Training"); the running epoch is ended early. All ranks see that
+    at the same step; their schedules do not hurry.
+    """
+
+    def __init__(self, at: float | None, learner: Learner) -> None:
+        self.at, self.learner = at, learner
+        self.began: tuple[float, float] | None = None  # when the body began to learn here, after how many epochs
+
+    def schedule(self, epochs: float) -> float:
+        """Where the schedule stands, in epochs, after so many trained ones."""
+        config = self.learner.config
+        if self.at is None or self.learner.world > 1 or epochs < config.freeze_epochs:
+            return epochs
+        now = time.time()
+        if self.began is None:
+            self.began = (now, epochs)
+        since, first = self.began
+        share = min(1.0, (now - since) / max(self.at - since, 1e-3))
+        return max(epochs, first + share * (config.all_epochs - first))
+
+    def passed(self, step: int) -> bool:
+        if self.at is None or (self.learner.world > 1 and step % 20):  # agreeing costs a synchronisation
+            return False
+        (past,) = self.learner.over_ranks([float(time.time() > self.at)])
+        return past > 0
 
 
 def train(
@@ -97,86 +163,73 @@ def train(
     Args:
         config: the hyperparameters.
         data, splits: uint8 images (N, H, W, 3), labels (N,), and indices of the splits. Test images are not in them.
-        report: called on every rank after each epoch with tune scores; returns True to abandon the trial.
+        report: called on every rank after each epoch with tune scores; returns True to abandon the trial. A probe
+            reports once, as epoch 0.
         weights: source of pretrained weights; needed when config.pretrained.
         checkpoint: file that is written after each epoch but the last, and continued from when it exists.
         deadline: time.time() after which the running epoch is ended early and the trial finishes with what it has.
         tick: called at every step, as a sign of life.
 
     Raises Diverged; torch.OutOfMemoryError when memory runs out (trial.py then halves the micro-batch); Damaged for a
-    checkpoint that cannot be continued from; UserError, before anything is trained, for weights, a batch or an image
-    size that do not fit.
+    checkpoint that cannot be continued from; OutOfTime when the deadline passes before the head is fitted; UserError,
+    before anything is trained, for weights, a batch or an image size that do not fit.
     """
-    learner = Learner(config, data, splits, weights, device, deadline, tick)
-    model, world = learner.model, learner.world
-    average = WeightAverage.of(model, config)
-    best = None  # weights of the best epoch, when config.patience asks for them
-    progress = _Progress()
-    state = None if checkpoint is None else read_checkpoint(checkpoint, learner.device)
-    if state is not None:
-        try:
-            learner.load_state_dict(state["learner"])
-            average.load_state_dict(state["average"])
-            best = state["best"]
-            progress = _Progress(**state["progress"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise Damaged(f"{checkpoint} is not this trial's checkpoint ({error})") from error
-        progress.resumed.append(progress.epoch)
-    else:
-        learner.choose_layout()
+    started = time.perf_counter()
+    state = None if checkpoint is None else read_checkpoint(checkpoint, torch.device("cpu"))
+    progress = Progress()
+    try:
+        learner = Learner(config, data, splits, weights, device, deadline, tick, state and state["learner"])
+        model = learner.model
+        average = WeightAverage.of(model, config, steps=_steps(config, splits))
+        stopping = EarlyStopping(config, progress)
+        if state is not None:
+            average.load_state_dict(state["average"], learner.device)
+            progress = Progress(**state["progress"])
+            stopping = EarlyStopping(config, progress, state["best"])
+            progress.resumed.append(progress.epoch)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if state is None:
+            raise
+        raise Damaged(f"{checkpoint} is not this trial's checkpoint ({error})") from error
+    cut, outcome = Deadline(deadline, learner), Outcome.FINISHED
+    progress.seconds += time.perf_counter() - started
 
-    outcome = Outcome.FINISHED
-    while progress.epoch < config.epochs:
+    while progress.epoch < config.all_epochs:
         epoch, started = progress.epoch, time.perf_counter()
         batches = learner.begin_epoch(epoch)
         total_loss, seen = torch.zeros((), device=learner.device), 0
         for step, batch in enumerate(batches):
             tick()
-            at = (epoch + step / len(batches)) / config.epochs
-            learner.set_lr(at, progress.plateau_factor)
-            loss_sum = learner.step(batch)
-            average.update(model, at)
+            at = cut.schedule(epoch + step / len(batches))
+            learner.set_lr(at, stopping.lr_factor)
+            loss_sum = learner.step(batch, at / config.all_epochs)
+            average.update(model, at / config.all_epochs)
             total_loss, seen = total_loss + loss_sum, seen + len(batch)
             # elsewhere looking at every loss would cost a synchronisation
-            if learner.device.type == "cpu" and world == 1 and not math.isfinite(float(loss_sum)):
+            if learner.device.type == "cpu" and learner.world == 1 and not math.isfinite(float(loss_sum)):
                 raise Diverged(f"loss is {float(loss_sum)} in epoch {epoch + 1}, step {step + 1}")
-            if deadline is not None and (world == 1 or step % 20 == 0):
-                (past,) = learner.over_ranks([float(time.time() > deadline)])
-                if past:
-                    outcome = Outcome.TIME
-                    break
+            if cut.passed(step):
+                outcome = Outcome.TIME
+                break
 
         train_loss = learner.over_ranks([float(total_loss)])[0] / seen
         if not math.isfinite(train_loss) or train_loss > EXPLODED * math.log(max(3, len(data.classes))):
             raise Diverged(f"mean training loss {train_loss:.3g} after epoch {epoch + 1}")
-        seconds = time.perf_counter() - started
-        tune: dict[str, Any] = {}
-        if len(splits.tune):  # a refit holds nothing out
-            with average.applied(model):
-                tune = scores(learner.predict(splits.tune), data.labels[splits.tune], "tune")
-            if not math.isfinite(float(tune["tune_log_loss"])):
-                raise Diverged(f"predictions are not numbers after epoch {epoch + 1}")
+        training = time.perf_counter() - started
+        with average.applied(model):
+            tune = _tune_scores(learner, splits, data, epoch)
+            stopping.see(tune, model.state_dict)
         progress.epoch += 1
         progress.seconds += time.perf_counter() - started
         progress.curve.append(
             {"epoch": progress.epoch, "train_loss": train_loss, **tune, "lr": learner.lr,
-             "seconds": round(progress.seconds, 3), "images_per_second": round(seen / seconds, 1)}
+             "seconds": round(progress.seconds, 3), "images_per_second": round(seen / training, 1)}
         )  # fmt: skip
-        if tune and tune["tune_log_loss"] < progress.best_log_loss:
-            progress.best_log_loss, progress.since_best = float(tune["tune_log_loss"]), 0
-            if config.patience:
-                with average.applied(model):
-                    best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        elif tune:
-            progress.since_best += 1
-            if config.schedule == "plateau" and progress.since_best % PLATEAU_EPOCHS == 0:
-                progress.plateau_factor /= 2
-        last = outcome is Outcome.TIME or progress.epoch == config.epochs
-        last = last or bool(config.patience and progress.since_best >= config.patience)
+        last = outcome is Outcome.TIME or progress.epoch == config.all_epochs or stopping.is_over
         if checkpoint is not None and not last and learner.rank == 0:
             write_checkpoint(
                 checkpoint,
-                {"learner": learner.state_dict(), "average": average.state_dict(), "best": best,
+                {"learner": learner.state_dict(), "average": average.state_dict(), "best": stopping.best,
                  "progress": vars(progress)},
             )  # fmt: skip
         if report(progress.curve[-1]) and not last:
@@ -186,21 +239,52 @@ def train(
             break
 
     average.apply(model)
-    if best is not None:
-        model.load_state_dict(best)
+    if stopping.best is not None:
+        model.load_state_dict(stopping.best)
     model.eval()
-    probs: dict[str, np.ndarray] = {}
-    metrics: dict[str, Any] = {}
-    if outcome is not Outcome.PRUNED:
-        for split, indices in (("tune", splits.tune), ("select", splits.select)):
-            if not len(indices):
-                continue
-            if split == "select" and splits.shared:
-                probs["select"] = probs["tune"]
-            else:
-                probs[split] = learner.predict(indices, config.tta)
-            metrics.update(scores(probs[split], data.labels[indices], split))
+    started = time.perf_counter()
+    probs, metrics = ({}, {}) if outcome is Outcome.PRUNED else _predict(learner, config, data, splits)
+    refitted = config.is_probe and learner.features is not None
+    if refitted:
+        learner.refit_head()
+    progress.seconds += time.perf_counter() - started
+    if config.is_probe:
+        tune = {name: value for name, value in metrics.items() if name.startswith("tune")}
+        progress.curve.append({"epoch": 0, **tune, "seconds": round(progress.seconds, 3)})
+        report(progress.curve[-1])
     return Trained(
         model, probs, metrics, progress.curve, learner.pixels, learner.precision, learner.accumulate,
-        progress.seconds, progress.resumed, learner.image_size, outcome,
+        progress.seconds, progress.resumed, learner.image_size, outcome, refitted,
     )  # fmt: skip
+
+
+def _steps(config: TrialConfig, splits: Splits) -> int:
+    """Optimiser steps of the whole training."""
+    return config.all_epochs * max(1, round(len(splits.train) / config.batch_size))
+
+
+def _tune_scores(learner: Learner, splits: Splits, data: Data, epoch: int) -> Metrics:
+    """The tune split's scores after an epoch, without test-time augmentation; {} where nothing is held out."""
+    if not len(splits.tune):
+        return {}
+    tune = scores(learner.predict(splits.tune), data.labels[splits.tune], "tune")
+    if not math.isfinite(tune["tune_log_loss"]):
+        raise Diverged(f"predictions are not numbers after epoch {epoch + 1}")
+    return tune
+
+
+def _predict(
+    learner: Learner, config: TrialConfig, data: Data, splits: Splits
+) -> tuple[dict[str, np.ndarray], Metrics]:
+    """Predictions of the held-out splits, with test-time augmentation, and their scores."""
+    probs: dict[str, np.ndarray] = {}
+    metrics: dict[str, Any] = {}
+    for split, indices in (("tune", splits.tune), ("select", splits.select)):
+        if not len(indices):
+            continue
+        if split == "select" and splits.shared:
+            probs["select"] = probs["tune"]
+        else:
+            probs[split] = learner.predict(indices, config.tta)
+        metrics.update(scores(probs[split], data.labels[indices], split))
+    return probs, metrics

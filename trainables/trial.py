@@ -145,6 +145,7 @@ def _write(job: Job, data: Data, splits: Splits, trained: Trained) -> None:
         resumed_after_epochs=tuple(trained.resumed),
         split_fingerprint=splits.fingerprint,
         finished=time.time(),
+        refitted=trained.refitted,
     )
     write_candidate(
         UPath(job.run), info, trained.probs.get("select"), trained.probs.get("tune"), save_safetensors(state)

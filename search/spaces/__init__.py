@@ -6,8 +6,9 @@ A space has
                                       "or scratch" (no weights: random ones, and the sweep says so), or "scratch"
     suggest(trial, task) -> TrialConfig
 and may have
-    FIRST: list[dict]                 parameters, as `suggest` names them, that are proposed first; what is left out is
+    FIRST: list[dict], or first(task) parameters, as `suggest` names them, that are proposed first; what is left out is
                                       sampled, and those of a backbone that does not take part are skipped
+    takes(task, backbone) -> bool     whether a backbone of BACKBONES takes part in this sweep; without it all do
 """
 
 import dataclasses
@@ -33,7 +34,8 @@ class Space(NamedTuple):
     trials: int
     backbones: dict[str, str]
     suggest: Callable[[optuna.Trial, Task], TrialConfig]
-    first: list[dict[str, Any]]
+    first: Callable[[Task], list[dict[str, Any]]]
+    takes: Callable[[Task, str], bool]
 
 
 TINY_TRIALS = 4
@@ -60,7 +62,9 @@ def load_space(name: str, scale: Scale = "full") -> Space:
     missing = [part for part in ("TRIALS", "BACKBONES", "suggest") if not hasattr(module, part)]
     if missing:
         raise UserError(f"search space {name} lacks {', '.join(missing)}; see search/spaces/dry_run.py for the shape")
-    first = getattr(module, "FIRST", [])
+    fixed = getattr(module, "FIRST", [])
+    first = getattr(module, "first", lambda task: fixed)
+    takes = getattr(module, "takes", lambda task, backbone: True)
     tiny = scale == "tiny"
 
     def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
@@ -72,7 +76,7 @@ def load_space(name: str, scale: Scale = "full") -> Space:
             raise UserError(f"search space {name} cannot propose: {type(error).__name__}: {error}") from error
         return _tiny(config) if tiny else config
 
-    return Space(Path(name).stem, TINY_TRIALS if tiny else module.TRIALS, module.BACKBONES, suggest, first)
+    return Space(Path(name).stem, TINY_TRIALS if tiny else module.TRIALS, module.BACKBONES, suggest, first, takes)
 
 
 def _modules() -> dict[str, str]:
@@ -89,7 +93,7 @@ def _modules() -> dict[str, str]:
 def _tiny(config: TrialConfig) -> TrialConfig:
     return dataclasses.replace(
         config,
-        epochs=min(2, config.epochs),
+        epochs=min(2, config.epochs),  # 0 and 0 stay a probe
         freeze_epochs=min(1, config.freeze_epochs),
         image_size=min(32, config.image_size),
         progressive=(),

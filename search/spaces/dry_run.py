@@ -27,11 +27,12 @@ def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
         pretrained=pretrained,
         image_size=48 if pretrained else 32,
         width=0.25,
-        epochs=6 if pretrained else 12,
+        epochs=4 if pretrained else 12,
         freeze_epochs=freeze_epochs,
         batch_size=trial.suggest_categorical("batch_size", [32, 64]),
         # every backbone has its own scale: one range for all would waste most trials
         lr=LR_SCALE.get(backbone, 1.0) * trial.suggest_float("lr", 5e-4, 4e-3, log=True),
+        body_lr=0.1 if pretrained else 1.0,
         weight_decay=trial.suggest_float("weight_decay", 1e-3, 1e-1, log=True),
         dropout=trial.suggest_float("dropout", 0.0, 0.3),
         label_smoothing=trial.suggest_float("label_smoothing", 0.0, 0.1),

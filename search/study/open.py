@@ -100,7 +100,7 @@ def _create_file(storage: str) -> None:
 def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
     samplers = optuna.samplers
     if name == "tpe":  # constant liar: parallel trials do not all ask for the same point
-        return samplers.TPESampler(multivariate=True, constant_liar=True, n_startup_trials=10, seed=seed)
+        return samplers.TPESampler(multivariate=True, group=True, constant_liar=True, n_startup_trials=10, seed=seed)
     if name == "gp":
         return samplers.GPSampler(seed=seed)
     if name == "qmc":

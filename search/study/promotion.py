@@ -24,9 +24,13 @@ SHARES = (1 / 9,)
 Place = tuple[float, int, str]  # of a trial at a rung: minus its score, how many came before it, its id
 
 
-def rung_epochs(epochs: int) -> list[int]:
-    """The epochs after which a trial of so many epochs is at a rung; short ones have fewer rungs than SHARES."""
-    return sorted({math.ceil(share * epochs) for share in SHARES} - {epochs})
+def rung_epochs(epochs: int, freeze_epochs: int = 0) -> tuple[int, ...]:
+    """The epochs after which a trial is at a rung; short ones have fewer rungs than SHARES, and probes none.
+
+    They count from where the body begins to learn, if it does: before that all trials of a backbone look the same.
+    """
+    before, learning = (freeze_epochs, epochs) if epochs else (0, freeze_epochs)
+    return tuple(sorted({before + math.ceil(share * learning) for share in SHARES} - {before + learning}))
 
 
 class Rungs:
@@ -44,9 +48,8 @@ class Rungs:
         self._kinds: dict[int, dict[str, list[Place]]] = {}
         self._queues: dict[int, list[Place]] = {}
 
-    def at(self, epoch: int, epochs: int) -> int | None:
-        """The rung that a trial of so many epochs is at after `epoch`, or None."""
-        rungs = rung_epochs(epochs)
+    def at(self, epoch: int, rungs: tuple[int, ...]) -> int | None:
+        """The rung that a trial with rungs at these epochs is at after `epoch`, or None."""
         return len(rungs) - rungs.index(epoch) if epoch in rungs else None
 
     def reach(self, id: str, kind: str, rung: int, score: float) -> bool:
@@ -67,11 +70,11 @@ class Rungs:
         bisect.insort(self._queues.setdefault(rung, []), place)
         return False
 
-    def replay(self, id: str, kind: str, epochs: int, scores: dict[int, float], running: bool) -> bool:
+    def replay(self, id: str, kind: str, rungs: tuple[int, ...], scores: dict[int, float], running: bool) -> bool:
         """Note what a trial of an earlier process has reached, its scores by epoch in order; whether it still waits."""
         going_on = True
         for epoch, score in scores.items():
-            rung = self.at(epoch, epochs)
+            rung = self.at(epoch, rungs)
             if rung is not None:
                 going_on = self.reach(id, kind, rung, score)
                 is_last = running and epoch == max(scores)

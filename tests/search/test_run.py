@@ -54,7 +54,7 @@ def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, run:
         (["--backbones", "vgg19", "--weights-dir", "nowhere"], "weights folder nowhere does not exist"),
         (["--data", "folder", "--data-dir", "nowhere"], "nowhere"),
         (["--data", "folder"], "--data-dir"),
-        (["--space", "defualt"], "default"),
+        (["--space", "dryrun"], "dry_run"),
         (["--storage", "nonsense://host/db"], "check --storage"),
         (["--trials", "0"], "--trials is 0"),
         (["--minutes", "0"], "--minutes is 0"),
@@ -117,7 +117,7 @@ def test_a_run_directory_that_cannot_be_written(
     pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "laptop", "--backbones", "speednet"]
+    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "auto", "--backbones", "speednet"]
     assert "cannot be written" in refused(capsys, monkeypatch, tmp_path / "file/run", *args)
 
 
@@ -137,7 +137,7 @@ def test_a_run_directory_of_another_data_set(
     run.mkdir()
     info = {"classes": ["a", "b"], "split_fingerprint": "other", "data": {"name": "cats"}}
     (run / "run.json").write_text(json.dumps(info))
-    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "laptop"]
+    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "auto"]
     line = refused(capsys, monkeypatch, run, *args)
     assert "cats" in line
     assert "--run" in line
@@ -146,8 +146,8 @@ def test_a_run_directory_of_another_data_set(
 def test_a_run_directory_that_another_search_is_working_in(
     pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "laptop", "--backbones", "speednet"]
-    config = SearchConfig(data="folder", data_dir=pictures, space="laptop", backbones=("speednet",), run=str(tmp_path))
+    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "auto", "--backbones", "speednet"]
+    config = SearchConfig(data="folder", data_dir=pictures, space="auto", backbones=("speednet",), run=str(tmp_path))
     plan = make_plan(config)
     search_run._open_run(plan, config)
     held = lock_run(plan.run)
@@ -159,25 +159,25 @@ def test_a_run_directory_that_another_search_is_working_in(
 def test_a_run_directory_of_other_backbones(
     pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config = SearchConfig(data="folder", data_dir=pictures, space="laptop", backbones=("speednet",), run=str(tmp_path))
+    config = SearchConfig(data="folder", data_dir=pictures, space="auto", backbones=("speednet",), run=str(tmp_path))
     search_run._open_run(make_plan(config), config)
-    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "laptop", "--backbones", "keras_cnn"]
+    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "auto", "--backbones", "keras_cnn"]
     assert "a sweep over speednet, not over keras_cnn" in refused(capsys, monkeypatch, tmp_path, *args)
 
 
 def test_a_run_directory_of_another_scale(
     pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config = SearchConfig(data="folder", data_dir=pictures, space="laptop", scale="tiny", backbones=("speednet",))
-    assert make_plan(config).run.name == "folder-laptop-tiny"
+    config = SearchConfig(data="folder", data_dir=pictures, space="auto", scale="tiny", backbones=("speednet",))
+    assert make_plan(config).run.name == "folder-auto-tiny"
     config = replace(config, run=str(tmp_path))
     search_run._open_run(make_plan(config), config)
-    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "laptop", "--backbones", "speednet"]
-    assert "at scale tiny, not of laptop at full" in refused(capsys, monkeypatch, tmp_path, *args)
+    args = ["--data", "folder", "--data-dir", str(pictures), "--space", "auto", "--backbones", "speednet"]
+    assert "at scale tiny, not of auto at full" in refused(capsys, monkeypatch, tmp_path, *args)
 
 
 def test_a_study_belongs_to_one_run_whatever_its_folder_is_called(pictures: Path, tmp_path: Path) -> None:
-    config = SearchConfig(data="folder", data_dir=pictures, space="laptop", run=str(tmp_path / "a/photos"))
+    config = SearchConfig(data="folder", data_dir=pictures, space="auto", run=str(tmp_path / "a/photos"))
     plan = make_plan(config)
     search_run._open_run(plan, config)
     assert make_plan(config).study == plan.study
@@ -194,9 +194,9 @@ def test_a_run_that_goes_on_in_a_cluster_keeps_its_space_and_gets_the_data(
     search_run._open_run(plan, config)
     assert not (tmp_path / "run/data").exists()
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
-    assert make_plan(SearchConfig(data="folder", data_dir=pictures, run=str(tmp_path / "new"))).space.name == "default"
+    assert make_plan(SearchConfig(data="folder", data_dir=pictures, run=str(tmp_path / "new"))).space.name == "auto"
     again = make_plan(config)
-    assert again.space.name == plan.space.name == "laptop"
+    assert again.space.name == plan.space.name == "auto"
     search_run._open_run(again, config)
     assert (tmp_path / "run/data" / plan.data.path.name / "meta.json").exists()
 

@@ -393,7 +393,7 @@ def test_a_sampler_that_repeats_itself_is_made_to_explore(tmp_path: Path) -> Non
 def test_fixed_recipes_are_taken_in_turn(tmp_path: Path) -> None:
     """They suggest no parameters: that is no repetition, and a number passed over would be a recipe passed over."""
     names = list(intel_lites.BACKBONES)
-    task = Task(dict.fromkeys(names, WeightSource("offline")), 6, 11_233, 96, "cpu", None)
+    task = Task(dict.fromkeys(names, WeightSource("offline")), 6, 14_033, 11_233, 96, "cpu", None, {})
     s = sweep(tmp_path, trials=3)
     s.propose_with(lambda trial: intel_lites.suggest(trial, task))
     jobs = [take(s) for _ in range(3)]

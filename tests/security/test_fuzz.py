@@ -143,7 +143,7 @@ def commands(run: UPath, pictures: Path, out: Path) -> dict[str, Callable[[], ob
 
     def resume() -> None:
         config = SearchConfig(
-            data="folder", data_dir=pictures, space="laptop", backbones=("speednet",), run=str(open_run(str(run)))
+            data="folder", data_dir=pictures, space="auto", backbones=("speednet",), run=str(open_run(str(run)))
         )
         _open_run(make_plan(config), config)
         EnsembleSoFar(run, 9)
@@ -169,7 +169,7 @@ def commands(run: UPath, pictures: Path, out: Path) -> dict[str, Callable[[], ob
 
     def serve() -> None:
         voters = Voters.load([open_run(str(run))], read_ensemble(run), "cpu")
-        voters(np.zeros((1, *voters.size, 3), np.uint8))
+        voters(np.zeros((1, *voters.canvas.shape), np.uint8))
         if (examples := Examples.of(run)) is not None:
             examples.png(0), examples.label(0)
 

@@ -121,7 +121,7 @@ def test_a_space_that_a_run_names_is_not_imported(run: Path, pictures: Path, tmp
     """Before: --run with the automatic space imported the .py file of its run.json."""
     evil, proof = tmp_path / "evil.py", tmp_path / "proof"
     evil.write_text(f"open({str(proof)!r}, 'w')\nTRIALS = 1\nBACKBONES = {{}}\ndef suggest(trial, task): ...\n")
-    for space in ("evil", "laptop"):
+    for space in ("evil", "auto"):
         change(
             run / "run.json",
             lambda info, space=space: info.update(space=space) or info["search"].update(space=str(evil)),
@@ -144,7 +144,7 @@ def test_links_are_not_followed_when_checkpoints_are_deleted(
     (precious / "0000").mkdir()
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     (run / "checkpoints").symlink_to(precious)
-    arguments = ["--data", "folder", "--data-dir", pictures, "--space", "laptop", "--backbones", "speednet"]
+    arguments = ["--data", "folder", "--data-dir", pictures, "--space", "auto", "--backbones", "speednet"]
     code, said = command(searching, *arguments, "--run", run, "--trials", "1")
     assert code == 2
     assert "symbolic link" in said
@@ -208,7 +208,7 @@ def test_the_studys_attributes_are_never_unpickled(run: Path, pictures: Path, tm
                     "INSERT OR REPLACE INTO trial_system_attributes (trial_id, key, value_json) VALUES (?, ?, ?)",
                     (trial, key, json.dumps(payload)),
                 )
-    arguments = ["--data", "folder", "--data-dir", pictures, "--space", "laptop", "--backbones", "speednet"]
+    arguments = ["--data", "folder", "--data-dir", pictures, "--space", "auto", "--backbones", "speednet"]
     code, said = command(searching, *arguments, "--run", run, "--trials", "4", "--sampler", "cmaes")
     assert code == 2, said
     assert not proof.exists()
@@ -285,7 +285,7 @@ def test_the_database_of_another_run_is_not_connected_to(run: Path, pictures: Pa
         address = f"mysql+pymysql://me@127.0.0.1:{server.getsockname()[1]}/db"
         change(run / "run.json", lambda info: info["search"].update(storage=address))
         config = SearchConfig(
-            data="folder", data_dir=pictures, space="laptop", backbones=("speednet",), warm_start=(str(run),)
+            data="folder", data_dir=pictures, space="auto", backbones=("speednet",), warm_start=(str(run),)
         )
         with pytest.raises(UserError, match=r"study\.db"):
             make_plan(config)
@@ -428,13 +428,13 @@ def test_a_password_in_the_storage_reaches_no_file_and_no_error(pictures: Path, 
         f"nonsense://me:{secret}@host/db",
     ):
         code, said = command(
-            searching, "--data", "folder", "--data-dir", pictures, "--space", "laptop", "--backbones", "speednet",
+            searching, "--data", "folder", "--data-dir", pictures, "--space", "auto", "--backbones", "speednet",
             "--run", tmp_path / "run", "--storage", url,
         )  # fmt: skip
         assert code == 2
         assert secret not in said
     config = SearchConfig(
-        data="folder", data_dir=pictures, space="laptop", backbones=("speednet",), run=str(tmp_path / "kept"),
+        data="folder", data_dir=pictures, space="auto", backbones=("speednet",), run=str(tmp_path / "kept"),
         storage=f"postgresql://me:{secret}@host/db",
     )  # fmt: skip
     searching._open_run(make_plan(config), config)

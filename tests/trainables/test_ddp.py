@@ -28,7 +28,7 @@ PLAIN = TrialConfig(
     label_smoothing=0.1, clip_norm=1.0, accumulate=2, precision="fp32",
 )  # fmt: skip
 FROZEN = TrialConfig(
-    backbone="resnet10t", pretrained=True, image_size=32, epochs=2, freeze_epochs=2, batch_size=12, lr=1e-2,
+    backbone="resnet10t", pretrained=True, image_size=32, epochs=0, freeze_epochs=2, batch_size=12, lr=1e-2,
     precision="fp32",
 )  # fmt: skip
 CONFIGS = {"plain": PLAIN, "frozen": FROZEN}

@@ -1,7 +1,10 @@
 """The training loop in this process: it learns, resumes exactly, freezes, averages, stops, and says how it ended."""
 
+import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 from upath import UPath
 
+from trainables import train as training
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data
 from trainables.data.splits import Splits
@@ -72,7 +76,7 @@ def test_same_seed_same_weights_other_seed_other_weights(data: Data, splits: Spl
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dropout": 0.3, "crop": 2, "flip": "random", "cutout": 0.3, "mixup": 0.4},
+        {"dropout": 0.3, "crop": 2, "flip": "random", "erase": 0.3, "mixup": 0.4},
         {"optimizer": "sgd", "lr": 0.1, "lookahead": 2, "schedule": "plateau"},
         {"optimizer": "muon", "lr": 0.1, "ema": 0.9, "patience": 2, "flip": "alternating"},
     ],
@@ -104,6 +108,20 @@ def test_past_the_deadline_it_finishes_with_what_it_has(data: Data, splits: Spli
     assert trained.probs["select"].shape == (len(splits.select), 3)
 
 
+def test_the_schedule_comes_down_by_the_deadline(data: Data, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before: a training that was cut stood in the middle of its schedule, where its learning rate is highest."""
+    clock = itertools.count()
+    monkeypatch.setattr(training, "time", SimpleNamespace(time=lambda: next(clock), perf_counter=time.perf_counter))
+    trained = train(replace(SMALL, epochs=1000, schedule="triangular", warmup=0.1), data, splits, deadline=60)
+    rates = [row["lr"] for row in trained.curve]
+    assert trained.outcome == "time"
+    assert len(rates) > 2
+    assert max(rates) > 0.5 * SMALL.lr
+    assert rates[-1] < 0.1 * SMALL.lr
+    unhurried = train(replace(SMALL, epochs=2), data, splits, deadline=10_000)
+    assert same(unhurried, train(replace(SMALL, epochs=2), data, splits))
+
+
 def test_an_exploding_loss_ends_the_trial(data: Data, splits: Splits) -> None:
     with pytest.raises(Diverged):
         train(replace(SMALL, optimizer="sgd", lr=100.0, weight_decay=5.0), data, splits)
@@ -129,7 +147,7 @@ def test_pretrained_without_a_source_is_no_random_start(data: Data, splits: Spli
 
 
 def test_frozen_means_parameters_and_batchnorm_statistics(data: Data, splits: Splits) -> None:
-    config = replace(SMALL, backbone="resnet10t", image_size=32, epochs=2, freeze_epochs=2, crop=1)
+    config = replace(SMALL, backbone="resnet10t", image_size=32, epochs=0, freeze_epochs=2, crop=1)
     torch.manual_seed(config.seed)
     before = build(config, 3).state_dict()
     trained = train(config, data, splits)
@@ -188,7 +206,7 @@ def test_what_does_not_fit_is_refused_before_training(
 
 
 def test_configurations_that_cannot_be_are_refused() -> None:
-    for wrong in ({"epochs": 0}, {"lr": float("nan")}, {"freeze_epochs": 4}, {"dropout": 1.0}, {"nonsense": 1}):
+    for wrong in ({"epochs": 0}, {"lr": float("nan")}, {"freeze_epochs": -1}, {"dropout": 1.0}, {"nonsense": 1}):
         with pytest.raises(UserError, match=r"expected|unknown"):
             replace(SMALL, **wrong)
 

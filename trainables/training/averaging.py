@@ -12,7 +12,7 @@ from trainables.config import TrialConfig
 class WeightAverage:
     """Holds the slow weights of a model; does nothing when the config asks for neither average.
 
-    EMA (`ema` > 0): slow weights follow the fast ones and are what is evaluated and kept.
+    EMA (`ema` > 0): slow weights follow the fast ones and are what is evaluated and kept. `ema` is the decay.
     Lookahead (`lookahead` = k > 0; Zhang et al., 2019): every k steps the fast weights are pulled to the slow ones,
     with a pull that grows over training as 0.95**k * progress**3 (Jordan, 2024, section 3.4).
     """
@@ -22,8 +22,9 @@ class WeightAverage:
         self.slow = {k: v.detach().clone() for k, v in model.state_dict().items()} if ema or lookahead else {}
 
     @classmethod
-    def of(cls, model: nn.Module, config: TrialConfig) -> "WeightAverage":
-        return cls(model, config.ema, config.lookahead)
+    def of(cls, model: nn.Module, config: TrialConfig, steps: int) -> "WeightAverage":
+        """The averages that a configuration asks for, in a training of so many steps: config.ema is a share of it."""
+        return cls(model, 1 - 1 / max(1.0, config.ema * steps) if config.ema else 0.0, config.lookahead)
 
     @property
     def active(self) -> bool:
@@ -77,5 +78,6 @@ class WeightAverage:
     def state_dict(self) -> dict[str, Tensor | int | dict[str, Tensor]]:
         return {"steps": self.steps, "slow": self.slow}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.steps, self.slow = state["steps"], state["slow"]
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.steps = state["steps"]
+        self.slow = {name: tensor.to(device) for name, tensor in state["slow"].items()}

@@ -19,12 +19,13 @@ from trainables.config import TestTimeAugmentation, TrialConfig
 from trainables.data.dataset import Data
 from trainables.data.splits import Splits
 from trainables.errors import UserError
-from trainables.features import FrozenFeatures
+from trainables.features import Features
 from trainables.inference import autocast, pick_device, predict_probs
 from trainables.job import WeightSource
 from trainables.models.backbones import build, check_image_size, head_of, normalisation, set_frozen
 from trainables.models.weights import read_pretrained
-from trainables.training.augment import Pixels, augment, cutout, mix
+from trainables.training.augment import Pixels, augmented, mix
+from trainables.training.head import Head, fit_at, fit_head
 from trainables.training.optim import lr_factor, make_optimizers
 from trainables.training.precision import choose_layout
 
@@ -32,10 +33,9 @@ WHITENING_IMAGES = 2000
 
 
 class Learner:
-    """A network with everything that its training needs, on its device.
+    """A network with everything that its training needs, on its device; ready once it is made.
 
-    Call `choose_layout` or `load_state_dict` first, then `begin_epoch` and, for each of the batches that it returns,
-    `set_lr` and `step`.
+    For every epoch call `begin_epoch`, and for each of the batches that it returns `set_lr` and `step`.
 
     Attributes:
         model, optimizers: plain torch.
@@ -44,7 +44,9 @@ class Learner:
         accumulate: micro-batches per step.
         image_size: of the epoch, in pixels.
         lr: of the head, in the step set last.
-        cached: whether the epoch trains the head on stored features; see features.py.
+        features: of the frozen body, where the head can be fed from them; None otherwise.
+        strength: of the regularisation that the head was fitted with; None where it was not.
+        cached: whether the epoch trains the head on stored features.
         rank, world: of this process, and how many there are.
     """
 
@@ -57,13 +59,14 @@ class Learner:
         device: str | None = None,
         deadline: float | None = None,
         tick: Callable[[], None] = lambda: None,
+        state: dict[str, Any] | None = None,
     ) -> None:
-        """See train() for the arguments.
+        """See train() for the arguments; `state` is an earlier Learner's `state_dict`, to continue from.
 
         Raises UserError for weights that are missing or do not fit, a batch larger than the train split, and an image
-        size that does not go with the backbone.
+        size that does not go with the backbone; OutOfTime when the deadline passes before the head is fitted.
         """
-        if config.batch_size > len(splits.train):
+        if config.batch_size > len(splits.train) and not config.is_probe:
             raise UserError(
                 f"batch_size is {config.batch_size}, expected at most the train split's {len(splits.train)} images"
             )
@@ -76,66 +79,99 @@ class Learner:
         torch.manual_seed(config.seed)
         mean, std = normalisation(config.backbone, config.pretrained, data.mean, data.std)
         self.pixels = Pixels.of(mean, std, device=self.device)
-        model = build(config, len(data.classes), None if weights is None else read_pretrained(config.backbone, weights))
+        pretrained = read_pretrained(config.backbone, weights) if weights is not None and config.pretrained else None
+        model = build(config, len(data.classes), pretrained)
         if hasattr(model, "prepare"):  # a whitening layer is set from the data
             sample = np.sort(np.random.default_rng(0).permutation(splits.train)[:WHITENING_IMAGES])
             model.prepare(self.pixels(self._images(sample), config.image_size))  # type: ignore[operator]
-        model.to(self.device)
+        self.model: nn.Module = model.to(self.device)
         if self.world > 1 and self.device.type == "cuda":
-            model = with_synced_batchnorm(model)
-        self.model: nn.Module = model
+            self.model = with_synced_batchnorm(model)
+        self.precision: str
+        self.channels_last: bool
+        self.precision, self.channels_last = self._layout() if state is None else state["layout"]
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.optimizers = make_optimizers(
-            model, head_of(model), config.optimizer, config.lr, config.body_lr, config.layer_decay,
+            self.model, head_of(self.model), config.optimizer, config.lr, config.body_lr, config.layer_decay,
             config.weight_decay, config.momentum,
         )  # fmt: skip
         self.class_weights = _class_weights(data, splits).to(self.device) if config.class_weights else None
         self.accumulate = config.accumulate
-        # what is cached is decided before a checkpoint changes the head: a resumed run must decide alike
-        self.features = (
-            FrozenFeatures(model, config, data, weights, self.pixels, deadline, tick) if config.freeze_epochs else None
-        )
-        self.cached, self.image_size, self.lr = False, config.image_size, config.lr
+        self.features: Features | None = None
+        if config.pretrained:  # of the body as it stands now, which a checkpoint may change
+            features = Features(self.model, config, data, self.pixels, self.precision, deadline, tick)
+            self.features = features if features.usable else None
+        self.strength: float | None = None
+        self.head: Head | None = None
+        if state is not None:
+            self._restore(state)
+        elif self.features is not None:
+            self.head, self.strength = fit_head(
+                self.features.rows, data.labels, splits.train, splits.tune, len(data.classes), self._weighs(), tick
+            )
+            self._set_head(self.head)
+        self.forward: nn.Module = self.model
+        self.learns: set[int] = set()  # which parameters do, in the epoch
+        self.epoch, self.cached, self.image_size, self.lr = 0, False, config.image_size, config.lr
 
-    # precision, memory format, checkpoints
-
-    def choose_layout(self) -> None:
-        """Take the precision and memory format that are fastest here; all ranks take rank 0's."""
+    def _layout(self) -> tuple[str, bool]:
+        """The precision and memory format that are fastest here; all ranks take rank 0's."""
         config = self.config
         layout = choose_layout(
             self.model, f"{config.backbone} {config.width} {config.stem}", config.image_size,
             config.batch_size // self.world, self.device, self.data.cache, config.precision,
+            learns=not config.is_probe,
         )  # fmt: skip
-        self._lay_out(*self.agreed([layout.precision, layout.channels_last]))
+        return self.agreed((layout.precision, layout.channels_last))
+
+    # the head
+
+    def _weighs(self) -> bool:
+        return self.config.class_weights or self.config.balanced
+
+    @torch.no_grad()
+    def _set_head(self, head: Head) -> None:
+        layer = head_of(self.model)
+        assert isinstance(layer, nn.Linear)  # or its features would not be usable
+        layer.weight.copy_(head.weight)
+        if layer.bias is not None:
+            layer.bias.copy_(head.bias)
+        if self.world > 1:  # fitted on each rank, perhaps with other rounding
+            for parameter in layer.parameters():
+                dist.broadcast(parameter.data, src=0)
+
+    def refit_head(self) -> None:
+        """Fit the probe's head once more, at the same strength, on all labelled images: train, tune and select."""
+        assert self.features is not None
+        assert self.strength is not None
+        rows = np.unique(np.concatenate([self.splits.train, self.splits.tune, self.splits.select]))
+        classes = len(self.data.classes)
+        (head,) = fit_at(
+            self.features.rows, self.data.labels, rows, classes, (self.strength,), self._weighs(), self.tick
+        )
+        self._set_head(head)
+
+    # checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
-            "precision": self.precision,
-            "channels_last": self.channels_last,
+            "layout": [self.precision, self.channels_last],
             "accumulate": self.accumulate,
+            "strength": self.strength,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.accumulate = max(state["accumulate"], self.config.accumulate)  # doubled since, when memory ran out
-        self._lay_out(state["precision"], state["channels_last"])
         self.scaler.load_state_dict(state["scaler"])
-
-    def _lay_out(self, precision: str, channels_last: bool) -> None:
-        self.precision, self.channels_last = precision, channels_last
-        if channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        if self.features is not None:
-            self.features.precision = precision
-        self.forward = self.model
-        if self.world > 1:
-            some_rest = self.config.freeze_epochs > 0 or any(group["until"] < 1 for group in self._groups())
-            self.forward = DistributedDataParallel(self.model, find_unused_parameters=some_rest)
+        self.strength = state["strength"]
 
     # training
 
@@ -146,31 +182,47 @@ class Learner:
         torch.manual_seed((config.seed + 1_000_003 * (epoch + 1) + self.rank) % 2**63)  # dropout and the like
         self.generator = torch.Generator().manual_seed(config.seed + 7_919 * (epoch + 1) + 104_729 * self.rank)
         is_frozen = epoch < config.freeze_epochs
-        self.cached = is_frozen and self.features is not None and self.features.usable
+        self.cached = is_frozen and self.features is not None
         self.model.train()
         set_frozen(self.model, is_frozen)
         for group in self._groups():
-            if epoch >= group["until"] * config.epochs:
+            if not is_frozen and epoch - config.freeze_epochs >= group["until"] * config.epochs:
                 for parameter in group["params"]:
                     parameter.requires_grad = False  # their gradient costs time, too
+        self._wrap()
         return _batches(config, self.data.labels, self.splits.train, epoch)
 
-    def set_lr(self, progress: float, factor: float = 1.0) -> None:
-        """The schedule's learning rates after `progress` (0 to 1) of the training, times `factor`."""
+    def _wrap(self) -> None:
+        """Let the ranks' gradients meet; anew whenever other parameters learn than before."""
+        learns = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        if self.world == 1 or learns == self.learns:
+            return
+        self.learns = learns
+        self.forward = self.model if self.cached else DistributedDataParallel(self.model)
+
+    def set_lr(self, at: float, factor: float = 1.0) -> None:
+        """Set the schedule's learning rates, times `factor`, after `at` epochs.
+
+        The head alone and the whole network have a schedule each, so the body starts from zero under a head that knows
+        its features.
+        """
         config = self.config
+        is_frozen = at < config.freeze_epochs
+        progress = at / config.freeze_epochs if is_frozen else (at - config.freeze_epochs) / config.epochs
         self.lr = config.lr * lr_factor(config.schedule, progress, config.warmup) * factor
         for group in self._groups():
             scheduled = lr_factor(config.schedule, progress / group["until"], config.warmup)
             group["lr"] = config.lr * group["lr_scale"] * scheduled * factor
 
-    def step(self, batch: np.ndarray) -> Tensor:
-        """One optimiser step on a batch of image indices; returns the loss summed over this rank's share of it."""
+    def step(self, batch: np.ndarray, progress: float) -> Tensor:
+        """One optimiser step on a batch of image indices, after a share (0 to 1) of the training; returns the loss
+        summed over this rank's share of the batch."""
         mine = batch[self.rank :: self.world]
         loss_sum = torch.zeros((), device=self.device)
         micro_batches = np.array_split(mine, min(self.accumulate, max(1, len(batch) // self.world)))
         for micro in micro_batches:
             with nullcontext() if micro is micro_batches[-1] else self._without_sync():
-                logits, targets = self._cached_logits(micro) if self.cached else self._logits(micro)
+                logits, targets = self._cached_logits(micro) if self.cached else self._logits(micro, progress)
                 loss = _loss(logits.float(), targets, self.config.label_smoothing, self.class_weights)
                 # the sum over all ranks and micro-batches is the mean over the whole batch; DDP divides by `world`
                 self.scaler.scale(loss * (self.world / len(batch))).backward()
@@ -191,20 +243,16 @@ class Learner:
         self.scaler.update()
         return loss_sum
 
-    def _logits(self, micro: np.ndarray) -> tuple[Tensor, Tensor]:
-        config = self.config
-        targets = self._targets(micro)
-        x = self.pixels(augment(self._images(micro), micro, config, self.epoch, self.generator), self.image_size)
-        if config.cutout:
-            x = cutout(x, config.cutout, self.generator)
-        if config.mixup or config.cutmix:
-            x, targets = mix(x, targets, config, self.generator)
+    def _logits(self, micro: np.ndarray, progress: float) -> tuple[Tensor, Tensor]:
+        images, targets = self._images(micro), self._targets(micro)
+        x = augmented(images, micro, self.config, self.image_size, self.epoch, self.generator, self.pixels)
+        x, targets = mix(x, targets, self.config, progress, self.generator)
         with autocast(self.device, self.precision):
             return self.forward(x), targets
 
     def _cached_logits(self, micro: np.ndarray) -> tuple[Tensor, Tensor]:
         assert self.features is not None
-        return self.features.logits(micro, self.epoch, self.generator), self._targets(micro)
+        return head_of(self.model)(self.features.batch(micro, self.epoch, self.generator)), self._targets(micro)
 
     def _images(self, indices: np.ndarray) -> Tensor:
         images = torch.from_numpy(np.ascontiguousarray(self.data.images[indices]))
@@ -225,11 +273,11 @@ class Learner:
     def predict(self, indices: np.ndarray, tta: TestTimeAugmentation = "none") -> np.ndarray:
         """Class probabilities, float32 (N, C), of data.images[indices] by the model as it stands.
 
-        Each rank predicts its share, with rank 0's BatchNorm statistics, and all get the whole.
+        Each rank predicts its share, with rank 0's BatchNorm statistics, and all get the whole. While the body has not
+        learned, stored features are enough, but for shifted views.
         """
-        if self.cached and tta == "none":  # the body has never learned, so its features hold
-            assert self.features is not None
-            return self.features.probs(indices)
+        if self.features is not None and (self.cached or self.config.is_probe) and tta != "mirror_shift":
+            return self.features.probs(indices, head_of(self.model), tta == "mirror")
         if self.world == 1:
             return self._predict(indices, tta)
         for buffer in self.model.buffers():
@@ -271,10 +319,11 @@ def with_synced_batchnorm(model: nn.Module) -> nn.Module:
 
 
 def image_size_of(config: TrialConfig, epoch: int) -> int:
-    """The image size of an epoch: progressive sizes are spread evenly over the epochs."""
+    """The image size of an epoch: progressive sizes are spread evenly over those of the whole network."""
     if not config.progressive:
         return config.image_size
-    return config.progressive[min(len(config.progressive) - 1, epoch * len(config.progressive) // config.epochs)]
+    at = max(0, epoch - config.freeze_epochs)
+    return config.progressive[min(len(config.progressive) - 1, at * len(config.progressive) // max(1, config.epochs))]
 
 
 def _batches(config: TrialConfig, labels: np.ndarray, train: np.ndarray, epoch: int) -> list[np.ndarray]:

@@ -68,6 +68,7 @@ def _parameter_groups(
         for group in param_groups_layer_decay(model, layer_decay=layer_decay):
             layer_scale.update({id(p): group["lr_scale"] for p in group["params"]})
     head_parameters = {id(p) for p in head.parameters()}
+    undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     groups: dict[tuple[float, float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -78,7 +79,7 @@ def _parameter_groups(
         else:
             scale = 1.0 if id(parameter) in head_parameters else body_lr * layer_scale.get(id(parameter), 1.0)
             until = 1.0
-            decay = weight_decay if parameter.ndim >= 2 else 0.0
+            decay = weight_decay if parameter.ndim >= 2 and name not in undecayed else 0.0
         groups.setdefault((scale, decay, until), []).append(parameter)
     return [{"params": p, "lr_scale": s, "weight_decay": d, "until": u} for (s, d, u), p in groups.items()]
 

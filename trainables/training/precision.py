@@ -19,8 +19,9 @@ from torch import nn
 
 from trainables.inference import autocast
 
-PROBE_IMAGES = 64
+PROBE_IMAGES = 16
 PROBE_ROUNDS = 2
+SLOW_BF16 = ("AVX2", "DEFAULT", "NO AVX")  # what such a processor has not in hardware
 WORTHWHILE = 0.9  # bf16 must take at most this share of fp32's time: it costs a little accuracy
 
 
@@ -40,11 +41,15 @@ def choose_layout(
     device: torch.device,
     cache: Path,
     asked: str = "auto",
+    learns: bool = True,
 ) -> Layout:
-    """The fastest safe layout for training `model`; `asked` other than "auto" fixes the precision.
+    """The fastest safe layout for training `model`, or for its features alone where nothing `learns`.
+
+    `asked` other than "auto" fixes the precision.
 
     On CUDA nothing is measured: bf16 where the chip has it, else fp16, channels last. On a CPU two steps of each are
-    timed in turn, once per node for a (backbone, image size, threads), and remembered under `cache`.
+    timed in turn, once per node for a (backbone, image size, threads), and remembered under `cache`; but not on one
+    that computes bf16 piece by piece, where a step takes ten times as long.
     """
     if device.type == "cuda":
         half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -53,12 +58,14 @@ def choose_layout(
         return Layout("fp32" if asked == "auto" else asked, channels_last=False)
     if asked != "auto":
         return Layout(asked, channels_last=True)
+    if torch.backends.cpu.get_cpu_capability() in SLOW_BF16:
+        return Layout("fp32", channels_last=True)
     images = min(batch_size, PROBE_IMAGES)
-    question = f"{name} {image_size} {images} {torch.get_num_threads()} {torch.__version__} {_processor()}"
+    question = f"{name} {image_size} {images} {learns} {torch.get_num_threads()} {torch.__version__} {_processor()}"
     memory = cache / "layout" / f"{hashlib.sha256(question.encode()).hexdigest()[:16]}.json"
     if memory.exists():
         return Layout(**json.loads(memory.read_text()))
-    best = _measure(model, image_size, images)
+    best = _measure(model, image_size, images, learns)
     memory.parent.mkdir(parents=True, exist_ok=True)
     temporary = memory.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps({"precision": best.precision, "channels_last": best.channels_last}))
@@ -66,30 +73,31 @@ def choose_layout(
     return best
 
 
-def _measure(model: nn.Module, image_size: int, images: int) -> Layout:
+def _measure(model: nn.Module, image_size: int, images: int, learns: bool) -> Layout:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     fp32, bf16 = Layout("fp32", True), Layout("bf16", True)
     seconds = dict.fromkeys((fp32, bf16), math.inf)
     with torch.random.fork_rng():
         for _ in range(PROBE_ROUNDS):  # in turn: other work on the machine then slows both
             for layout in seconds:
-                seconds[layout] = min(seconds[layout], _step_seconds(model, image_size, images, layout))
+                seconds[layout] = min(seconds[layout], _step_seconds(model, image_size, images, layout, learns))
     model.load_state_dict(before)  # the probe's forward passes moved the BatchNorm statistics
     return bf16 if seconds[bf16] < WORTHWHILE * seconds[fp32] else fp32
 
 
-def _step_seconds(model: nn.Module, image_size: int, images: int, layout: Layout) -> float:
-    """Seconds of one forward and backward pass: the better of two after a warm-up."""
+def _step_seconds(model: nn.Module, image_size: int, images: int, layout: Layout, learns: bool) -> float:
+    """Seconds of one forward and, if it `learns`, backward pass: the better of two after a warm-up."""
     x = torch.randn(images, 3, image_size, image_size)
     x = x.to(memory_format=torch.channels_last if layout.channels_last else torch.contiguous_format)
     y = torch.zeros(images, dtype=torch.long)
-    model.train()
+    model.train(learns)
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        with autocast(torch.device("cpu"), layout.precision):
+        with torch.set_grad_enabled(learns), autocast(torch.device("cpu"), layout.precision):
             loss = F.cross_entropy(model(x).float(), y)
-        loss.backward()
+        if learns:
+            loss.backward()
         times.append(time.perf_counter() - start)
         model.zero_grad(set_to_none=True)
     return min(times[1:])

@@ -14,7 +14,7 @@ images after 83 minutes on two cores (AVX2 alone).
 import optuna
 
 from search.config import Task
-from search.spaces.laptop import growing, largest_batch
+from search.spaces.auto import growing, largest_batch
 from trainables.config import TrialConfig
 
 TRIALS = 24
@@ -37,13 +37,13 @@ def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
     backbone = trial.suggest_categorical("backbone", list(task.backbones))
     if task.backbones[backbone] is None:
         return vit_from_scratch(trial, task, epochs=100 if task.device == "cuda" else 30)
-    epochs = trial.suggest_int("epochs", 4, 10)
+    epochs, tuned = trial.suggest_int("epochs", 4, 10), task.device == "cuda"  # without a GPU the head alone
     return TrialConfig(
         backbone=backbone,
         pretrained=True,
-        image_size=224 if task.device == "cuda" else 96,
-        epochs=epochs,
-        freeze_epochs=trial.suggest_int("freeze_epochs", 0, 2) if task.device == "cuda" else epochs,
+        image_size=224 if tuned else 96,
+        epochs=epochs if tuned else 0,
+        freeze_epochs=trial.suggest_int("freeze_epochs", 0, 2) if tuned else epochs,
         batch_size=min(trial.suggest_categorical("batch_size", [32, 64, 128]), largest_batch(task)),
         lr=trial.suggest_float("lr", 3e-4, 5e-3, log=True),
         body_lr=trial.suggest_float("body_lr", 0.03, 0.3, log=True),

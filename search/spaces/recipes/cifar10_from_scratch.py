@@ -13,14 +13,14 @@ from dataclasses import replace
 import optuna
 
 from search.config import Task
-from search.spaces.laptop import growing, largest_batch, small_net
+from search.spaces.auto import growing, largest_batch, small_net
 from trainables.config import TrialConfig
 
 TRIALS = 16
 BACKBONES = {"simple_norm_dropout": "scratch", "vgg16": "if found", "mobilenetv2_100": "if found"}
 FIRST = [
     {"backbone": "simple_norm_dropout", "plateau": False, "epochs": 8, "scratch_batch_size": 250,
-     "scratch_lr": 0.4, "dropout": 0.1, "label_smoothing": 0.05, "width": 0.25},
+     "scratch_lr": 0.4, "scratch_dropout": 0.1, "scratch_label_smoothing": 0.05, "width": 0.25},
 ]  # fmt: skip
 
 

@@ -13,14 +13,14 @@ from dataclasses import replace
 import optuna
 
 from search.config import Task
-from search.spaces.laptop import growing, largest_batch, small_net
+from search.spaces.auto import growing, largest_batch, small_net
 from trainables.config import TrialConfig
 
 TRIALS = 16
 BACKBONES = {"keras_cnn": "scratch", "resnet50": "if found", "vgg16": "if found", "squeezenet1_1": "if found"}
 FIRST = [
-    {"backbone": "keras_cnn", "epochs": 12, "scratch_batch_size": 250, "scratch_lr": 0.4, "dropout": 0.1,
-     "label_smoothing": 0.05, "width": 1.0},
+    {"backbone": "keras_cnn", "epochs": 12, "scratch_batch_size": 250, "scratch_lr": 0.4, "scratch_dropout": 0.1,
+     "scratch_label_smoothing": 0.05, "width": 1.0},
 ]  # fmt: skip
 
 

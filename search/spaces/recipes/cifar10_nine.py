@@ -16,7 +16,7 @@ EfficientNet-lite0 from PyPI (extra `offline`).
 import optuna
 
 from search.config import Task
-from search.spaces.laptop import largest_batch
+from search.spaces.auto import largest_batch
 from trainables.config import TrialConfig
 
 TRIALS = 36

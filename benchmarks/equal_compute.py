@@ -26,7 +26,7 @@ from ensemble.selection.metrics import accuracy, log_loss
 from ensemble.selection.selectors import best_single, greedy
 from ensemble.show import make_console
 from search.config import SearchConfig
-from search.run import sweep
+from search.run import run_sweep
 from trainables.errors import UserError, exit_on_user_error
 from trainables.run_directory import list_candidates, open_run, read_run
 
@@ -70,7 +70,7 @@ def train_seeds(run: Any, trials: int) -> Any:
         start = "pretrained" if config.pretrained else "scratch"
         space.write_text(SPACE.format(trials=trials, backbone=config.backbone, start=start, config=config.to_dict()))
         data_dir = asked.get("data_dir")
-        sweep(
+        run_sweep(
             SearchConfig(
                 data=asked["data"], data_dir=Path(data_dir) if data_dir else None, stored_size=asked["stored_size"],
                 space=str(space), run=str(target), sampler="random", pruner="none", split_seed=asked["split_seed"],

@@ -426,10 +426,10 @@ def _serve(target: Target, mailbox: Any, threads: int) -> None:
         end = _run_target(target, job, _Reporter(mailbox, rank, number, job.stops_at))
         if ray.get(mailbox.meet.remote(rank, number, end)) == BREAK:
             raise RuntimeError("the ranks of this lane disagree")
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # raises, and so ends the lane, when the trial left the device in a broken state
         gc.collect()
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()  # other lanes may share this GPU
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)  # and this memory
@@ -458,7 +458,7 @@ class _Reporter:
         answer = ray.get(self._mailbox.meet.remote(self._rank, self._number, event))
         if answer == BREAK:
             raise SystemExit("the ranks of this lane disagree")  # past the target's own `except Exception`
-        return answer == ABANDON
+        return bool(answer == ABANDON)
 
     def alive(self) -> None:
         if time.monotonic() - self._beaten > BEAT_S:

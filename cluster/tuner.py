@@ -263,7 +263,7 @@ class _Searcher(Searcher):
             return {"job": job}
         return None if self.bridge.has_more() else Searcher.FINISHED
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass  # told by _Scheduler
 
     def save(self, checkpoint_path: str) -> None:
@@ -277,7 +277,7 @@ class _Scheduler(FIFOScheduler):
     """Passes on what trials say, and stops them when the source wants that."""
 
     def __init__(self, bridge: _Bridge) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bridge = bridge
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
@@ -290,11 +290,11 @@ class _Scheduler(FIFOScheduler):
                     tune_controller.stop_trial(trial)
         return None
 
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         (message,) = result["message"]
         return TrialScheduler.STOP if self.bridge.hear(trial.trial_id, message) else TrialScheduler.CONTINUE
 
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict) -> None:
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         self.bridge.finish(trial.trial_id, Result(Outcome.INTERRUPTED))
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:

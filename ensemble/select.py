@@ -94,7 +94,7 @@ class Select:
 def choose(args: Select) -> Ensemble:
     """The ensemble that `python -m ensemble.select` would write with these arguments.
 
-    Raises UserError for what the user can mend: no candidates, runs that do not fit together, limits that nothing
+    Raises UserError for what the user can fix: no candidates, runs that do not fit together, limits that nothing
     meets.
     """
     return choose_from(open_pool(args), args)

@@ -78,12 +78,12 @@ def _members(pool: Pool, ensemble: Ensemble) -> Any:
     table = Table(
         title=f"{ensemble.selector}: {len(ensemble.members)} of {len(pool.candidates)} candidates",
         title_justify="left",
-        caption="without it: what the ensemble's accuracy loses, in points; mends: errors of the best single model"
+        caption="without it: what the ensemble's accuracy loses, in points; fixes: errors of the best single model"
         + (f"\nand the average itself has temperature {ensemble.temperature:.2f}" if ensemble.temperature != 1 else ""),
         caption_justify="left",
     )
     scaled = any(member.temperature != 1 for member in ensemble.members)
-    for heading in ("weight", "accuracy", "log-loss", *(["temperature"] if scaled else []), "without it", "mends"):
+    for heading in ("weight", "accuracy", "log-loss", *(["temperature"] if scaled else []), "without it", "fixes"):
         table.add_column(heading, justify="right")
     table.add_column("candidate")
     table.add_column("architecture")

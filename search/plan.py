@@ -52,7 +52,7 @@ class Plan:
 
 
 def make_plan(config: SearchConfig) -> Plan:
-    """Load the space, find the weights, prepare and split the data; raises UserError for what the user can mend."""
+    """Load the space, find the weights, prepare and split the data; raises UserError for what the user can fix."""
     space = load_space(_auto_space(config) if config.space == "auto" else config.space, config.scale)
     wanted = dict(space.backbones)
     if config.backbones:

@@ -138,12 +138,12 @@ def _refitted_run(target: UPath) -> UPath:
 def _train(jobs: list[Job], config: SearchConfig, progress: Progress) -> None:
     with connected(), progress:
         lanes = Lanes(config.lane_request())
-        going = Jobs([dataclasses.replace(job, gpus=lanes.spec.gpus) for job in jobs], progress)
-        run_trials(going, run_trial, lanes.spec, lambda: lanes.now(wanted=len(jobs)))
-    if going.stopping:
+        training = Jobs([dataclasses.replace(job, gpus=lanes.spec.gpus) for job in jobs], progress)
+        run_trials(training, run_trial, lanes.spec, lambda: lanes.now(wanted=len(jobs)))
+    if training.stopping:
         raise UserError("stopped before all members were trained; the same command goes on")
-    if going.errors:
-        raise UserError(f"{len(going.errors)} members could not be retrained ({going.errors[0]})")
+    if training.errors:
+        raise UserError(f"{len(training.errors)} members could not be retrained ({training.errors[0]})")
 
 
 def _open_target(target: UPath, source: UPath, info: RunInfo, ensemble: Ensemble) -> None:

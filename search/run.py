@@ -64,10 +64,10 @@ LEADERBOARD_METRICS = {"tune_accuracy", "select_accuracy", "select_log_loss"}
 TRACEBACK_LINES = 8  # of a trial that failed through a bug; the study keeps all of them
 
 
-def sweep(config: SearchConfig) -> Ensemble | None:
+def run_sweep(config: SearchConfig) -> Ensemble | None:
     """Run (or go on with) the sweep of `config`; returns its ensemble, or None when no trial has finished.
 
-    Raises UserError, before anything is written or started, for whatever the user can mend.
+    Raises UserError, before anything is written or started, for whatever the user can fix.
     """
     began = time.time()
     console = make_console()
@@ -103,28 +103,28 @@ def sweep(config: SearchConfig) -> Ensemble | None:
         target_accuracy=config.target_accuracy, plateau=config.stop_on_plateau, final_seeds=config.final_seeds,
     )  # fmt: skip
     tune_labels = np.asarray(plan.data.labels)[plan.splits.tune]
-    going = Sweep(
+    sweep = Sweep(
         study, plan.run, source, budget, plan.backbones, board,
         promote=config.pruner == "promote", live=live,
         contribution=Contribution(tune_labels, config.top_k) if config.objective == "ensemble" else None,
         store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
         save=(lambda: store_study(plan.run, file)) if file and not is_local(plan.run) else lambda: None,
     )  # fmt: skip
-    board.earlier = len(going.tried) - len(going.waiting)
-    if going.has_more():
-        _print_start(console, plan, config, going)
+    board.earlier = len(sweep.tried) - len(sweep.waiting)
+    if sweep.has_more():
+        _print_start(console, plan, config, sweep)
         with connected() as dashboard:
             lanes = Lanes(config.lane_request(), console.print)
             spec = lanes.spec
-            going.gpus = spec.gpus
+            sweep.gpus = spec.gpus
 
             def lanes_now() -> int:
-                count = lanes.now(wanted=plan.trials and plan.trials - len(going.tried))
-                going.time.place(max(1, count), devices=spec.workers * (spec.gpus or 1))
+                count = lanes.now(wanted=plan.trials and plan.trials - len(sweep.tried))
+                sweep.time.place(max(1, count), devices=spec.workers * (spec.gpus or 1))
                 return count
 
             def task() -> Task:
-                left = going.time.left()
+                left = sweep.time.left()
                 return make_task(
                     plan.backbones, plan.splits, plan.data, plan.costs, None if left == math.inf else left,
                     "cuda" if spec.gpus else "cpu",
@@ -134,20 +134,20 @@ def sweep(config: SearchConfig) -> Ensemble | None:
                 now = task()
                 return checked(plan.space.suggest(trial, now), now)
 
-            going.propose_with(propose, plan.costs)
+            sweep.propose_with(propose, plan.costs)
             enqueue_first(study, plan.space.first(task()), list(plan.backbones))
             board.links = [f"Ray dashboard {dashboard}"] if dashboard else []
             board.links.append(f"study: optuna-dashboard {storage if file else '(as in --storage)'}")
             board.metrics = SweepMetrics(plan.run.name)
             console.print("\n".join([_at_a_time(lanes), *board.links]), markup=False)
-            _print_first(console, plan, task(), going)
+            _print_first(console, plan, task(), sweep)
             with board:
-                while going.has_more() and not going.stopping:
-                    run_trials(going, run_trial, spec, lanes_now)
-        going.remove_stale_checkpoints()
-    if not going.stopping:
-        going.close()
-    ensemble = _conclude(console, plan, config, going, began)
+                while sweep.has_more() and not sweep.stopping:
+                    run_trials(sweep, run_trial, spec, lanes_now)
+        sweep.remove_stale_checkpoints()
+    if not sweep.stopping:
+        sweep.close()
+    ensemble = _conclude(console, plan, config, sweep, began)
     if lock is not None:
         lock.release()
     return ensemble
@@ -213,17 +213,17 @@ def _check_continues(plan: Plan, config: SearchConfig, begun: RunInfo) -> None:
         )
 
 
-def _conclude(console: Console, plan: Plan, config: SearchConfig, going: Sweep, began: float) -> Ensemble | None:
+def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, began: float) -> Ensemble | None:
     """Leaderboard, ensemble, test summary, and what to do next."""
     _print_leaderboard(console, plan.run)
-    for id, error, trace in going.failures():
+    for id, error, trace in sweep.failures():
         console.print(f"{id} failed: {error}", style="yellow", markup=False)
         for line in trace.strip().splitlines()[-TRACEBACK_LINES:]:
             console.print(f"    {line}", style="dim", markup=False)
     command = f"python -m search.run {shlex.join(sys.argv[1:])}".strip()
-    if going.stopping:
+    if sweep.stopping:
         console.print(f"stopped; the same command goes on: {command}")
-    elif reason := going.enough():
+    elif reason := sweep.enough():
         console.print(f"ended early: {reason}")
     if not list_candidates(plan.run):
         console.print("no trial has finished, so there is no ensemble")
@@ -233,10 +233,10 @@ def _conclude(console: Console, plan: Plan, config: SearchConfig, going: Sweep, 
     ensemble = choose_from(pool, args)
     write_ensemble(plan.run, ensemble)
     show(pool, ensemble)
-    if going.stopping:
+    if sweep.stopping:
         console.print("the test part stays unread until the sweep is complete")
     else:
-        found = write_report([plan.run], ensemble, going.study)
+        found = write_report([plan.run], ensemble, sweep.study)
         if "test" not in found:
             why = found["missing"].get("test", "the data set has no test part")
             console.print(f"{why}, so nothing is said about unseen images beyond the select split", markup=False)
@@ -249,7 +249,7 @@ def _conclude(console: Console, plan: Plan, config: SearchConfig, going: Sweep, 
     return ensemble
 
 
-def _print_start(console: Console, plan: Plan, config: SearchConfig, going: Sweep) -> None:
+def _print_start(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep) -> None:
     s = plan.splits
     shared = " (too few images to keep tune and select apart: they are the same)" if s.shared else ""
     console.print(
@@ -257,14 +257,14 @@ def _print_start(console: Console, plan: Plan, config: SearchConfig, going: Swee
         f"{plan.data.test_images} test images{shared}, {len(plan.data.classes)} classes"
     )
     console.print(f"space {plan.space.name} over {', '.join(plan.backbones)}; run directory {_shown(plan.run)}")
-    if going.counted:
-        console.print(f"going on with {going.counted} trials, {len(going.interrupted)} of them cut in the middle")
+    if sweep.counted:
+        console.print(f"going on with {sweep.counted} trials, {len(sweep.interrupted)} of them cut in the middle")
 
 
-def _print_first(console: Console, plan: Plan, task: Task, going: Sweep) -> None:
+def _print_first(console: Console, plan: Plan, task: Task, sweep: Sweep) -> None:
     """What the space tries first, and what each is expected to take."""
     first = [params for params in plan.space.first(task) if params.get("backbone") in plan.backbones]
-    if not first or going.counted:
+    if not first or sweep.counted:
         return
     left = "" if task.left is None else f" of {task.left:.0f} s for each"
     table = Table(title=f"tried first{left}; a lane trains at about {plan.costs.rate:.0f} GFLOP/s")
@@ -275,7 +275,7 @@ def _print_first(console: Console, plan: Plan, task: Task, going: Sweep) -> None
     for params in first:
         config = plan.space.suggest(optuna.trial.FixedTrial(params), task)  # type: ignore[arg-type]
         how = "probe" if config.is_probe else "tuned" if config.pretrained else "from scratch"
-        speed = going.time.seconds(config)
+        speed = sweep.time.seconds(config)
         seconds = "" if speed is None else f"{speed.start + config.epochs * speed.epoch:.0f}"
         table.add_row(config.backbone, how, str(config.image_size), str(config.all_epochs or ""), seconds)
     console.print(table)
@@ -327,7 +327,7 @@ def main() -> None:
         description = inspect.getdoc(SearchConfig)
         config = tyro.cli(SearchConfig, description=description, prog="python -m search.run")
         try:
-            sweep(config)
+            run_sweep(config)
         except KeyboardInterrupt:  # the second Ctrl-C, or one before anything ran
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)

@@ -17,6 +17,11 @@ from trainables.data.prepare import prepare
 from trainables.data.splits import Splits, make_splits
 
 SUITES = {"slow": "slow", "clusters": "cluster", "browser": "browser", "storage": "storage"}  # folder -> marker
+# Files whose tests start Ray or servers, or train for many seconds: left out of `make check`
+HEAVY = {
+    "test_duplicates.py", "test_export.py", "test_fuzz.py", "test_lane.py", "test_layers.py", "test_networks.py",
+    "test_pipeline.py", "test_predict.py", "test_refit.py", "test_report.py", "test_serve.py", "test_tuner.py",
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,6 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         suite = SUITES.get(item.path.relative_to(Path(__file__).parent).parts[0])
         if suite is not None:
             item.add_marker(getattr(pytest.mark, suite))
+        elif item.path.name not in HEAVY and not any(item.get_closest_marker(name) for name in SUITES.values()):
+            item.add_marker(pytest.mark.fast)
 
 
 def draw_folder(root: Path, per_class: int = 30, size: int = 12, parts: tuple[str, ...] = ("train", "test")) -> Path:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message says what was wrong, what was expected and what to do.
+    """A mistake that the user can fix. The message says what was wrong, what was expected and what to do.
 
     Not a ValueError: argument parsers catch these and wrap them in pages of usage.
     """

@@ -136,7 +136,7 @@ def growth(probs: Probs, labels: np.ndarray, limits: Limits, steps: int = STEPS)
     return points
 
 
-def mended_classes(
+def fixed_classes(
     together: np.ndarray,
     alone: np.ndarray,
     member: np.ndarray,
@@ -144,8 +144,8 @@ def mended_classes(
     classes: Sequence[str],
     most: int = 3,
 ) -> list[dict[str, Any]]:
-    """The classes in which a member is right where the ensemble mends an error of the best single model, most first."""
-    mended = correct(together, labels) & ~correct(alone, labels) & correct(member, labels)
-    counts = np.bincount(labels[mended], minlength=len(classes))
+    """The classes in which a member is right where the ensemble fixes an error of the best single model, most first."""
+    fixed = correct(together, labels) & ~correct(alone, labels) & correct(member, labels)
+    counts = np.bincount(labels[fixed], minlength=len(classes))
     order = np.argsort(-counts, kind="stable")[:most]
     return [{"class": classes[c], "images": int(counts[c])} for c in order.tolist() if counts[c]]

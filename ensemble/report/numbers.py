@@ -13,7 +13,7 @@ from upath import UPath
 from ensemble.file import Ensemble
 from ensemble.pool import Pool
 from ensemble.report import diagnosis
-from ensemble.report.trials import LEFT_NOTHING, Trial
+from ensemble.report.trials import Trial, is_failure
 from ensemble.select import describe, score_all
 from ensemble.select import where as select_split
 from ensemble.selection import metrics
@@ -91,7 +91,7 @@ def findings(
         "failures": [
             {"id": trial.id, "outcome": trial.outcome, "architecture": trial.architecture, "error": trial.error,
              "traceback": trial.traceback}
-            for trial in trials if trial.outcome in LEFT_NOTHING
+            for trial in trials if is_failure(trial.outcome)
         ],
         "left_out": pool.left_out,
         "reproduce": _reproduce(info, ensemble),
@@ -125,7 +125,7 @@ def _members(pool: Pool, blend: Blend, single: int) -> list[dict[str, Any]]:
             "select": select_split(pool) | describe(np.asarray(pool.probs[m]), pool.labels),
             "without": insight["leave_one_out"][k],
             **insight["repairs"]["by_member"][k],
-            "mends": diagnosis.mended_classes(together, alone, np.asarray(pool.probs[m]), pool.labels, pool.classes),
+            "mends": diagnosis.fixed_classes(together, alone, np.asarray(pool.probs[m]), pool.labels, pool.classes),
             "params": pool.candidates[m].info.params,
             "latency_ms": pool.candidates[m].info.latency_ms,
         }

@@ -10,7 +10,7 @@ import optuna
 from ensemble.pool import Pool
 from ensemble.report import diagnosis, figures
 from ensemble.report.numbers import Evidence
-from ensemble.report.trials import NO_TIME, Trial, list_trials
+from ensemble.report.trials import Trial, described, list_trials
 from ensemble.show import where
 from trainables.page.shell import percent, render
 
@@ -18,20 +18,6 @@ TEMPLATE = Path(__file__).with_name("report.html")
 GRID = 100  # predictions shown at random
 PAIRS, PER_PAIR = 6, 6  # confused pairs, and images of each
 CONFUSED = 20  # classes that a confusion matrix shows at most
-OUTCOMES = {
-    "finished": "trained to the end",
-    "time": "cut at the deadline, still a candidate",
-    "added": "predictions added by another tool",
-    "pruned": "stopped early by the pruner",
-    NO_TIME: "proposed, but did not fit into the time left",
-    "running": "interrupted; the same command goes on with it",
-    "diverged": "diverged",
-    "out of memory": "ran out of memory",
-    "invalid": "could not be trained as configured",
-    "bug": "failed with an error",
-    "lost node": "lost with its machine",
-    "failed": "failed",
-}
 
 
 def report_page(
@@ -64,7 +50,7 @@ def report_page(
         pairs=_pairs(evidence, pool.classes),
         worst=_worst(found, evidence, pool.classes),
         grid=_grid(evidence, pool.classes),
-        outcomes=[(name, OUTCOMES.get(name, ""), n) for name, n in found["outcomes"].items()],
+        outcomes=[(name, described(name), n) for name, n in found["outcomes"].items()],
         trials={trial.id: _trial(trial) for trial in trials} | _foreign(pool),
     )
 
@@ -178,7 +164,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
         cost.append(["precision", info.precision])
     return {
         "title": f"{trial.id} {trial.architecture}",
-        "summary": f"{trial.outcome}: {OUTCOMES[trial.outcome]}" if trial.outcome in OUTCOMES else trial.outcome,
+        "summary": ": ".join(part for part in (trial.outcome, described(trial.outcome)) if part),
         "scores": scores,
         "curve": list(trial.curve),
         "error": "\n\n".join(part for part in (trial.error, trial.traceback) if part),

@@ -12,11 +12,17 @@ from optuna.trial import FrozenTrial, TrialState
 from upath import UPath
 
 from trainables.errors import UserError
+from trainables.job import Outcome
 from trainables.run_directory import Candidate, CandidateInfo, study_name, trial_id
 from trainables.storage import exists, hide_password, is_link, is_local, read_bytes
 
 NO_TIME = "not started"  # what a proposal that did not fit into the time left is called here
-LEFT_NOTHING = ("diverged", "out of memory", "invalid", "bug", "lost node", "failed")  # outcomes that are failures
+_ELSE = {  # what a trial may be in a report beside an Outcome
+    "added": "predictions added by another tool",
+    NO_TIME: "proposed, but did not fit into the time left",
+    "running": "interrupted; the same command continues with it",
+    "failed": "failed",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,16 @@ class Trial:
     @property
     def architecture(self) -> str:
         return str(self.config.get("backbone", "unknown"))
+
+
+def described(outcome: str) -> str:
+    """What an outcome means, for a person; "" for a word that is not known."""
+    return Outcome(outcome).text if outcome in set(Outcome) else _ELSE.get(outcome, "")
+
+
+def is_failure(outcome: str) -> bool:
+    """Whether such a trial left nothing through an error."""
+    return outcome == "failed" or (outcome in set(Outcome) and Outcome(outcome).is_failure)
 
 
 def read_study(run: UPath) -> optuna.Study:

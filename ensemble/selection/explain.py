@@ -61,7 +61,7 @@ def _pairwise(answers: np.ndarray) -> np.ndarray:
 
 
 def repairs(together: np.ndarray, alone: np.ndarray, probs: Probs, labels: np.ndarray) -> dict[str, Any]:
-    """Which errors of the best single model the ensemble mends, which it adds, and who is right on those.
+    """Which errors of the best single model the ensemble fixes, which it adds, and who is right on those.
 
     together, alone: the ensemble's and the best single model's predictions (N, C). `mended` and `broken` count rows;
     `by_member[k]` says on how many of them the k-th member is right.

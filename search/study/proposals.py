@@ -80,7 +80,7 @@ class Proposals:
             self.note(trial)
             return trial
         raise UserError(
-            f"{MOST_INVALID} proposals in a row cannot be trained, the last because {reason}; mend the space"
+            f"{MOST_INVALID} proposals in a row cannot be trained, the last because {reason}; fix the space"
         )
 
     def enqueue_seed(self) -> None:

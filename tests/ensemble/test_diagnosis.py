@@ -91,9 +91,9 @@ def test_growth_of_many_candidates_has_few_points(pool):
     assert points[-1]["candidates"] == len(probs)
 
 
-def test_a_member_is_named_for_the_classes_that_it_mends():
+def test_a_member_is_named_for_the_classes_that_it_fixes():
     labels = np.array([0, 0, 1, 1, 2])
     right = np.eye(3)[labels]
     alone = np.eye(3)[[1, 1, 1, 0, 2]]  # wrong on rows 0, 1 and 3
     member = np.eye(3)[[0, 0, 1, 2, 2]]  # right on rows 0 and 1 of these
-    assert diagnosis.mended_classes(right, alone, member, labels, list("abc")) == [{"class": "a", "images": 2}]
+    assert diagnosis.fixed_classes(right, alone, member, labels, list("abc")) == [{"class": "a", "images": 2}]

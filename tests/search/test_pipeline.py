@@ -13,7 +13,7 @@ import numpy as np
 import optuna
 import psutil
 import pytest
-from ray._private.utils import get_num_cpus  # of a container, too
+from joblib import cpu_count  # of a container, too
 
 from tests.tiny_space import write_space
 from trainables.run_directory import list_candidates, open_run
@@ -56,7 +56,7 @@ class SearchProcess:
 def arguments(run: Path, pictures: Path, space: Path) -> list[str]:
     return [
         "--data", "folder", "--data-dir", str(pictures), "--space", str(space), "--run", str(run),
-        "--pruner", "none", "--cpus-per-trial", str(get_num_cpus()),
+        "--pruner", "none", "--cpus-per-trial", str(cpu_count()),
     ]  # fmt: skip
 
 

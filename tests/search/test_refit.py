@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ray._private.utils import get_num_cpus  # of a container, too
+from joblib import cpu_count  # of a container, too
 from upath import UPath
 
 from ensemble.export import export
@@ -44,7 +44,7 @@ def test_members_are_trained_on_everything_and_the_selection_stays(
     run = tmp_path / "run"
     shutil.copytree(small_run, run)
     source = UPath(run)
-    searched = asdict(SearchConfig(data="folder", data_dir=pictures, cpus_per_trial=float(get_num_cpus())))
+    searched = asdict(SearchConfig(data="folder", data_dir=pictures, cpus_per_trial=float(cpu_count())))
     write_json(
         source / "run.json", {**read_json(source / "run.json"), "search": {**searched, "data_dir": str(pictures)}}
     )

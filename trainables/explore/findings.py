@@ -60,7 +60,7 @@ class Explore:
 
 
 def explore(args: Explore) -> dict[str, Any]:
-    """Write the page and its .json, and return what the latter holds. Raises UserError for what the user can mend."""
+    """Write the page and its .json, and return what the latter holds. Raises UserError for what the user can fix."""
     if args.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out is {args.out}, expected a name that ends in .html")
     if not args.out.absolute().parent.is_dir():

@@ -4,11 +4,12 @@
 torch.export). Input `images`: uint8 (N, H, W, 3), RGB, any N, in the size to which the run's data set was decoded.
 Output `probs`: float32 (N, C). Each member's resizing, normalisation, views and temperature are in the graph, and the
 weights or the stacked layer. Metadata, as JSON texts: `classes`; `ensemble` (run, name, selector, members); `select`
-(its scores on the select split). To use the file takes no more than
+(its scores on the select split); `fit` (how pictures of other proportions get to that size: the example is "squash",
+the sweep's own default). To use the file takes no more than
 
-    import json, onnxruntime, numpy as np, PIL.Image, PIL.ImageOps
+    import json, onnxruntime, numpy as np, PIL.Image
     model = onnxruntime.InferenceSession("ensemble.onnx")
-    image = PIL.ImageOps.fit(PIL.Image.open("cat.jpg").convert("RGB"), model.get_inputs()[0].shape[2:0:-1])
+    image = PIL.Image.open("cat.jpg").convert("RGB").resize(model.get_inputs()[0].shape[2:0:-1])
     probs = model.run(["probs"], {"images": np.asarray(image)[None]})[0][0]
     print(json.loads(model.get_modelmeta().custom_metadata_map["classes"])[probs.argmax()], probs.max())
 
@@ -191,6 +192,7 @@ def describe(runs: Sequence[UPath], ensemble: Ensemble) -> dict[str, str]:
     made_by = {"run": runs[0].name, "name": ensemble.name, "selector": ensemble.selector, "members": members}
     return {
         "classes": json.dumps(read_run(runs[0]).classes),
+        "fit": json.dumps(read_run(runs[0]).data.fit),
         "ensemble": json.dumps(made_by),
         "select": json.dumps(ensemble.scores.get("select", {})),
     }

@@ -97,7 +97,12 @@ def small_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> UPath
             "classes": list(data.classes),
             "split_fingerprint": splits.fingerprint,
             "splits": {"test": data.test_images, "shared": splits.shared},
-            "data": {"name": data.name, "folder": data.path.name, "size": list(data.images.shape[1:3])},
+            "data": {
+                "name": data.name,
+                "folder": data.path.name,
+                "size": list(data.images.shape[1:3]),
+                "fit": "squash",
+            },
         },
     )
     save_splits(run, splits)

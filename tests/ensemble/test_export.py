@@ -20,7 +20,7 @@ from ensemble.file import Ensemble, Member, read_ensemble
 from ensemble.predict import Voters
 from ensemble.selection.blend import Stack
 from trainables.data.dataset import default_cache, open_data
-from trainables.data.decode import Canvas
+from trainables.data.decode import Canvas, decode
 from trainables.data.share import share_data
 from trainables.errors import UserError
 from trainables.models.classic import _TwoByTwo
@@ -84,15 +84,19 @@ def test_the_module_computes_what_the_ensemble_predicts(kind: str, small_run: UP
 def test_an_onnx_file_is_used_with_onnxruntime_numpy_and_pillow(
     small_run: UPath, tempered: Ensemble, made: Exported, pictures: Path
 ) -> None:
-    """The five-line example, in a process that must not import torch; a picture of the stored size, and a wider one."""
+    """The five-line example, in a process that must not import torch; a picture of the stored size, and a wider one.
+
+    Before: the example cut the middle out, where the ensemble looks at the whole picture.
+    """
     assert len(example().splitlines()) == 5
     picture = Image.open(pictures / "test/grid/0.png")
     wider = Image.new("RGB", (18, 12))
-    wider.paste(picture, (3, 0))  # of which the middle is looked at
-    expected = Voters.load([small_run], tempered, "cpu", precision="fp32")(np.asarray(picture)[None])[0]
+    wider.paste(picture, (6, 0))
+    voters = Voters.load([small_run], tempered, "cpu", precision="fp32")
     script = example() + "\nimport sys; assert not {'torch', 'ensemble'} & set(sys.modules)"
     for image in (picture, wider):
         image.save(made.path.parent / "cat.jpg", "PNG")  # Pillow looks at the content
+        expected = voters(decode(image.copy(), voters.canvas)[None])[0]
         ran = subprocess.run([sys.executable, "-c", script], cwd=made.path.parent, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         label, probability = ran.stdout.split()

@@ -46,7 +46,8 @@ class SearchConfig:
     weights_dir: Path | None = None
     """Folder with pretrained weights as <timm name>.safetensors or .pth, for machines that reach no hub."""
     trials: int | None = None
-    """Trials in all, over repetitions of the command; default: the space's own, or no limit with another budget."""
+    """Trials in all, over repetitions of the command; default: the space's own, or no limit with another budget. The
+    automatic space has no number of its own: without any budget it takes an hour."""
     minutes: float | None = None
     """Time in all, over repetitions of the command, ensemble included."""
     device_hours: float | None = None

@@ -51,6 +51,14 @@ class Plan:
     left_out: list[str]  # backbones of the space that it does not want for these images and this budget
 
 
+def with_budget(config: SearchConfig) -> SearchConfig:
+    """The config with the space's own minutes when it names no budget. Raises UserError for an unknown space."""
+    if config.trials or config.minutes or config.device_hours or config.target_accuracy or config.stop_on_plateau:
+        return config
+    space = load_space(_auto_space(config) if config.space == "auto" else config.space, config.scale)
+    return replace(config, minutes=space.minutes)
+
+
 def make_plan(config: SearchConfig) -> Plan:
     """Load the space, find the weights, prepare and split the data; raises UserError for what the user can fix."""
     space = load_space(_auto_space(config) if config.space == "auto" else config.space, config.scale)

@@ -31,7 +31,7 @@ from ensemble.show import make_console
 from search.board import LiveBoard
 from search.budget import Budget, WeightStore, parse_keep
 from search.config import SearchConfig, Task
-from search.plan import Plan, checked, make_plan, make_task
+from search.plan import Plan, checked, make_plan, make_task, with_budget
 from search.study.objective import Contribution
 from search.study.open import fetch_study, open_study, store_study
 from search.study.warm_start import add_earlier, enqueue_first
@@ -71,7 +71,10 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
     """
     began = time.time()
     console = make_console()
+    asked, config = config, with_budget(config)
     plan = make_plan(config)
+    if config != asked:
+        console.print(f"no budget was given, so this sweep takes {config.minutes:g} minutes in all; see --minutes")
     for name in plan.missing:
         instead = "it starts from random ones" if name in plan.backbones else "this sweep runs without it"
         console.print(f"{name}: no pretrained weights found here, so {instead}", style="yellow")

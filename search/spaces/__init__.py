@@ -8,6 +8,7 @@ A space has
 and may have
     FIRST: list[dict], or first(task) parameters, as `suggest` names them, that are proposed first; what is left out is
                                       sampled, and those of a backbone that does not take part are skipped
+    MINUTES: float                    minutes when no budget is given, instead of TRIALS
     takes(task, backbone) -> bool     whether a backbone of BACKBONES takes part in this sweep; without it all do
 """
 
@@ -36,6 +37,7 @@ class Space(NamedTuple):
     suggest: Callable[[optuna.Trial, Task], TrialConfig]
     first: Callable[[Task], list[dict[str, Any]]]
     takes: Callable[[Task, str], bool]
+    minutes: float | None
 
 
 TINY_TRIALS = 4
@@ -65,6 +67,7 @@ def load_space(name: str, scale: Scale = "full") -> Space:
     fixed = getattr(module, "FIRST", [])
     first = getattr(module, "first", lambda task: fixed)
     takes = getattr(module, "takes", lambda task, backbone: True)
+    minutes = getattr(module, "MINUTES", None) if scale == "full" else None
     tiny = scale == "tiny"
 
     def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:
@@ -76,7 +79,15 @@ def load_space(name: str, scale: Scale = "full") -> Space:
             raise UserError(f"search space {name} cannot propose: {type(error).__name__}: {error}") from error
         return _tiny(config) if tiny else config
 
-    return Space(Path(name).stem, TINY_TRIALS if tiny else module.TRIALS, module.BACKBONES, suggest, first, takes)
+    return Space(
+        Path(name).stem,
+        TINY_TRIALS if tiny else module.TRIALS,
+        module.BACKBONES,
+        suggest,
+        first,
+        takes,
+        minutes,
+    )
 
 
 def _modules() -> dict[str, str]:

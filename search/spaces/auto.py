@@ -16,6 +16,7 @@ from search.config import Cost, Task
 from trainables.config import TrialConfig
 
 TRIALS = 40
+MINUTES = 60.0
 # The better first; permissive licences alone. The last three come from PyPI (extra `offline`).
 BACKBONES = {
     "speednet": "scratch",

@@ -10,8 +10,9 @@ from optuna.trial import FixedTrial, TrialState
 from upath import UPath
 
 from search.budget import Budget
-from search.config import Cost, Task
+from search.config import Cost, SearchConfig, Task
 from search.costs import Costs
+from search.plan import with_budget
 from search.spaces import auto
 from search.study.open import open_study
 from search.timing import Timing
@@ -182,3 +183,11 @@ def test_there_is_no_rung_where_no_others_fit_into_the_time(tmp_path: Path) -> N
     assert late.stops_at == ()
     assert not s.report(late.id, scores(0.1, 1))  # the worst so far goes on all the same
     assert s.study.trials[int(late.id)].state == TrialState.RUNNING
+
+
+def test_without_a_budget_the_default_space_takes_an_hour(pictures: Path) -> None:
+    photos = SearchConfig(data="folder", data_dir=pictures)
+    assert with_budget(photos).minutes == 60
+    assert with_budget(replace(photos, trials=3)).minutes is None
+    assert with_budget(replace(photos, scale="tiny")).minutes is None
+    assert with_budget(SearchConfig()).minutes is None  # digits: the dry run's own trials

@@ -31,21 +31,21 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from trainables import features
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data
 from trainables.data.prepare import prepare
 from trainables.data.splits import Splits, draw
 from trainables.errors import UserError, exit_on_user_error
-from trainables.features import FrozenFeatures
 from trainables.inference import autocast, eval_batch
 from trainables.job import WeightSource
 from trainables.models.backbones import build, normalisation
-from trainables.models.weights import find_weights
+from trainables.models.weights import find_weights, read_pretrained
 from trainables.train import train
 from trainables.training.augment import Pixels
 
 CONFIG = TrialConfig(
-    backbone="tf_efficientnet_lite0", pretrained=True, image_size=96, epochs=5, freeze_epochs=5, batch_size=128, lr=3e-3
+    backbone="tf_efficientnet_lite0", pretrained=True, image_size=96, epochs=0, freeze_epochs=5, batch_size=128, lr=3e-3
 )
 
 
@@ -65,7 +65,8 @@ class Freeze:
 
 def one_pass(data: Data, weights: WeightSource, precision: str) -> None:
     pixels = Pixels.of(*normalisation(CONFIG.backbone, True, data.mean, data.std), device=torch.device("cpu"))
-    model = build(CONFIG, len(data.classes), weights).to(memory_format=torch.channels_last).eval()
+    tensors = read_pretrained(CONFIG.backbone, weights)
+    model = build(CONFIG, len(data.classes), tensors).to(memory_format=torch.channels_last).eval()
     batch = eval_batch(torch.device("cpu"), CONFIG.image_size)
     with torch.no_grad(), autocast(torch.device("cpu"), precision):
         for start in range(0, len(data.images), batch):
@@ -111,7 +112,7 @@ def measure(options: Freeze) -> dict[str, Any]:
             clock("first", lambda: train(config, data, splits, weights=weights))
             trained = clock("cached", lambda: train(config, data, splits, weights=weights))
             accuracy["cached"] = trained.metrics["select_accuracy"]
-        with mock.patch.object(FrozenFeatures, "_head_takes_vectors", return_value=False):
+        with mock.patch.object(features, "_takes_vectors", return_value=False):
             trained = clock("uncached", lambda: train(config, data, splits, weights=weights))
             accuracy["uncached"] = trained.metrics["select_accuracy"]
     return {

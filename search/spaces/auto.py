@@ -8,6 +8,7 @@ trains the whole network on random crops (Kumar et al., 2022: linear probing, th
 many epochs as the time left has room for. Small images are also learned from scratch by a small fast net.
 """
 
+import math
 from typing import Any
 
 import optuna
@@ -45,7 +46,7 @@ def takes(task: Task, backbone: str) -> bool:
     """Whether a backbone takes part: small images for nets from scratch, and time enough for a probe of the others."""
     if task.backbones[backbone] is None:
         return task.stored_size <= SMALL
-    return task.left is None or _probe_seconds(task, backbone, min(_sizes(task, backbone))) <= PROBE_SHARE * task.left
+    return _probe_seconds(task, backbone, min(_sizes(task, backbone))) <= PROBE_SHARE * _left(task)
 
 
 def first(task: Task) -> list[dict[str, Any]]:
@@ -79,7 +80,7 @@ def _probe(task: Task, backbone: str) -> TrialConfig:
     sizes = _sizes(task, backbone)
     affordable = [
         size for size in sizes
-        if task.left is None or _probe_seconds(task, backbone, size) <= PROBE_SHARE * task.left
+        if _probe_seconds(task, backbone, size) <= PROBE_SHARE * _left(task)
     ]  # fmt: skip
     size = max(affordable, default=min(sizes))
     return TrialConfig(backbone=backbone, pretrained=True, image_size=size, epochs=0, flip="random", tta="mirror")
@@ -128,21 +129,26 @@ def _affordable(task: Task, backbone: str, smaller: bool) -> tuple[int, int]:
     sizes = [size for size in sizes if size >= task.costs[backbone].native / 2] or sizes
     enough = min(max(round(12_000 / task.train_images), 3), 8)
     most = min(max(round(30_000 / task.train_images), enough), 30)
-    if task.left is None:
-        return sizes[-2 if smaller and len(sizes) > 1 else -1], most
 
     def seconds(size: int, epochs: int) -> float:
         cost: Cost = task.costs[backbone]
         return cost.features(task.images, size) + epochs * cost.epoch(task.train_images, size)
 
-    least = seconds(sizes[0], enough)
-    goal = max(TUNED_SHARE * task.left, least)
-    if goal + least > task.left and goal > task.left / 2:
-        goal = task.left
+    left, least = _left(task), seconds(sizes[0], enough)
+    goal = max(TUNED_SHARE * left, least)
+    if goal + least > left and goal > left / 2:
+        goal = left
     fitting = [size for size in sizes if seconds(size, enough) <= goal] or sizes[:1]
     size = fitting[-2 if smaller and len(fitting) > 1 else -1]
-    each = seconds(size, 1) - seconds(size, 0)
-    return size, min(max(int((goal - seconds(size, 0)) / each), min(enough, 3)), most)
+    fit = (goal - seconds(size, 0)) / (seconds(size, 1) - seconds(size, 0))
+    return size, int(min(max(fit, min(enough, 3)), most))
+
+
+def _left(task: Task) -> float:
+    """Seconds left. Without a limit a GPU has no end, and a CPU an hour: else its every trial would be a day's work."""
+    if task.left is None:
+        return math.inf if task.device == "cuda" else 3600.0
+    return task.left
 
 
 def _sizes(task: Task, backbone: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import pytest
@@ -29,7 +29,8 @@ def task(left: float | None = 430.0, images: int = 2019, stored: int = 256, seco
     """Two cores and so many photographs; `seconds` of a forward pass of lite0 at its own size."""
     costs = {LITES[i]: Cost((224, 240, 260)[i], (1 + 0.6 * i) * seconds, (1 + 0.6 * i) * 6 * seconds) for i in range(3)}
     backbones: dict[str, WeightSource | None] = {name: WeightSource("offline", "x") for name in LITES}
-    return Task({"speednet": None, **backbones}, 6, images, round(0.8 * images), stored, "cpu", left, costs)
+    device: Literal["cuda", "cpu"] = "cuda" if left is None else "cpu"
+    return Task({"speednet": None, **backbones}, 6, images, round(0.8 * images), stored, device, left, costs)
 
 
 def proposed(where: Task, **params: Any) -> TrialConfig:
@@ -71,6 +72,12 @@ def test_the_first_tuned_trial_leaves_no_rest_that_is_too_short_for_another() ->
     cost, config = task().costs[LITES[0]], proposed(task(430), backbone=LITES[0], way="tuned")
     rest = 430 - cost.features(2019, config.image_size) - config.epochs * cost.epoch(1615, config.image_size)
     assert rest < cost.epoch(1615, config.image_size)
+
+
+def test_without_a_limit_a_trial_on_a_cpu_is_no_days_work() -> None:
+    endless = replace(task(None), device="cpu")
+    assert proposed(endless, backbone=LITES[0], way="tuned") == proposed(task(3600), backbone=LITES[0], way="tuned")
+    assert auto.takes(endless, LITES[2])
 
 
 def test_large_data_need_few_epochs_and_small_data_many() -> None:

@@ -146,7 +146,7 @@ def _costs(backbones: dict[str, WeightSource | None], splits: Splits, config: Se
 
 def checked(trial: TrialConfig, task: Task) -> TrialConfig:
     """The proposal, or a UserError that says why it cannot be trained: before it costs a device."""
-    if trial.batch_size > task.train_images:
+    if trial.batch_size > task.train_images and not trial.is_probe:  # which has no batches
         raise UserError(f"batch_size {trial.batch_size} is larger than the train split ({task.train_images} images)")
     if trial.pretrained and task.backbones.get(trial.backbone) is None:
         raise UserError(f"{trial.backbone} is to start from pretrained weights, but none were asked for or found")

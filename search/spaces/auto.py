@@ -32,7 +32,8 @@ BACKBONES = {
     "tf_efficientnet_lite1": "if found",
     "tf_efficientnet_lite2": "if found",
 }
-SMALL = 96  # sides in pixels up to which images are learned from scratch, too
+SMALL, FEWEST = 96, 1000  # sides in pixels up to which so many images are learned from scratch, too
+QUICK = 0.05  # share of the time left up to which a probe comes before everything else
 SHARES = (1.0, 0.86, 0.71, 0.57, 0.43, 0.29)  # of its native side, at which a backbone may be used
 PROBE_SHARE, TUNED_SHARE = 0.2, 0.35  # of the time left, that one trial may take
 # Body's learning rate: lowest, usual, highest; layer decay: lowest, usual. Transformers want less than plain convnets.
@@ -45,18 +46,20 @@ USUAL = {"smaller": False, "batch_size": 32, "head_factor": 1.0, "freeze_epochs"
 def takes(task: Task, backbone: str) -> bool:
     """Whether a backbone takes part: small images for nets from scratch, and time enough for a probe of the others."""
     if task.backbones[backbone] is None:
-        return task.stored_size <= SMALL
+        return task.stored_size <= SMALL and task.train_images >= FEWEST
     return _probe_seconds(task, backbone, min(_sizes(task, backbone))) <= PROBE_SHARE * _left(task)
 
 
 def first(task: Task) -> list[dict[str, Any]]:
-    """What is tried first: the best backbone tuned, beside it all probes, then the others tuned."""
+    """What is tried first: quick probes, the best backbone tuned, beside it the other probes, then the others tuned."""
     pretrained = [backbone for backbone, weights in task.backbones.items() if weights is not None]
     tuned = [{"backbone": name, "way": "tuned", f"{_family(name)}_lr": RATES[_family(name)][1],
               f"{_family(name)}_decay": DECAYS[_family(name)][1], **USUAL} for name in pretrained]  # fmt: skip
-    probes = [{"backbone": name, "way": "probe"} for name in sorted(pretrained, key=lambda b: task.costs[b].forward)]
+    cheapest = sorted(pretrained, key=lambda name: task.costs[name].forward)
+    quick = [b for b in cheapest if _probe_seconds(task, b, _probe(task, b).image_size) <= QUICK * _left(task)]
+    probes = [{"backbone": name, "way": "probe"} for name in [*quick, *(b for b in cheapest if b not in quick)]]
     scratch = [_usual_net(task, name) for name, weights in task.backbones.items() if weights is None]
-    return [*tuned[:1], *scratch, *probes, *tuned[1:]]
+    return [*probes[: len(quick)], *tuned[:1], *scratch, *probes[len(quick) :], *tuned[1:]]
 
 
 def suggest(trial: optuna.Trial, task: Task) -> TrialConfig:

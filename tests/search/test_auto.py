@@ -12,7 +12,7 @@ from upath import UPath
 from search.budget import Budget
 from search.config import Cost, SearchConfig, Task
 from search.costs import Costs
-from search.plan import with_budget
+from search.plan import checked, with_budget
 from search.spaces import auto
 from search.study.open import open_study
 from search.timing import Timing
@@ -41,6 +41,7 @@ def proposed(where: Task, **params: Any) -> TrialConfig:
 def test_only_small_images_are_learned_from_scratch() -> None:
     assert not auto.takes(task(stored=128), "speednet")
     assert auto.takes(task(stored=32), "speednet")
+    assert not auto.takes(task(stored=32, images=200), "speednet")  # too few to learn from nothing
 
 
 def test_a_backbone_that_the_time_is_too_short_for_takes_no_part() -> None:
@@ -90,6 +91,15 @@ def test_what_is_tried_first_is_what_the_space_proposes() -> None:
     kinds = [proposed(task(), **params) for params in first if params["backbone"] != "speednet"]
     assert [config.is_probe for config in kinds] == [False, True, True, True, False, False]
     assert [config.backbone for config in kinds] == [LITES[0], *LITES, *LITES[1:]]
+
+
+def test_on_few_images_the_probes_come_first_and_can_be_made() -> None:
+    """Before: a batch of 128, which a probe does not have, was larger than the train split, and so all were refused."""
+    few = task(images=60)
+    first = [proposed(few, **params) for params in auto.first(few) if params["backbone"] != "speednet"]
+    assert [config.is_probe for config in first] == [True] * 3 + [False] * 3
+    for config in first:
+        assert checked(config, few) == config
 
 
 # --- what trials cost ---

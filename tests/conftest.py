@@ -20,7 +20,8 @@ SUITES = {"slow": "slow", "clusters": "cluster", "browser": "browser", "storage"
 # Files whose tests start Ray or servers, or train for many seconds: left out of `make check`
 HEAVY = {
     "test_duplicates.py", "test_export.py", "test_fuzz.py", "test_lane.py", "test_layers.py", "test_networks.py",
-    "test_pipeline.py", "test_predict.py", "test_refit.py", "test_report.py", "test_run.py", "test_s3.py", "test_serve.py", "test_spaces.py", "test_tuner.py",
+    "test_pipeline.py", "test_predict.py", "test_refit.py", "test_report.py", "test_run.py", "test_s3.py",
+    "test_serve.py", "test_spaces.py", "test_tuner.py",
 }  # fmt: skip
 
 

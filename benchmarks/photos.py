@@ -53,7 +53,7 @@ class Photos:
     only: tuple[str, ...] = ("trash", "intel")
     sides: tuple[Literal["sweep", "script", "regression"], ...] = ("sweep", "script", "regression")
     images: int | None = None
-    """So many labelled images alone, drawn by seed; the rest is held out."""
+    """Number of labelled images to learn from, drawn by seed; the rest is held out."""
     json: Path = Path("photos.json")
 
 

@@ -135,11 +135,11 @@ class Cost:
     training: float
 
     def features(self, images: int, size: int) -> float:
-        """Seconds for the stored features of so many images, plain and mirrored."""
+        """Seconds to compute the stored features of `images` images, plain and mirrored."""
         return 2 * images * self.forward * (size / self.native) ** 2
 
     def epoch(self, images: int, size: int) -> float:
-        """Seconds of a training epoch over so many images."""
+        """Seconds of a training epoch over `images` images."""
         return images * self.training * (size / self.native) ** 2
 
 

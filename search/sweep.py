@@ -218,7 +218,7 @@ class Sweep:
         return None
 
     def _seconds_to_finish(self, id: str) -> float:
-        frozen = self.study._storage.get_trial(self.waiting[id]._trial_id)
+        frozen = self.study.get_trials(deepcopy=False)[self.waiting[id].number]
         config = TrialConfig.from_dict(frozen.user_attrs["config"])
         return self.time.to_finish(config, done=max(frozen.intermediate_values))
 

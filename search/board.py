@@ -73,7 +73,7 @@ class LiveBoard:
                 f"  select {result.metrics['select_accuracy']:.2%}   ensemble of {members}: select {best:.2%},"
                 f" log-loss {loss:.4f}"
             )
-        elif last:
+        elif "tune_accuracy" in last:
             line += f"  tune {last['tune_accuracy']:.2%} after epoch {last['epoch']}"
         if result.error:
             line += f"  {result.error.splitlines()[0][:120]}"
@@ -114,7 +114,7 @@ class LiveBoard:
                 id,
                 config.backbone,
                 f"{metrics.get('epoch', 0)}/{config.all_epochs}",
-                f"{metrics['tune_accuracy']:.2%}" if metrics else "",
+                f"{metrics['tune_accuracy']:.2%}" if "tune_accuracy" in metrics else "",
                 f"{metrics['images_per_second']:.0f}" if "images_per_second" in metrics else "",
                 f"{time.time() - since:.0f}",
             )

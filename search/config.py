@@ -151,6 +151,7 @@ class Task:
         backbones: name -> source of its pretrained weights, or None where it starts from random ones.
         classes: number of classes.
         images, train_images: size of all splits together, and of the train split.
+        trainings: networks that are trained for one candidate: more than one where few images are cross-fitted.
         stored_size: shorter side in pixels of the stored images.
         device: "cuda" or "cpu".
         left: seconds that a lane has left, None for no limit.
@@ -165,3 +166,4 @@ class Task:
     device: Literal["cuda", "cpu"]
     left: float | None
     costs: dict[str, Cost]
+    trainings: int = 1

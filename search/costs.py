@@ -18,13 +18,15 @@ class Costs:
         native, gflops: by backbone, its pretrained side in pixels and its operations per image (1e9) at that side.
         rate: operations per second (1e9) of a lane in training, to begin with.
         images, train_images: how many are labelled, and how many are trained on.
+        trainings: networks that are trained for one candidate.
     """
 
     def __init__(
-        self, native: dict[str, int], gflops: dict[str, float], rate: float, images: int, train_images: int
-    ) -> None:
+        self, native: dict[str, int], gflops: dict[str, float], rate: float, images: int, train_images: int,
+        trainings: int = 1,
+    ) -> None:  # fmt: skip
         self.native, self.gflops, self.images, self.train_images = native, gflops, images, train_images
-        self.rate = rate
+        self.rate, self.trainings = rate, trainings
         self.forward_rates: dict[str, list[float]] = {}  # by backbone, as measured
         self.training_rates: dict[str, list[float]] = {}
 

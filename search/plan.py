@@ -19,7 +19,7 @@ from search.study.warm_start import read_earlier
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data
 from trainables.data.prepare import prepare
-from trainables.data.splits import Splits, make_splits
+from trainables.data.splits import Splits, held_out, make_splits
 from trainables.errors import UserError
 from trainables.job import WeightSource
 from trainables.models.backbones import check_backbone, check_image_size
@@ -83,7 +83,7 @@ def make_plan(config: SearchConfig) -> Plan:
     if not backbones:
         raise UserError(f"none of the backbones of space {space.name} has weights here; see --weights-dir, --backbones")
     data = prepare(config.data, config.data_dir, size=config.stored_size, fit=config.fit)
-    splits = make_splits(data.labels, data.fingerprint, config.split_seed)
+    splits = make_splits(data.labels, data.fingerprint, config.split_seed, *held_out(config.data))
     costs = _costs(backbones, splits, config)
     run = reach(config.run or f"{RUNS}/{config.data}-{space.name}{'-tiny' if config.scale == 'tiny' else ''}")
     if in_cluster() and not run.is_absolute():
@@ -123,7 +123,8 @@ def make_task(
     """What a space is told, for trials on `device` with `left` seconds (None: no limit) to go."""
     side = min(data.images.shape[1:3])
     return Task(
-        backbones, len(data.classes), costs.images, len(splits.train), side, device, left, costs.table()
+        backbones, len(data.classes), costs.images, len(splits.train), side, device, left, costs.table(),
+        splits.trainings,
     )  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def _costs(backbones: dict[str, WeightSource | None], splits: Splits, config: Se
     else:
         rate = training_rate("cpu", max(1, round(config.cpus_per_trial or (os.cpu_count() or 1) / MOST_LANES)))
     images = len(np.unique(np.concatenate([splits.train, splits.tune, splits.select])))
-    return Costs(native, work, rate, images, len(splits.train))
+    return Costs(native, work, rate, images, len(splits.train), splits.trainings)
 
 
 def checked(trial: TrialConfig, task: Task) -> TrialConfig:

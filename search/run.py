@@ -254,11 +254,10 @@ def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, 
 
 def _print_start(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep) -> None:
     s = plan.splits
-    shared = " (too few images to keep tune and select apart: they are the same)" if s.shared else ""
-    console.print(
-        f"{config.data}: {len(s.train)} train, {len(s.tune)} tune, {len(s.select)} select, "
-        f"{plan.data.test_images} test images{shared}, {len(plan.data.classes)} classes"
-    )
+    parts = f"{len(s.train)} train, {len(s.tune)} tune, {len(s.select)} select, "
+    if s.folds:
+        parts = f"{len(s.train)} images, each predicted by networks that have not seen it ({len(s.folds)} folds), "
+    console.print(f"{config.data}: {parts}{plan.data.test_images} test images, {len(plan.data.classes)} classes")
     console.print(f"space {plan.space.name} over {', '.join(plan.backbones)}; run directory {_shown(plan.run)}")
     if sweep.counted:
         console.print(f"going on with {sweep.counted} trials, {len(sweep.interrupted)} of them cut in the middle")

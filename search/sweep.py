@@ -192,10 +192,11 @@ class Sweep:
     def _stops_at(self, id: str, config: TrialConfig) -> tuple[int, ...]:
         """Epochs at whose report the trial may be stopped for its scores.
 
-        None where it is a new seed of what has proved its worth, and no rung where the time left has no room for the
-        others that the trial would be held against: it would only wait.
+        None where it is cross-fitted, because it has no scores before its end; none where it is a new seed of what has
+        proved its worth; and no rung where the time left has no room for the others that the trial would be held
+        against: it would only wait.
         """
-        if id in self.proposals.seeds:
+        if id in self.proposals.seeds or (self.time.costs is not None and self.time.costs.trainings > 1):
             return ()
         if self.rungs is None:
             return tuple(range(1, config.all_epochs))
@@ -239,6 +240,8 @@ class Sweep:
         """An epoch's tune scores; True when the trial is to stop: for good, to wait at a rung, or with the sweep."""
         trial, epoch = self.running[id], int(metrics["epoch"])
         self.board.epoch(id, metrics)
+        if self.values.metric not in metrics:  # of a cross-fitted candidate, before all of it can be scored
+            return self.stopping or self.enough() is not None
         # a lane that was started again repeats epochs; the first report stands
         trial.report(float(metrics[self.values.metric]), epoch)
         if epoch >= self.epochs[id]:  # then it is a candidate, and stopping it saves nothing

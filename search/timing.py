@@ -122,7 +122,8 @@ class Timing:
         if self.costs is not None and config.pretrained and config.backbone in self.costs.gflops:
             cost, costs = self.costs.of(config.backbone), self.costs
             features = cost.features(costs.images, config.image_size)
-            return Speed(features, cost.epoch(costs.train_images, config.image_size) if config.epochs else 0.0)
+            epoch = costs.trainings * cost.epoch(costs.train_images, config.image_size)
+            return Speed(features, epoch if config.epochs else 0.0)
         known = [speed for (other, _), speed in self.speeds.items() if other == family]
         return max(known, key=lambda speed: speed.epoch, default=None)
 

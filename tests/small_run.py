@@ -36,7 +36,8 @@ def train_run(path: Path, data_dir: Path, trials: int = 3, epochs: int = 4) -> t
         trial.set_user_attr("config", config.to_dict())
 
         def report(metrics: dict, trial: optuna.Trial = trial) -> bool:
-            trial.report(metrics["tune_accuracy"], metrics["epoch"])
+            if "tune_accuracy" in metrics:
+                trial.report(metrics["tune_accuracy"], metrics["epoch"])
             return False
 
         result = run_trial(Job(f"{trial.number:04d}", config, str(plan.run), source), Hear(report))

@@ -21,7 +21,7 @@ from upath import UPath
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data
 from trainables.data.prepare import prepare
-from trainables.data.splits import Splits, make_splits
+from trainables.data.splits import Splits, held_out, make_splits
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import WeightSource
 from trainables.models.weights import find_weights
@@ -143,7 +143,7 @@ def main() -> None:
         config = args.config
         weights = find_weights(config.backbone, args.weights_dir) if config.pretrained else None
         data = prepare(args.data, args.data_dir, size=args.stored_size)
-        splits = make_splits(data.labels, data.fingerprint)
+        splits = make_splits(data.labels, data.fingerprint, 0, *held_out(args.data))
         lrs, losses = range_test(config, data, splits, args.low, args.high, args.steps, weights)
         if len(lrs) == 0:
             raise UserError(f"the loss is not a number at lr {args.low:g}; lower --low")

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from upath import UPath
 
+from trainables.cross_fit import cross_fit
 from trainables.data.dataset import Data
 from trainables.data.prepare import prepare
 from trainables.data.share import open_prepared
@@ -76,14 +77,14 @@ def _run_trial(job: Job, report: Reporter) -> Result:
 
 
 def _train_within_memory(job: Job, data: Data, splits: Splits, report: Reporter) -> Trained:
-    """train(), halving the micro-batch while memory runs out: the effective batch stays what the sampler asked for."""
+    """train() or cross_fit(), halving the micro-batch while memory runs out: the effective batch stays as asked for."""
     config, run = job.config, UPath(job.run)
     checkpoint = run / "checkpoints" / job.id / "state.safetensors"
     # without a GPU slot of its own a trial must not take somebody else's
     device = "cpu" if torch.cuda.is_available() and not job.gpus else None
     while True:
         try:
-            return train(
+            return (cross_fit if splits.folds else train)(
                 config, data, splits, report, weights=job.weights, checkpoint=checkpoint, deadline=job.deadline,
                 device=device, tick=report.alive,
             )  # fmt: skip

@@ -135,7 +135,7 @@ def _affordable(task: Task, backbone: str, smaller: bool) -> tuple[int, int]:
 
     def seconds(size: int, epochs: int) -> float:
         cost: Cost = task.costs[backbone]
-        return cost.features(task.images, size) + epochs * cost.epoch(task.train_images, size)
+        return cost.features(task.images, size) + epochs * task.trainings * cost.epoch(task.train_images, size)
 
     left, least = _left(task), seconds(sizes[0], enough)
     goal = max(TUNED_SHARE * left, least)

@@ -13,9 +13,10 @@ from ensemble import soup
 from ensemble.pool import load_pool
 from ensemble.predict import candidate_predictor
 from ensemble.soup import average, greedy_soup, measure_batchnorm
+from tests.conftest import split_once
 from trainables.config import TrialConfig
 from trainables.data.prepare import prepare
-from trainables.data.splits import make_splits, save_splits
+from trainables.data.splits import save_splits
 from trainables.inference import predict_probs, scores
 from trainables.models.weights import load_model
 from trainables.run_directory import Candidate, CandidateInfo, list_candidates, write_candidate
@@ -69,7 +70,7 @@ def test_batchnorm_statistics_are_those_of_the_inputs():
 def run(pictures, tmp_path):
     """A trained network t as candidates t + d, t - d and t + e: the first two average to t, the third spoils it."""
     data = prepare("folder", pictures)
-    splits = make_splits(data.labels, data.fingerprint)
+    splits = split_once(data)
     config = TrialConfig(
         backbone="speednet", width=0.125, image_size=16, epochs=8, batch_size=12, lr=5e-3, precision="fp32",
         weight_decay=0.0,

@@ -94,7 +94,7 @@ def test_a_batch_larger_than_the_split(
 ) -> None:
     (tmp_path / "huge.py").write_text(SPACE)
     line = refused(capsys, monkeypatch, tmp_path / "run", "--space", str(tmp_path / "huge.py"))
-    assert "batch_size 4096 is larger than the train split (1151 images)" in line
+    assert "batch_size 4096 is larger than the train split (302 images)" in line
 
 
 def test_a_space_file_with_an_error_in_it(

@@ -70,7 +70,7 @@ def make_one_root(root: Path) -> tuple[str, Path | None, dict]:
 
 
 def make_digits(root: Path) -> tuple[str, Path | None, dict]:
-    return "digits", None, {"classes": tuple("0123456789"), "train": 1438, "test": 359, "size": (8, 8)}
+    return "digits", None, {"classes": tuple("0123456789"), "train": 1078, "test": 719, "size": (8, 8)}
 
 
 def make_cifar10_folders(root: Path) -> tuple[str, Path | None, dict]:

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from timm.layers import SyncBatchNormAct
 from upath import UPath
 
+from tests.conftest import split_once
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data, open_data
-from trainables.data.splits import Splits, make_splits
+from trainables.data.splits import Splits
 from trainables.job import WeightSource
 from trainables.models.backbones import build
 from trainables.models.weights import read_pretrained
@@ -48,7 +49,7 @@ def rank_main(rank: int, folder: Path, data_path: Path, weights: WeightSource) -
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     data = open_data(data_path)
-    splits = make_splits(data.labels, data.fingerprint)
+    splits = split_once(data)
     predicted = 0
     predict = learner.predict_probs
 

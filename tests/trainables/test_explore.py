@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from upath import UPath
 
+from tests.conftest import split_once
 from tests.ensemble.test_report import HOSTILE, Page
 from tests.small_run import doubt_first, train_run
 from tests.trainables.test_duplicates import pictures as draw
@@ -83,8 +84,8 @@ def test_counts_are_those_of_the_splits_that_a_sweep_will_use(folder, tmp_path):
     found = explored(folder, tmp_path / "page.html")
     data = prepare("folder", folder)
     splits = make_splits(data.labels, data.fingerprint)
-    assert found["splits"] == {"train": len(splits.train), "tune and select": len(splits.select), "test": 30}
-    assert found["counts"]["a"] == {"train": 32, "tune and select": 8}
+    assert found["splits"] == {"train, tune and select, cross-fitted": len(splits.train), "test": 30}
+    assert found["counts"]["a"] == {"train, tune and select, cross-fitted": 40}
     assert "nothing reads their labels before the report does" in Page((tmp_path / "page.html").read_bytes()).words
 
 
@@ -134,7 +135,7 @@ def learnable_run(path: Path, flips: int, models: int = 3) -> tuple:
     """
     data = prepare("digits")
     rng = np.random.default_rng(0)
-    splits = make_splits(data.labels, data.fingerprint)
+    splits = split_once(data)
     wrong = rng.choice(splits.select, flips, replace=False)
     labels = np.array(data.labels)
     labels[wrong] = (labels[wrong] + rng.integers(1, 10, flips)) % 10

@@ -62,7 +62,7 @@ def test_the_command_prints_a_suggestion_and_writes_a_page_of_its_own(
     monkeypatch.setattr(sys, "argv", ["lr_find", *arguments, "--steps", "40", "--low", "1e-4", "--out", str(page)])
     lr_find.main()
     out = capsys.readouterr().out
-    assert "72 train images in batches of 12" in out
+    assert "90 train images in batches of 12" in out
     assert "falls most steeply" in out
     html = page.read_text()
     assert "Plotly.newPlot" in html

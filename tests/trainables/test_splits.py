@@ -8,28 +8,41 @@ from upath import UPath
 
 from tests.trainables.test_data import Attack
 from trainables.data.prepare import prepare
-from trainables.data.splits import load_splits, make_splits, save_splits
+from trainables.data.splits import held_out, load_splits, make_splits, save_splits
 from trainables.errors import UserError
 
 
-@pytest.mark.parametrize("counts", [(9000, 5000, 1000), (1000, 500, 100)])
+@pytest.mark.parametrize("counts", [(9000, 5000, 1000), (1000, 500, 100), (400, 190, 10)])
 def test_splits_are_stratified_disjoint_and_whole(counts):
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(3), counts))
     splits = make_splits(labels, "abc")
-    assert splits.shared == (sum(counts) < 10_000)
-    parts = [splits.train, splits.tune] + ([] if splits.shared else [splits.select])
+    assert not splits.shared
+    assert not splits.folds
+    assert splits.trainings == 1
+    parts = [splits.train, splits.tune, splits.select]
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
     assert all(part.dtype == np.int64 and (np.diff(part) > 0).all() for part in parts)
-    assert np.array_equal(splits.tune, splits.select) == splits.shared
-    share = 0.2 if splits.shared else 0.1
-    assert np.bincount(labels[splits.tune]).tolist() == [round(share * count) for count in counts]
-    assert np.bincount(labels[splits.select]).tolist() == [round(share * count) for count in counts]
+    assert np.bincount(labels[splits.tune]).tolist() == [round(0.1 * count) for count in counts]
+    assert np.bincount(labels[splits.select]).tolist() == [round(0.1 * count) for count in counts]
 
 
-def test_splits_share_below_two_thousand_validation_images():
-    assert make_splits(np.arange(9_990) % 10, "abc").shared
-    assert not make_splits(np.arange(10_000) % 10, "abc").shared
-    assert not make_splits(np.arange(4_000) % 10, "abc", tune=0.3, select=0.2).shared
+def test_too_few_images_to_set_aside_are_cross_fitted():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(3), (400, 180, 2)))
+    splits = make_splits(labels, "abc")
+    everything = np.arange(582)
+    assert all(np.array_equal(part, everything) for part in (splits.train, splits.tune, splits.select))
+    assert splits.shared
+    assert splits.trainings == 6
+    assert np.array_equal(np.sort(np.concatenate(splits.folds)), everything)
+    for number, held in enumerate(splits.folds):
+        assert abs(np.bincount(labels[held], minlength=3) - np.array([80, 36, 0.4])).max() <= 1
+        part = splits.without(number)
+        assert np.array_equal(np.sort(np.concatenate([part.train, part.select])), everything)
+        assert len(np.unique(labels[part.train])) == 3  # even of two images one is there to learn from
+        assert not len(part.tune)
+        assert np.array_equal(part.select, held)
+    assert np.array_equal(splits.undivided().train, everything)
+    assert not splits.undivided().folds
 
 
 def test_splits_depend_on_seed_and_data_alone():
@@ -46,12 +59,12 @@ def test_splits_depend_on_seed_and_data_alone():
 def test_the_default_splits_of_digits_never_move():
     """Published scores refer to them: whatever changes them must be noticed."""
     found = prepare("digits")
-    splits = make_splits(found.labels, found.fingerprint)
+    splits = make_splits(found.labels, found.fingerprint, 0, *held_out("digits"))
     content = b"".join(part.tobytes() for part in (splits.train, splits.tune, splits.select))
-    assert hashlib.sha256(content).hexdigest()[:16] == "38b90890b7b2ef60"
+    assert hashlib.sha256(content).hexdigest()[:16] == "044924e14a3b94db"
 
 
-@pytest.mark.parametrize("images", [300, 12_000])
+@pytest.mark.parametrize("images", [300, 2_000, 12_000])
 def test_splits_come_back_from_a_run_directory(images, tmp_path):
     run = UPath(tmp_path)
     with pytest.raises(UserError, match="missing or damaged"):
@@ -63,6 +76,8 @@ def test_splits_come_back_from_a_run_directory(images, tmp_path):
         assert np.array_equal(getattr(loaded, name), getattr(made, name))
         assert getattr(loaded, name).dtype == np.int64
     assert (loaded.shared, loaded.fingerprint) == (made.shared, made.fingerprint)
+    assert len(loaded.folds) == len(made.folds) == (5 if images == 300 else 0)
+    assert all(np.array_equal(a, b) for a, b in zip(loaded.folds, made.folds, strict=True))
     np.savez(tmp_path / "splits.npz", train=np.array([Attack()], dtype=object))
     with pytest.raises(UserError, match="damaged"):
         load_splits(run)
@@ -77,11 +92,13 @@ def test_tiny_classes_are_in_every_split():
 @pytest.mark.parametrize(
     ("labels", "fractions", "message"),
     [
-        (np.array([0, 0, 0, 1, 1]), (0.1, 0.1), "class 1 has 2 images"),
-        (np.array([0, 0, 0, 2, 2, 2]), (0.1, 0.1), "class 1 has 0 images"),
+        (np.arange(8) % 2, (0.1, 0.1), "8 labelled images are too few .* at least 10"),
+        (np.arange(900) // 898, (0.1, 0.1), "class 1 has 2 images .* at least 3"),
+        (np.arange(90) // 89, (0.1, 0.1), "class 1 has 1 images .* at least 2"),
+        (np.repeat([0, 2], 450), (0.1, 0.1), "class 1 has 0 images"),
         (np.arange(60) % 2, (0.0, 0.1), "expected fractions above 0"),
         (np.arange(60) % 2, (0.5, 0.5), "together below 1"),
-        (np.arange(6) % 2, (0.45, 0.45), "without train images"),
+        (np.arange(1200) // 1197, (0.6, 0.3), "without train images"),
     ],
 )
 def test_impossible_splits(labels, fractions, message):

@@ -83,7 +83,7 @@ CIFAR = {
 
 
 def digits() -> Source:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, of which 20 % become the test part."""
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, of which 40 % become the test part."""
 
     def load() -> Contents:
         from sklearn.datasets import load_digits
@@ -91,7 +91,7 @@ def digits() -> Source:
         bunch = load_digits()
         grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
         train = Part(np.repeat(grey[..., None], 3, axis=3), bunch.target.astype(np.int64))
-        return Contents(tuple(str(name) for name in bunch.target_names), train, test_fraction=0.2)
+        return Contents(tuple(str(name) for name in bunch.target_names), train, test_fraction=0.4)
 
     return Source(f"digits of scikit-learn {version('scikit-learn')}", load)
 

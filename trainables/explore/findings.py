@@ -21,7 +21,7 @@ from trainables.data.duplicates import Group, Signatures, find_groups, sign, twi
 from trainables.data.origin import find_origin, unnamed
 from trainables.data.prepare import prepare
 from trainables.data.share import open_run_data
-from trainables.data.splits import Splits, load_splits, make_splits
+from trainables.data.splits import Splits, held_out, load_splits, make_splits
 from trainables.errors import UserError
 from trainables.explore import fiftyone
 from trainables.explore.images import Images
@@ -122,7 +122,10 @@ def _open(args: Explore, run: UPath | None) -> Images:
     else:
         name = args.data or ("folder" if args.data_dir else "digits")
         data = prepare(name, args.data_dir, size=args.stored_size, fit=args.fit)
-        splits = make_splits(data.labels, data.fingerprint, args.split_seed) if run is None else load_splits(run)
+        if run is None:
+            splits = make_splits(data.labels, data.fingerprint, args.split_seed, *held_out(name))
+        else:
+            splits = load_splits(run)
         expected = "" if run is None else read_run(run).data.fingerprint
         if expected and data.fingerprint != expected:
             raise UserError(f"{run} is a run on other images than these; name those with --data and --data-dir")
@@ -137,7 +140,9 @@ def _open(args: Explore, run: UPath | None) -> Images:
 def _split_of_each(splits: Splits, images: int, test: int) -> tuple[list[str], np.ndarray]:
     """Names of the splits, and which of them each image is in, those of the test part behind the others."""
     parts = [("train", splits.train), ("tune", splits.tune), ("select", splits.select)]
-    if splits.shared:
+    if splits.folds:
+        parts = [("train, tune and select, cross-fitted", splits.train)]
+    elif splits.shared:
         parts = [("train", splits.train), ("tune and select", splits.select)]
     split = np.zeros(images + test, np.int64)
     for s, (_, rows) in enumerate(parts):

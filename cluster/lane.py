@@ -165,7 +165,7 @@ class Lane:
         # Ray Train insists on a folder, although nothing is kept there: checkpoints are files of the run directory.
         with tempfile.TemporaryDirectory(prefix="lane-") as folder:
             trainer = TorchTrainer(
-                lambda: serve(target, mailbox, max(1, int(spec.cpus))),
+                lambda: serve(target, mailbox, max(1, int(spec.cpus)), spec.gpus),
                 scaling_config=ScalingConfig(
                     num_workers=spec.workers, use_gpu=spec.gpus > 0, resources_per_worker=spec.bundle
                 ),

@@ -37,6 +37,10 @@ class Work(Protocol):
         """Epochs at whose report the trial may be stopped, so that it waits for the verdict."""
 
     @property
+    def gpus(self) -> float:
+        """Of each rank; the lane fills it in."""
+
+    @property
     def node(self) -> str:
         """The machine that it runs on; the lane fills it in."""
 
@@ -207,7 +211,7 @@ class Mailbox:
 # --- in the ranks ----------------------------------------------------------------------------------------------------
 
 
-def serve(target: Target, mailbox: Any, threads: int) -> None:
+def serve(target: Target, mailbox: Any, threads: int, gpus: float) -> None:
     """The training loop of a lane's ranks: take a job, train it, take the next."""
     import torch
     from ray.train import get_context
@@ -220,7 +224,7 @@ def serve(target: Target, mailbox: Any, threads: int) -> None:
     gc.freeze()  # else each collection below looks at all of torch and Ray again, for a tenth of a second
     while True:
         number, job = ray.get(mailbox.take.remote(rank))
-        job = dataclasses.replace(job, node=node)
+        job = dataclasses.replace(job, node=node, gpus=gpus)
         end = _run_target(target, job, _Reporter(mailbox, rank, number, job.stops_at))
         if ray.get(mailbox.meet.remote(rank, number, end)) == BREAK:
             raise RuntimeError("the ranks of this lane disagree")

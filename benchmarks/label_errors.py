@@ -59,7 +59,7 @@ def measure(args: LabelErrors) -> list[dict[str, Any]]:
             {
                 "draw": draw,
                 "found": float(np.isin(wrong, suspects.rows).mean()),
-                "mended": float((right & np.isin(suspects.rows, wrong)).sum() / args.flips),
+                "fixed": float((right & np.isin(suspects.rows, wrong)).sum() / args.flips),
                 "estimate": suspects.estimate,
                 "checked": suspects.checked,
                 "models": suspects.models,
@@ -81,7 +81,7 @@ def main() -> None:
             table.add_column(heading, justify="right")
         for name, key in (
             (f"among the first {args.suspects} suspects", "found"),
-            ("and given their label back", "mended"),
+            ("and given their label back", "fixed"),
         ):
             values = [row[key] for row in rows]
             table.add_row(name, f"{np.mean(values):.1%}", f"{min(values):.1%}", f"{max(values):.1%}")

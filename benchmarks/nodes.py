@@ -56,6 +56,7 @@ class Nap:
     of: int = 0
     hang_s: float = HANG_S
     stops_at: tuple[int, ...] = ()
+    gpus: float = 0.0
     node: str = ""
 
 

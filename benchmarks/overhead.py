@@ -150,6 +150,7 @@ class Noop:
     id: str
     hang_s: float = HANG_S
     stops_at: tuple[int, ...] = ()
+    gpus: float = 0.0
     node: str = ""
 
 

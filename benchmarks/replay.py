@@ -23,7 +23,6 @@ from search.config import Objective, Pruner
 from search.study.objective import Contribution
 from search.study.open import open_study
 from search.sweep import Sweep
-from trainables.config import TrialConfig
 from trainables.job import DataSource, Outcome, Result
 from trainables.run_directory import CandidateInfo, write_candidate
 
@@ -96,11 +95,10 @@ class Ours:
         labels = np.zeros(curves.true_probs["tune"].shape[1], int)  # two classes will do: the true one, and the rest
         study = open_study(None, "replay", objective, "tpe", pruner, seed)
         self.sweep = Sweep(
-            study, UPath(self.folder.name), DataSource("", "curves"), Budget(), {}, _NoBoard(),
-            promote=pruner == "promote",
+            study, UPath(self.folder.name), DataSource("", "curves"), Budget(), {},
+            lambda trial, left: config_of(suggest(trial)), promote=pruner == "promote",
             contribution=Contribution(labels, 9) if objective == "ensemble" else None, clock=lambda: self.now,
         )  # fmt: skip
-        self.sweep.propose_with(lambda trial: config_of(suggest(trial)))
 
     def next(self, now: float) -> tuple[str, int, int] | None:
         self.now = now
@@ -222,10 +220,3 @@ def _define_by_run(trial: Any) -> None:
 def _trial(name: str) -> SimpleNamespace:
     """What a scheduler looks at in a Tune trial."""
     return SimpleNamespace(trial_id=name)
-
-
-class _NoBoard:
-    def started(self, id: str, config: TrialConfig) -> None: ...
-    def epoch(self, id: str, metrics: dict[str, Any]) -> None: ...
-    def ended(self, id: str, outcome: str, result: dict[str, Any]) -> None: ...
-    def refresh(self) -> None: ...

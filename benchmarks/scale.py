@@ -34,13 +34,14 @@ from cluster.lane import LaneSpec
 from cluster.tuner import run_trials
 from ensemble.running import EnsembleSoFar
 from ensemble.show import make_console
+from search.board import WatchedSweep
 from search.budget import Budget
 from search.config import Sampler
 from search.study.open import open_study
 from search.sweep import Sweep
 from trainables.config import TrialConfig
 from trainables.errors import UserError, exit_on_user_error
-from trainables.job import Job, Outcome, Reporter, Result
+from trainables.job import DataSource, Job, Outcome, Reporter, Result
 from trainables.run_directory import CandidateInfo, write_candidate
 from trainables.storage import write_array, write_json
 
@@ -77,7 +78,7 @@ class Row:
 
 
 class Meter:
-    """A `search.sweep.Board` that notes the time whenever a trial ends, and memory at two of them."""
+    """A `search.board.Board` that notes the time whenever a trial ends, and memory at two of them."""
 
     def __init__(self, marks: tuple[int, int]) -> None:
         self.marks = marks  # the trials that rows are about
@@ -139,7 +140,7 @@ def noop(job: Job, report: Reporter) -> Result:
     return Result(Outcome.FINISHED, metrics, seconds)
 
 
-def suggest(trial: optuna.Trial) -> TrialConfig:
+def suggest(trial: optuna.Trial, left: float) -> TrialConfig:
     """Six parameters, as a space of ordinary size has."""
     return TrialConfig(
         backbone=trial.suggest_categorical("backbone", ["speednet", "keras_cnn", "vit_scratch"]),
@@ -164,13 +165,12 @@ def measure(options: Scale) -> list[Row]:
         for name in ("before_trial", "infer_relative_search_space", "sample_relative", "sample_independent"):
             setattr(study.sampler, name, meter.timed("sampler", getattr(study.sampler, name)))
         live = EnsembleSoFar(run, 9)
-        sweep = Sweep(study, run, {"run": folder}, Budget(options.trials), {}, meter, live=live)
-        sweep.propose_with(suggest)
+        sweep = Sweep(study, run, DataSource("", "none"), Budget(options.trials), {}, suggest, live=live)
         for name, part in {"next": "next", "has_more": "rest", "report": "rest", "finish": "rest"}.items():
             setattr(sweep, name, meter.timed(part, getattr(sweep, name)))
         connect(cpus=options.lanes)
         try:
-            run_trials(sweep, noop, LaneSpec(workers=1, cpus=1), options.lanes)
+            run_trials(WatchedSweep(sweep, meter), noop, LaneSpec(workers=1, cpus=1), options.lanes)
         finally:
             disconnect()
     if len(meter.ends) != options.trials:

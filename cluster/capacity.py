@@ -2,8 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from cluster.connect import Demand, Node, connect, disconnect, in_cluster, nodes
 from cluster.lane import LaneSpec
@@ -16,38 +15,52 @@ LOOK_S = 2.0
 RAY_DIED = "Ray has died on this machine: one of its processes was killed, or memory ran out"
 
 
-@contextmanager
-def connected() -> Iterator[str]:
-    """Ray, as `cluster.connect.connect` finds or starts it, with the dashboard's address; a UserError without it."""
-    try:
-        dashboard = connect()
-    except ConnectionError as error:
-        raise UserError(str(error)) from error
-    try:
-        yield dashboard
-    finally:
-        disconnect()
-
-
 class Lanes:
-    """The cluster's lanes for trials of one size; Ray must be connected.
+    """The cluster's lanes for trials of one size: `with lanes:` connects to Ray, as `cluster.connect.connect` finds or
+    starts it, and there the attributes below are known.
 
-    `spec` is what one lane takes, by the machines there are at the start. A cluster that has no room for one yet is
-    waited for, up to half an hour; a local Ray without room is a UserError at once.
+    A cluster that has no room for a lane yet is waited for, up to half an hour; a local Ray without room is a UserError
+    at once, and so is a cluster that cannot be joined.
+
+    Attributes:
+        dashboard: Ray's, its address; "" when there is none.
+        spec: what one lane takes, by the machines there are at the start.
+        count: how many there are.
     """
 
+    dashboard: str
+    spec: LaneSpec
+    count: int
+
     def __init__(self, request: LaneRequest, say: Callable[[str], None] = print) -> None:
-        self.demand = Demand()
-        end, said = time.time() + JOIN_S, False
+        self.request, self.say, self.demand = request, say, Demand()
+
+    def __enter__(self) -> "Lanes":
+        try:
+            self.dashboard = connect()
+        except ConnectionError as error:
+            raise UserError(str(error)) from error
+        try:
+            self.spec, self.count = self._first()
+        except BaseException:
+            disconnect()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        disconnect()
+
+    def _first(self) -> tuple[LaneSpec, int]:
+        """Size and number of lanes, once there is room for one."""
+        request, end, said = self.request, time.time() + JOIN_S, False
         while True:
             try:
-                self.spec, self.count = lanes_for(nodes(), request)
-                return
+                return lanes_for(nodes(), request)
             except UserError as error:
                 if not in_cluster() or time.time() > end:
                     raise
                 if not said:
-                    say(f"waiting for machines: {error}")
+                    self.say(f"waiting for machines: {error}")
                     said = True
             self.demand.keep(request.cpus or 1.0, request.gpus or 0.0, request.workers, lanes=1)
             time.sleep(LOOK_S)

@@ -23,7 +23,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cluster.lane import LaneLost, LaneSpec, Target, run_in_lane
+from cluster.lane import LaneLost, LaneSpec, run_in_lane
+from cluster.ranks import Target
 from trainables.errors import UserError
 from trainables.job import Metrics, Outcome, Result
 
@@ -44,7 +45,7 @@ TUNE_ENVIRONMENT = {
 
 
 class Numbered(Protocol):
-    """A job: cluster.lane.Work with a name."""
+    """A job: cluster.ranks.Work with a name."""
 
     @property
     def id(self) -> str: ...

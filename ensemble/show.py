@@ -96,7 +96,7 @@ def _members(pool: Pool, ensemble: Ensemble) -> Any:
             f"{log_loss(probs, pool.labels):.4f}",
             *([f"{member.temperature:.2f}"] if scaled else []),
             f"{-100 * ensemble.insight['leave_one_out'][k]['accuracy']:+.2f}",
-            str(ensemble.insight["repairs"]["by_member"][k]["mended"]),
+            str(ensemble.insight["repairs"]["by_member"][k]["fixed"]),
             f"{member.run}/{member.id}" if member.run else member.id,
             pool.candidates[m].architecture,
         )

@@ -6,7 +6,8 @@ finished trial, and one a minute on how all of it stands.
 
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ensemble.running import EnsembleSoFar
+from search.sweep import Sweep
 from trainables.config import TrialConfig
-from trainables.job import Metrics, Result
+from trainables.job import Job, Metrics, Result
 
 if TYPE_CHECKING:  # it imports Ray
     from cluster.metrics import SweepMetrics
@@ -26,19 +28,73 @@ PUBLISH_SECONDS = 5.0
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
-class LiveBoard:
-    """A `search.sweep.Board` for people. `ensemble` is the sweep's, which adds the candidates to it."""
+class Board(Protocol):
+    """Who watches a sweep; nothing depends on what it does."""
 
-    def __init__(self, ensemble: EnsembleSoFar, trials: int | None, deadline: float | None, shared: bool) -> None:
+    def started(self, id: str, config: TrialConfig) -> None: ...
+    def epoch(self, id: str, metrics: Metrics) -> None: ...
+    def ended(self, id: str, how: str, result: Result) -> None: ...
+    def refresh(self) -> None: ...
+
+
+class WatchedSweep:
+    """A `cluster.tuner.JobSource`: what the sweep decides, and a board that sees all of it."""
+
+    def __init__(self, sweep: Sweep, board: Board) -> None:
+        self.sweep, self.board = sweep, board
+
+    @property
+    def stopping(self) -> bool:
+        return self.sweep.stopping
+
+    @stopping.setter
+    def stopping(self, value: bool) -> None:
+        self.sweep.stopping = value
+
+    def has_more(self) -> bool:
+        return self.sweep.has_more()
+
+    def next(self) -> Job | None:
+        job = self.sweep.next()
+        if job is not None:
+            self.board.started(job.id, job.config)
+        return job
+
+    def report(self, id: str, metrics: Metrics) -> bool:
+        self.board.epoch(id, metrics)
+        return self.sweep.report(id, metrics)
+
+    def finish(self, id: str, result: Result) -> None:
+        self.board.ended(id, self.sweep.finish(id, result), result)
+
+    def tick(self) -> None:
+        self.sweep.tick()
+        self.board.refresh()
+
+
+class LiveBoard:
+    """A board for people.
+
+    Args:
+        ensemble: the sweep's, which adds the candidates to it.
+        trials, deadline: the budget's; None: no such limit.
+        shared: whether the select split is the tune split, too.
+        earlier: trials that ended in earlier starts of the command.
+        links: lines that say where else to look.
+        metrics: gets the sweep's figures every few seconds.
+    """
+
+    def __init__(
+        self, ensemble: EnsembleSoFar, trials: int | None, deadline: float | None, shared: bool, earlier: int = 0,
+        links: Sequence[str] = (), metrics: "SweepMetrics | None" = None,
+    ) -> None:  # fmt: skip
         self.console = Console(highlight=False)
         self.ensemble, self.trials, self.deadline, self.shared = ensemble, trials, deadline, shared
-        self.links: list[str] = []
-        self.metrics: SweepMetrics | None = None
+        self.earlier, self.links, self.metrics = earlier, links, metrics
         self.published = 0.0
         self.began = self.drawn = time.time()
         self.running: dict[str, tuple[TrialConfig, float, Metrics]] = {}
         self.recent: list[str] = []
-        self.earlier = 0  # trials that ended in earlier starts of the command
         self.ends: dict[str, str] = {}  # how trials ended last: one that waited at a rung may go on
         self.states: set[str] = set()
         self.live: Live | None = None

@@ -20,7 +20,7 @@ import tyro
 from rich.progress import Progress
 from upath import UPath
 
-from cluster.capacity import Lanes, connected
+from cluster.capacity import Lanes
 from cluster.connect import in_cluster
 from cluster.tuner import run_trials
 from ensemble.file import Ensemble, Member, read_ensemble, write_ensemble
@@ -67,7 +67,7 @@ class Refit:
 
 
 class Jobs:
-    """The members that are still to be trained, as what search.tuner.run_trials asks; a failed one is not repeated."""
+    """The members that are still to be trained, as what cluster.tuner.run_trials asks; a failed one is not repeated."""
 
     def __init__(self, jobs: list[Job], progress: Progress) -> None:
         self.waiting, self.progress = list(jobs), progress
@@ -136,9 +136,8 @@ def _refitted_run(target: UPath) -> UPath:
 
 
 def _train(jobs: list[Job], config: SearchConfig, progress: Progress) -> None:
-    with connected(), progress:
-        lanes = Lanes(config.lane_request())
-        training = Jobs([dataclasses.replace(job, gpus=lanes.spec.gpus) for job in jobs], progress)
+    training = Jobs(jobs, progress)
+    with Lanes(config.lane_request()) as lanes, progress:
         run_trials(training, run_trial, lanes.spec, lambda: lanes.now(wanted=len(jobs)))
     if training.stopping:
         raise UserError("stopped before all members were trained; the same command goes on")

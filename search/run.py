@@ -9,17 +9,18 @@ import math
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import optuna
 import tyro
+from filelock import FileLock
 from rich.console import Console
-from rich.table import Table
-from upath import UPath
 
-from cluster.capacity import Lanes, connected
+from cluster.capacity import Lanes
 from cluster.connect import in_cluster
 from cluster.metrics import SweepMetrics
 from cluster.tuner import run_trials
@@ -28,10 +29,11 @@ from ensemble.report.write import PAGE, summary, write_report
 from ensemble.running import EnsembleSoFar
 from ensemble.select import Select, choose_from, open_pool, show
 from ensemble.show import make_console
-from search.board import LiveBoard
+from search.board import LiveBoard, WatchedSweep
 from search.budget import Budget, WeightStore, parse_keep
 from search.config import SearchConfig, Task
 from search.plan import Plan, checked, make_plan, make_task, with_budget
+from search.show import describe_lanes, print_first, print_leaderboard, print_missing, print_start, short_path
 from search.study.objective import Contribution
 from search.study.open import fetch_study, open_study, store_study
 from search.study.warm_start import add_earlier, enqueue_first
@@ -59,8 +61,6 @@ from trainables.trial import run_trial
 LIBRARIES = ("torch", "timm", "ray", "optuna")
 # Share of --minutes, and most seconds, kept for predictions, selection and summary: without and with a test part
 RESERVES = ((0.05, 60.0), (0.15, 300.0))
-LEADERBOARD_ROWS = 10
-LEADERBOARD_METRICS = {"tune_accuracy", "select_accuracy", "select_log_loss"}
 TRACEBACK_LINES = 8  # of a trial that failed through a bug; the study keeps all of them
 
 
@@ -75,85 +75,124 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
     plan = make_plan(config)
     if config != asked:
         console.print(f"no budget was given, so this sweep takes {config.minutes:g} minutes in all; see --minutes")
-    for name in plan.missing:
-        instead = "it starts from random ones" if name in plan.backbones else "this sweep runs without it"
-        console.print(f"{name}: no pretrained weights found here, so {instead}", style="yellow")
+    print_missing(console, plan)
+    opened = _open(plan, config)
+    budget = _make_budget(plan, config, opened.study, began)
+    live = EnsembleSoFar(plan.run, config.top_k)
+    lanes = Lanes(config.lane_request(), console.print)
+
+    def task(left: float) -> Task:
+        return make_task(
+            plan.backbones, plan.splits, plan.data, plan.costs, None if left == math.inf else left,
+            "cuda" if lanes.spec.gpus else "cpu",
+        )  # fmt: skip
+
+    def suggest(trial: optuna.Trial, left: float) -> TrialConfig:
+        now = task(left)
+        return checked(plan.space.suggest(trial, now), now)
+
+    tune_labels = np.asarray(plan.data.labels)[plan.splits.tune]
+    sweep = Sweep(
+        opened.study, plan.run, _source(plan, config), budget, plan.backbones, suggest, plan.costs,
+        promote=config.pruner == "promote", live=live,
+        contribution=Contribution(tune_labels, config.top_k) if config.objective == "ensemble" else None,
+        store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
+        save=opened.save,
+    )  # fmt: skip
+    if sweep.has_more():
+        print_start(console, plan, config, sweep)
+        with lanes:
+            first = task(sweep.time.left())
+            enqueue_first(opened.study, plan.space.first(first), list(plan.backbones))
+            links = [f"Ray dashboard {lanes.dashboard}"] if lanes.dashboard else []
+            links.append(f"study: optuna-dashboard {'(as in --storage)' if config.storage else opened.url}")
+            console.print("\n".join([describe_lanes(lanes), *links]), markup=False)
+            print_first(console, plan, first, sweep)
+            earlier = len(sweep.tried) - len(sweep.waiting)
+            metrics = SweepMetrics(plan.run.name)
+            board = LiveBoard(live, plan.trials, budget.deadline, plan.splits.shared, earlier, links, metrics)
+
+            def count_lanes() -> int:
+                count = lanes.now(wanted=plan.trials and plan.trials - len(sweep.tried))
+                sweep.time.place(max(1, count), devices=lanes.spec.workers * (lanes.spec.gpus or 1))
+                return count
+
+            with board:
+                while sweep.has_more() and not sweep.stopping:
+                    run_trials(WatchedSweep(sweep, board), run_trial, lanes.spec, count_lanes)
+        sweep.remove_stale_checkpoints()
+    if not sweep.stopping:
+        sweep.close()
+    ensemble = _conclude(console, plan, config, sweep, began)
+    if opened.lock is not None:
+        opened.lock.release()
+    return ensemble
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A run directory that this process alone works in, and its study.
+
+    Attributes:
+        study: with the trials of --warm-start.
+        url: of the study's storage.
+        save: puts the study where the next process finds it.
+        lock: on the run directory; None where there can be none.
+    """
+
+    study: optuna.Study
+    url: str
+    save: Callable[[], None]
+    lock: FileLock | None
+
+
+def _open(plan: Plan, config: SearchConfig) -> _Opened:
+    """Open the run directory and the study; raises UserError before anything is written."""
     if config.storage:  # one that cannot be opened is told before anything is written
-        open_study(config.storage, plan.study, config.objective, config.sampler, config.pruner, config.seed)
+        _open_study(config.storage, plan, config)
     try:
         _open_run(plan, config)
         lock = lock_run(plan.run)
     except OSError as error:
         raise UserError(f"run directory {plan.run} cannot be written ({error}); name another with --run") from error
     remove_temporaries(plan.run)
-    file = None if config.storage else fetch_study(plan.run)
-    storage = config.storage or f"sqlite:///{file}"
-    study = open_study(storage, plan.study, config.objective, config.sampler, config.pruner, config.seed)
+    if config.storage:
+        url, save = config.storage, _save_nothing
+    else:
+        file = fetch_study(plan.run)
+        url, save = f"sqlite:///{file}", _save_nothing if is_local(plan.run) else partial(store_study, plan.run, file)
+    study = _open_study(url, plan, config)
     add_earlier(study, plan.earlier)
-    used = float(study.user_attrs.get(SECONDS_USED, 0.0))
+    return _Opened(study, url, save, lock)
+
+
+def _open_study(url: str, plan: Plan, config: SearchConfig) -> optuna.Study:
+    return open_study(url, plan.study, config.objective, config.sampler, config.pruner, config.seed)
+
+
+def _save_nothing() -> None:
+    """The study lies already where the next process finds it."""
+
+
+def _make_budget(plan: Plan, config: SearchConfig, study: optuna.Study, began: float) -> Budget:
+    """What is left of the budget for trials, after what earlier processes used and what the end will take."""
     deadline = None
     if config.minutes is not None:
         share, most = RESERVES[plan.data.test_images > 0]
         reserve = min(share * 60 * config.minutes, most)
+        used = float(study.user_attrs.get(SECONDS_USED, 0.0))
         deadline = began + 60 * config.minutes - used - reserve
-    folder = str(config.data_dir.resolve()) if config.data_dir else None
-    source = DataSource(str(plan.data.path), config.data, folder, config.stored_size, config.fit)
-    live = EnsembleSoFar(plan.run, config.top_k)
-    board = LiveBoard(live, plan.trials, deadline, plan.splits.shared)
-    budget = Budget(
+    return Budget(
         trials=plan.trials, began=began, deadline=deadline,
         device_seconds=None if config.device_hours is None else 3600 * config.device_hours,
         target_accuracy=config.target_accuracy, plateau=config.stop_on_plateau, final_seeds=config.final_seeds,
     )  # fmt: skip
-    tune_labels = np.asarray(plan.data.labels)[plan.splits.tune]
-    sweep = Sweep(
-        study, plan.run, source, budget, plan.backbones, board,
-        promote=config.pruner == "promote", live=live,
-        contribution=Contribution(tune_labels, config.top_k) if config.objective == "ensemble" else None,
-        store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
-        save=(lambda: store_study(plan.run, file)) if file and not is_local(plan.run) else lambda: None,
-    )  # fmt: skip
-    board.earlier = len(sweep.tried) - len(sweep.waiting)
-    if sweep.has_more():
-        _print_start(console, plan, config, sweep)
-        with connected() as dashboard:
-            lanes = Lanes(config.lane_request(), console.print)
-            spec = lanes.spec
-            sweep.gpus = spec.gpus
 
-            def lanes_now() -> int:
-                count = lanes.now(wanted=plan.trials and plan.trials - len(sweep.tried))
-                sweep.time.place(max(1, count), devices=spec.workers * (spec.gpus or 1))
-                return count
 
-            def task() -> Task:
-                left = sweep.time.left()
-                return make_task(
-                    plan.backbones, plan.splits, plan.data, plan.costs, None if left == math.inf else left,
-                    "cuda" if spec.gpus else "cpu",
-                )  # fmt: skip
-
-            def propose(trial: optuna.Trial) -> TrialConfig:
-                now = task()
-                return checked(plan.space.suggest(trial, now), now)
-
-            sweep.propose_with(propose, plan.costs)
-            enqueue_first(study, plan.space.first(task()), list(plan.backbones))
-            board.links = [f"Ray dashboard {dashboard}"] if dashboard else []
-            board.links.append(f"study: optuna-dashboard {storage if file else '(as in --storage)'}")
-            board.metrics = SweepMetrics(plan.run.name)
-            console.print("\n".join([_at_a_time(lanes), *board.links]), markup=False)
-            _print_first(console, plan, task(), sweep)
-            with board:
-                while sweep.has_more() and not sweep.stopping:
-                    run_trials(sweep, run_trial, spec, lanes_now)
-        sweep.remove_stale_checkpoints()
-    if not sweep.stopping:
-        sweep.close()
-    ensemble = _conclude(console, plan, config, sweep, began)
-    if lock is not None:
-        lock.release()
-    return ensemble
+def _source(plan: Plan, config: SearchConfig) -> DataSource:
+    """What every job trains on."""
+    folder = str(config.data_dir.resolve()) if config.data_dir else None
+    return DataSource(str(plan.data.path), config.data, folder, config.stored_size, config.fit)
 
 
 def _open_run(plan: Plan, config: SearchConfig) -> None:
@@ -218,7 +257,7 @@ def _check_continues(plan: Plan, config: SearchConfig, begun: RunInfo) -> None:
 
 def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, began: float) -> Ensemble | None:
     """Leaderboard, ensemble, test summary, and what to do next."""
-    _print_leaderboard(console, plan.run)
+    print_leaderboard(console, plan.run)
     for id, error, trace in sweep.failures():
         console.print(f"{id} failed: {error}", style="yellow", markup=False)
         for line in trace.strip().splitlines()[-TRACEBACK_LINES:]:
@@ -244,84 +283,12 @@ def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, 
             why = found["missing"].get("test", "the data set has no test part")
             console.print(f"{why}, so nothing is said about unseen images beyond the select split", markup=False)
         console.print("\n".join(summary(found)), style="bold")
-        console.print(f"report: {_shown(plan.run / PAGE)}", markup=False)
-    console.print(f"\n{len(pool.candidates)} candidates in {_shown(plan.run)} after {time.time() - began:.0f} s")
+        console.print(f"report: {short_path(plan.run / PAGE)}", markup=False)
+    console.print(f"\n{len(pool.candidates)} candidates in {short_path(plan.run)} after {time.time() - began:.0f} s")
     console.print("next:")
-    console.print(f"  python -m ensemble.select --top-k {config.top_k} --run {_shown(plan.run)}", markup=False)
-    console.print(f"  python -m ensemble.predict --run {_shown(plan.run)} --images FOLDER", markup=False)
+    console.print(f"  python -m ensemble.select --top-k {config.top_k} --run {short_path(plan.run)}", markup=False)
+    console.print(f"  python -m ensemble.predict --run {short_path(plan.run)} --images FOLDER", markup=False)
     return ensemble
-
-
-def _print_start(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep) -> None:
-    s = plan.splits
-    parts = f"{len(s.train)} train, {len(s.tune)} tune, {len(s.select)} select, "
-    if s.folds:
-        parts = f"{len(s.train)} images, each predicted by networks that have not seen it ({len(s.folds)} folds), "
-    console.print(f"{config.data}: {parts}{plan.data.test_images} test images, {len(plan.data.classes)} classes")
-    console.print(f"space {plan.space.name} over {', '.join(plan.backbones)}; run directory {_shown(plan.run)}")
-    if sweep.counted:
-        console.print(f"going on with {sweep.counted} trials, {len(sweep.interrupted)} of them cut in the middle")
-
-
-def _print_first(console: Console, plan: Plan, task: Task, sweep: Sweep) -> None:
-    """What the space tries first, and what each is expected to take."""
-    first = [params for params in plan.space.first(task) if params.get("backbone") in plan.backbones]
-    if not first or sweep.counted:
-        return
-    left = "" if task.left is None else f" of {task.left:.0f} s for each"
-    table = Table(title=f"tried first{left}; a lane trains at about {plan.costs.rate:.0f} GFLOP/s")
-    for heading in ("backbone", "how"):
-        table.add_column(heading)
-    for heading in ("pixels", "epochs", "about, s"):
-        table.add_column(heading, justify="right")
-    for params in first:
-        config = plan.space.suggest(optuna.trial.FixedTrial(params), task)  # type: ignore[arg-type]
-        how = "probe" if config.is_probe else "tuned" if config.pretrained else "from scratch"
-        speed = sweep.time.seconds(config)
-        seconds = "" if speed is None else f"{speed.start + config.epochs * speed.epoch:.0f}"
-        table.add_row(config.backbone, how, str(config.image_size), str(config.all_epochs or ""), seconds)
-    console.print(table)
-    if plan.left_out:
-        console.print(f"left out for these images and this budget: {', '.join(plan.left_out)}")
-
-
-def _print_leaderboard(console: Console, run: UPath) -> None:
-    # candidates that other tools have added need not have all of this
-    scored = [c.info for c in list_candidates(run) if c.info.metrics.keys() >= LEADERBOARD_METRICS and c.info.config]
-    rows = sorted(scored, key=lambda info: info.metrics["select_log_loss"])
-    if not rows:
-        return
-    table = Table(
-        title=f"leaderboard: {min(len(rows), LEADERBOARD_ROWS)} of {len(rows)} candidates, by select log-loss"
-    )
-    for heading in ("candidate", "backbone"):
-        table.add_column(heading)
-    for heading in ("tune acc.", "select acc.", "select log-loss", "epochs", "lr", "params", "ms/image", "seconds"):
-        table.add_column(heading, justify="right")
-    for info in rows[:LEADERBOARD_ROWS]:
-        m, c = info.metrics, info.config
-        assert c is not None
-        table.add_row(
-            info.id, c.backbone, f"{m['tune_accuracy']:.2%}", f"{m['select_accuracy']:.2%}",
-            f"{m['select_log_loss']:.4f}", str(len(info.curve)), f"{c.lr:.1e}", f"{(info.params or 0) / 1e6:.2f} M",
-            f"{info.latency_ms or 0:.1f}", f"{info.seconds or 0:.0f}",
-        )  # fmt: skip
-    console.print(table)
-
-
-def _at_a_time(lanes: Lanes) -> str:
-    spec = lanes.spec
-    each = f"{spec.cpus:g} CPUs" + (f" and {spec.gpus:g} GPUs" if spec.gpus else "")
-    each = f"{spec.workers} x {each} each" if spec.workers > 1 else f"{each} each"
-    return f"{lanes.count} trial{'s' * (lanes.count > 1)} at a time, {each}"
-
-
-def _shown(run: UPath) -> str:
-    """The run's path as a person would type it."""
-    try:
-        return str(Path(str(run)).relative_to(Path.cwd()))
-    except ValueError:
-        return str(run)
 
 
 def main() -> None:

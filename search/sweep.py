@@ -8,7 +8,6 @@ process or the next that opens the study.
 import math
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -19,7 +18,7 @@ from search.budget import Budget, Goal, WeightStore
 from search.costs import Costs
 from search.study.objective import Contribution
 from search.study.promotion import FACTOR, Rungs, rung_epochs
-from search.study.proposals import Proposals
+from search.study.proposals import Proposals, Suggest
 from search.study.storage import flush
 from search.study.values import Values
 from search.timing import Timing
@@ -31,25 +30,17 @@ from trainables.storage import StorageLost, exists, list_folder
 SAVE_S = 60.0
 
 
-class Board(Protocol):
-    """Who watches a sweep (search/live.py); nothing depends on what it does."""
-
-    def started(self, id: str, config: TrialConfig) -> None: ...
-    def epoch(self, id: str, metrics: Metrics) -> None: ...
-    def ended(self, id: str, how: str, result: Result) -> None: ...
-    def refresh(self) -> None: ...
-
-
 class Sweep:
     """Hands out jobs, listens to their reports, and tells the study how each ended.
 
     Args:
         study: as of `open_study`.
         run: the run directory.
-        data, gpus: what every job says of them (see trainables.job.Job).
+        data: what every job trains on.
         budget: when to end.
         weights: backbone -> where its pretrained weights lie, or None.
-        board: who watches.
+        suggest: makes the TrialConfig of an Optuna trial, see search.study.proposals.Suggest.
+        costs: what trials take whose like has not been seen yet.
         promote: trials wait at rungs, see promotion.py; else the study's pruner stops them.
         live: the ensemble so far, which gets every candidate; needed by the budget's target, plateau and final seeds.
         contribution: values candidates by what they add to an ensemble; None: by their own score.
@@ -58,23 +49,24 @@ class Sweep:
             every SAVE_S seconds between.
         clock: time.time(), or a simulation's.
 
-    `propose_with` must be called before the first `next`, and `close` when nothing is left to run.
+    `close` must be called when nothing is left to run.
     """
 
     def __init__(
         self, study: optuna.Study, run: UPath, data: DataSource, budget: Budget,
         weights: dict[str, WeightSource | None],
-        board: Board, promote: bool = False, live: EnsembleSoFar | None = None,
+        suggest: Suggest, costs: Costs | None = None, promote: bool = False, live: EnsembleSoFar | None = None,
         contribution: Contribution | None = None, store: WeightStore | None = None,
-        save: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.time, gpus: float = 0.0,
+        save: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
-        self.study, self.run, self.data, self.budget, self.weights, self.gpus = study, run, data, budget, weights, gpus
-        self.board, self.live, self.contribution, self.store = board, live, contribution, store
+        self.study, self.run, self.data, self.budget, self.weights = study, run, data, budget, weights
+        self.live, self.contribution, self.store = live, contribution, store
         self.save, self.saved = save, clock()
         self.time, self.goal = Timing(study, budget, clock), Goal(budget, live)
+        self.time.know(costs)
         self.rungs = Rungs() if promote else None
         self.values = Values(study, self.rungs, contribution)
-        self.proposals = Proposals(study, self.time, live, self.values.retold)
+        self.proposals = Proposals(study, self.time, live, self.values.retold, suggest)
         self.running: dict[str, Trial] = {}
         self.epochs: dict[str, int] = {}  # of every trial handed out
         self.stops: dict[str, tuple[int, ...]] = {}  # its epochs at which it may be stopped for its scores
@@ -85,14 +77,6 @@ class Sweep:
         self.counted = 0  # trials of the study that count towards the budget, running ones included
         self.tried: set[str] = set()  # trials that have ended, or reached a rung and wait
         self._resume()
-
-    def propose_with(self, suggest: Callable[[Trial], TrialConfig], costs: Costs | None = None) -> None:
-        """Who proposes a TrialConfig for an Optuna trial; a UserError from it marks the proposal as invalid.
-
-        `costs` tell what a trial takes whose like has not been seen yet.
-        """
-        self.proposals.suggest = suggest
-        self.time.know(costs)
 
     # what is left to do
 
@@ -182,12 +166,11 @@ class Sweep:
         id, config = trial_id(trial.number), TrialConfig.from_dict(trial.user_attrs["config"])
         self.running[id], self.epochs[id], self.stops[id] = trial, config.all_epochs, self._stops_at(id, config)
         self.time.begin(id)
-        self.board.started(id, config)
         weights = self.weights.get(config.backbone) if config.pretrained else None
         left = self.time.left()
         deadline = None if left == math.inf else self.time.clock() + left
         self._save()
-        return Job(id, config, str(self.run), self.data, weights, self.gpus, deadline, self.stops[id])
+        return Job(id, config, str(self.run), self.data, weights, deadline=deadline, stops_at=self.stops[id])
 
     def _stops_at(self, id: str, config: TrialConfig) -> tuple[int, ...]:
         """Epochs at whose report the trial may be stopped for its scores.
@@ -239,7 +222,6 @@ class Sweep:
     def report(self, id: str, metrics: Metrics) -> bool:
         """An epoch's tune scores; True when the trial is to stop: for good, to wait at a rung, or with the sweep."""
         trial, epoch = self.running[id], int(metrics["epoch"])
-        self.board.epoch(id, metrics)
         if self.values.metric not in metrics:  # of a cross-fitted candidate, before all of it can be scored
             return self.stopping or self.enough() is not None
         # a lane that was started again repeats epochs; the first report stands
@@ -263,15 +245,17 @@ class Sweep:
         self.waiting[id] = trial
         return True
 
-    def finish(self, id: str, result: Result) -> None:
-        """Every outcome of a trial, in one place. Called once for each job of `next`."""
+    def finish(self, id: str, result: Result) -> str:
+        """Every outcome of a trial, in one place. Called once for each job of `next`.
+
+        Returns where the trial stands now: "waiting" at a rung, else the outcome.
+        """
         trial, outcome = self.running.pop(id), result.outcome
         self.time.end(id)
         if id in self.waiting:  # also when it was cut or lost just there: the checkpoint is older than the report
             self.tried.add(id)
             self._save()
-            self.board.ended(id, "waiting", result)
-            return
+            return "waiting"
         if outcome is Outcome.STORAGE_LOST:  # there is nothing that could be continued
             self.interrupted.append(trial)
             raise StorageLost(result.error)
@@ -282,8 +266,7 @@ class Sweep:
                 trial.set_user_attr("retried", self.retried[id])
             self.interrupted.append(trial)
             flush(self.study)
-            self.board.ended(id, outcome, result)
-            return
+            return outcome
         self.tried.add(id)
         trial.set_user_attr("outcome", outcome.value)
         for key in ("error", "traceback", "seconds"):
@@ -304,7 +287,7 @@ class Sweep:
         if not outcome.leaves_candidate:
             remove_checkpoint(self.run, id)
         self._save()
-        self.board.ended(id, outcome, result)
+        return outcome
 
     def _tell(self, trial: Trial, candidate: Candidate) -> None:
         """Tell the study of a candidate, and of epochs whose reports were lost with a process."""
@@ -335,7 +318,6 @@ class Sweep:
         self.time.save()
         if self.time.clock() - self.saved > SAVE_S:  # what was spent outlives the machine that this runs on
             self._save()
-        self.board.refresh()
 
     def remove_stale_checkpoints(self) -> None:
         """Delete checkpoints of trials that have ended: one that was pruned may have written its last too late.

@@ -16,22 +16,25 @@ from trainables.data.dataset import Data
 from trainables.data.prepare import prepare
 from trainables.data.splits import Splits, draw
 
-SUITES = {"slow": "slow", "clusters": "cluster", "browser": "browser", "storage": "storage"}  # folder -> marker
+SUITES = {"slow": "slow", "multinode": "cluster", "browser": "browser", "storage": "storage"}  # folder -> marker
 # Files whose tests start Ray or servers, or train for many seconds: left out of `make check`
 HEAVY = {
-    "test_duplicates.py", "test_export.py", "test_fuzz.py", "test_lane.py", "test_layers.py", "test_networks.py",
-    "test_pipeline.py", "test_predict.py", "test_refit.py", "test_report.py", "test_run.py", "test_s3.py",
-    "test_serve.py", "test_spaces.py", "test_tuner.py",
+    "cluster/test_lane.py", "cluster/test_tuner.py", "ensemble/serve/test_answer.py", "ensemble/serve/test_app.py",
+    "ensemble/serve/test_page.py", "ensemble/serve/test_siege.py", "ensemble/test_export.py",
+    "ensemble/test_predict.py", "ensemble/test_report.py", "search/test_pipeline.py", "search/test_refit.py",
+    "search/test_run.py", "search/test_spaces.py", "security/test_fuzz.py", "test_layers.py",
+    "trainables/data/test_duplicates.py", "trainables/models/test_networks.py", "trainables/test_s3.py",
 }  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test by its folder: what takes long or needs more than Python runs by its own make target."""
     for item in items:
-        suite = SUITES.get(item.path.relative_to(Path(__file__).parent).parts[0])
+        path = item.path.relative_to(Path(__file__).parent)
+        suite = SUITES.get(path.parts[0])
         if suite is not None:
             item.add_marker(getattr(pytest.mark, suite))
-        elif item.path.name not in HEAVY and not any(item.get_closest_marker(name) for name in SUITES.values()):
+        elif path.as_posix() not in HEAVY and not any(item.get_closest_marker(name) for name in SUITES.values()):
             item.add_marker(pytest.mark.fast)
 
 

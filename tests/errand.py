@@ -15,6 +15,7 @@ class Errand:
     options: dict[str, Any] = field(default_factory=dict)
     hang_s: float = 1800.0
     stops_at: tuple[int, ...] = ()
+    gpus: float = 0.0
     node: str = ""
 
 

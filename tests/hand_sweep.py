@@ -1,5 +1,6 @@
 """A sweep driven by hand, as lanes would, without Ray."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ensemble.running import EnsembleSoFar
 from search.budget import Budget, WeightStore, parse_keep
 from search.study.objective import Contribution
 from search.study.open import open_study
+from search.study.proposals import Suggest
 from search.sweep import Sweep
 from trainables.config import TrialConfig
 from trainables.job import DataSource, Job, Outcome, Result
@@ -19,21 +21,17 @@ from trainables.run_directory import CandidateInfo, write_candidate
 from trainables.storage import write_array, write_json
 
 
-class NoBoard:
-    def started(self, id: str, config: TrialConfig) -> None: ...
-    def epoch(self, id: str, metrics: dict[str, Any]) -> None: ...
-    def ended(self, id: str, how: str, result: Result) -> None: ...
-    def refresh(self) -> None: ...
-
-
-def suggest(trial: optuna.Trial) -> TrialConfig:
+def suggest(trial: optuna.Trial, left: float = math.inf) -> TrialConfig:
     return TrialConfig(lr=trial.suggest_float("lr", 1e-4, 1e-1, log=True), epochs=6, seed=trial.number)
 
 
 LABELS = np.array([0, 1, 0, 1])  # of the tune and of the select split
 
 
-def sweep(run: Path, trials: int | None = 4, deadline: float | None = None, keep: str = "", **options: Any) -> Sweep:
+def sweep(
+    run: Path, trials: int | None = 4, deadline: float | None = None, keep: str = "", suggest: Suggest = suggest,
+    **options: Any,
+) -> Sweep:  # fmt: skip
     """A sweep with its live ensemble; options are those of the study or of the budget."""
     asked = {"objective": "accuracy", "sampler": "random", "pruner": "none", "seed": 0} | options
     study = {name: asked.pop(name) for name in ("objective", "sampler", "pruner", "seed")}
@@ -41,15 +39,13 @@ def sweep(run: Path, trials: int | None = 4, deadline: float | None = None, keep
     if not (run / "run.json").exists():
         write_array(UPath(run / "select_labels.npy"), LABELS)
         write_json(UPath(run / "run.json"), {"classes": ["a", "b"], "split_fingerprint": "f"})
-    made = Sweep(
+    return Sweep(
         opened, UPath(run), DataSource("/nowhere/x-0123456789abcdef", "folder"), Budget(trials, deadline, **asked),
-        {}, NoBoard(),
+        {}, suggest,
         promote=study["pruner"] == "promote", live=EnsembleSoFar(UPath(run), 2),
         contribution=Contribution(LABELS, 2) if study["objective"] == "ensemble" else None,
         store=WeightStore(UPath(run), parse_keep(keep)) if keep else None,
     )  # fmt: skip
-    made.propose_with(suggest)
-    return made
 
 
 def scores(accuracy: float, epoch: int = 1) -> dict[str, Any]:

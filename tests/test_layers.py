@@ -22,7 +22,7 @@ LIBRARIES = {  # which places may import them
     "optuna": ("search/", "ensemble/report/"),
     "timm": ("trainables/",),
 }
-TORCH = ("trainables/", "cluster/lane.py", "ensemble/export.py", "ensemble/soup.py", "search/plan.py")
+TORCH = ("trainables/", "cluster/ranks.py", "ensemble/export.py", "ensemble/soup.py", "search/plan.py")
 PRIVATE = ("ray._private", "_CachedStorage", "study._storage", "._get_trials")
 FILES = sorted(path for package in ALLOWED for path in (ROOT / package).rglob("*.py"))
 MOST_FILES = 13  # of a folder, __init__.py among them

@@ -118,7 +118,7 @@ class Job:
         run: path or URL of the run directory.
         data: what to train on.
         weights: where pretrained weights lie; None: the network starts from random ones.
-        gpus: of each worker of the lane.
+        gpus: of each worker of the lane, which fills it in.
         deadline: time.time() at which it finishes with what it has; None: never.
         stops_at: epochs at whose report the sweep may stop it, so that it waits for the verdict.
         hang_s: seconds without a sign of life after which it counts as hung.

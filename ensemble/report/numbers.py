@@ -125,7 +125,9 @@ def _members(pool: Pool, blend: Blend, single: int) -> list[dict[str, Any]]:
             "select": select_split(pool) | describe(np.asarray(pool.probs[m]), pool.labels),
             "without": insight["leave_one_out"][k],
             **insight["repairs"]["by_member"][k],
-            "mends": diagnosis.fixed_classes(together, alone, np.asarray(pool.probs[m]), pool.labels, pool.classes),
+            "fixed_classes": diagnosis.fixed_classes(
+                together, alone, np.asarray(pool.probs[m]), pool.labels, pool.classes
+            ),
             "params": pool.candidates[m].info.params,
             "latency_ms": pool.candidates[m].info.latency_ms,
         }

@@ -63,16 +63,16 @@ def _pairwise(answers: np.ndarray) -> np.ndarray:
 def repairs(together: np.ndarray, alone: np.ndarray, probs: Probs, labels: np.ndarray) -> dict[str, Any]:
     """Which errors of the best single model the ensemble fixes, which it adds, and who is right on those.
 
-    together, alone: the ensemble's and the best single model's predictions (N, C). `mended` and `broken` count rows;
+    together, alone: the ensemble's and the best single model's predictions (N, C). `fixed` and `broken` count rows;
     `by_member[k]` says on how many of them the k-th member is right.
     """
     right, single_right = correct(together, labels), correct(alone, labels)
-    mended, broken = right & ~single_right, single_right & ~right
+    fixed, broken = right & ~single_right, single_right & ~right
     by_member = []
     for p in probs:
         own = correct(np.asarray(p), labels)
-        by_member.append({"mended": int((own & mended).sum()), "broken": int((own & broken).sum())})
-    return {"mended": int(mended.sum()), "broken": int(broken.sum()), "by_member": by_member}
+        by_member.append({"fixed": int((own & fixed).sum()), "broken": int((own & broken).sum())})
+    return {"fixed": int(fixed.sum()), "broken": int(broken.sum()), "by_member": by_member}
 
 
 def class_gain(

@@ -17,22 +17,25 @@ from trainables.run_directory import trial_id
 MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
 MOST_TOO_SLOW = 20  # proposals in a row that do not fit into the time left
 
+# Makes the TrialConfig of an Optuna trial, with so many seconds left (inf: no limit). Raises UserError for parameters
+# that cannot be trained: then the proposal counts as invalid, and there is another.
+Suggest = Callable[[Trial, float], TrialConfig]
+
 
 class Proposals:
     """Asks the study for trials, and knows what has been proposed.
-
-    `suggest`, which makes the TrialConfig of an Optuna trial, must be set before the first `ask`; a UserError from it
-    marks the proposal as invalid.
 
     Args:
         study: its sampler is replaced by one that sees the trials as `retell` tells them (see view.py).
         time: what is left, and what trials take.
         live: the ensemble so far, whose members may get new seeds.
+        suggest: the space's.
     """
 
-    def __init__(self, study: optuna.Study, time: Timing, live: EnsembleSoFar | None, retell: Retell) -> None:
-        self.study, self.time, self.live = study, time, live
-        self.suggest: Callable[[Trial], TrialConfig] | None = None
+    def __init__(
+        self, study: optuna.Study, time: Timing, live: EnsembleSoFar | None, retell: Retell, suggest: Suggest
+    ) -> None:
+        self.study, self.time, self.live, self.suggest = study, time, live, suggest
         self.seeds: dict[str, str] = {}  # trials that are only a new seed -> whose configuration it is
         self.out_of_time = False  # too little is left for even one epoch of the next trial
         self.known: set[str] = set()  # parameters of all trials of this sweep
@@ -51,13 +54,12 @@ class Proposals:
 
         Raises UserError when the space proposes nothing that can be trained.
         """
-        assert self.suggest is not None
         reason, too_slow, repeated = "", 0, False
         for _ in range(MOST_INVALID):
             self.sampler.exploring = repeated
             trial = self.study.ask()
             try:
-                config = self.suggest(trial)
+                config = self.suggest(trial, self.time.left())
                 # the next proposal is a random one; a probe is the same whenever it is made
                 if (not repeated or config.is_probe) and self._tried_before(trial):
                     repeated = True

@@ -13,7 +13,7 @@ from upath import UPath
 from ensemble.file import read_ensemble
 from ensemble.predict import Voters
 from tests.chromium import open_chromium
-from tests.ensemble.test_serve import Server, bomb
+from tests.server import Server, bomb
 from trainables.data.share import open_run_data
 from trainables.data.splits import load_splits
 

@@ -209,7 +209,6 @@ def test_nothing_to_do_needs_no_lane(ray_cluster):
 
 DRIVER = """
 import sys
-from cluster.connect import connect, disconnect
 from trainables.job import LaneRequest
 from cluster.capacity import Lanes
 from cluster.tuner import run_trials
@@ -222,15 +221,13 @@ class Announced(Sweep):
             self.ticks += 1
             print("ready", flush=True)
 
-connect(cpus=1)
-lanes = Lanes(LaneRequest())
 held = {"held_epoch": 3, "held_until": sys.argv[1] + "/go"}
 job = {"epochs": 10_000, "epoch_s": 0.5, "checkpoint": sys.argv[1] + "/epoch", **held}
 sweep = Announced([job, {"epochs": 1}])
 try:
-    run_trials(sweep, count_epochs, LANE, lambda: lanes.now(None))
+    with Lanes(LaneRequest(cpus=1)) as lanes:
+        run_trials(sweep, count_epochs, LANE, lambda: min(1, lanes.now(None)))
 finally:
-    disconnect()
     print([str(outcome) for outcome in sweep.outcomes], sweep.stopping, sweep.pids[0])
 """
 LONG = 12  # seconds that the epoch goes on after the first Ctrl-C

@@ -160,9 +160,9 @@ def test_explanations():
     found = explain.explain(Blend(np.array([0, 0.5, 0.5])), probs, labels, 1, ["cat", "dog"])
     assert found["disagreement"] == [[0, 0.5], [0.5, 0]]
     assert found["repairs"] == {
-        "mended": 1,
+        "fixed": 1,
         "broken": 0,
-        "by_member": [{"mended": 0, "broken": 0}, {"mended": 1, "broken": 0}],
+        "by_member": [{"fixed": 0, "broken": 0}, {"fixed": 1, "broken": 0}],
     }
     assert found["classes"] == [
         {"class": "cat", "images": 2, "recall": 1.0, "gain": 0.5},

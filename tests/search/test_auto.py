@@ -170,14 +170,12 @@ def test_operations_and_rates_are_measured() -> None:
 
 
 def test_a_probe_is_made_once(tmp_path: Path) -> None:
-    s = sweep(tmp_path, trials=6, sampler="tpe")
-
-    def suggest(trial: optuna.Trial) -> TrialConfig:
+    def suggest(trial: optuna.Trial, left: float) -> TrialConfig:
         if trial.suggest_categorical("way", ["probe", "tuned"]) == "probe":
             return TrialConfig(backbone=LITES[0], pretrained=True, epochs=0)
         return TrialConfig(backbone=LITES[0], pretrained=True, lr=trial.suggest_float("lr", 1e-4, 1e-2), epochs=2)
 
-    s.propose_with(suggest)
+    s = sweep(tmp_path, trials=6, sampler="tpe", suggest=suggest)
     s.study.enqueue_trial({"way": "probe"})
     probes = 0
     for _ in range(6):

@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from search.budget import Budget
 from search.study import promotion
 from search.sweep import Sweep
 from tests.hand_sweep import climb, finish, scores, states, suggest, sweep, take
+from trainables.config import TrialConfig
 from trainables.job import Outcome, Result
 
 
@@ -40,8 +42,10 @@ def test_the_best_of_its_kind_and_one_in_four_go_on_from_the_one_early_rung(tmp_
 
 
 def test_the_best_of_every_backbone_goes_on_once_there_are_four(tmp_path: Path) -> None:
-    s = sweep(tmp_path, trials=6, pruner="promote")
-    s.propose_with(lambda trial: replace(suggest(trial), backbone="speednet" if trial.number < 2 else "vit_scratch"))
+    def suggest_two(trial: optuna.Trial, left: float) -> TrialConfig:
+        return replace(suggest(trial), backbone="speednet" if trial.number < 2 else "vit_scratch")
+
+    s = sweep(tmp_path, trials=6, pruner="promote", suggest=suggest_two)
     assert [climb(s, take(s), accuracy) for accuracy in (0.9, 0.8, 0.2, 0.3, 0.1)] == [6, 1, 1, 1, 1]
     assert climb(s, take(s), 0.1) == 1
     job = take(s)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cluster.capacity import connected, lanes_for
+from cluster.capacity import Lanes, lanes_for
 from cluster.connect import Node, _like_ctrl_c, free_port
 from search import run as search_run
 from search.config import SearchConfig
@@ -34,7 +34,7 @@ def suggest(trial, task):
 def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, run: Path, *args: str) -> str:
     """The one line on stderr of a command that must be refused."""
     monkeypatch.setattr(sys, "argv", ["search.run", *args, "--run", str(run)])
-    monkeypatch.setattr(search_run, "connected", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(Lanes, "__enter__", lambda lanes: pytest.fail("Ray was started"))
     before = sorted(run.rglob("*")) if run.exists() else []
     with pytest.raises(SystemExit) as exit:
         search_run.main()
@@ -252,8 +252,8 @@ def test_lanes_fill_the_cluster(machines: list[Node], config: dict, expected: tu
 def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(UserError, match=f"RAY_ADDRESS={address} cannot be joined .*refused.*; unset it"), connected():
-        pass
+    with pytest.raises(UserError, match=f"RAY_ADDRESS={address} cannot be joined .*refused.*; unset it"):
+        Lanes(LaneRequest()).__enter__()
 
 
 def test_sigterm_ends_even_a_shells_background_job() -> None:

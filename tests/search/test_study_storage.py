@@ -25,9 +25,9 @@ from ensemble.running import EnsembleSoFar
 from search.budget import Budget
 from search.study.open import open_study
 from search.sweep import Sweep
-from tests.hand_sweep import NoBoard, climb, finish, suggest, take
+from tests.hand_sweep import climb, finish, suggest, take
 from trainables.errors import UserError
-from trainables.job import Outcome, Result
+from trainables.job import DataSource, Outcome, Result
 from trainables.storage import write_array, write_json
 
 PATIENCE = 60  # seconds for a server to start or end
@@ -123,9 +123,8 @@ def open_sweep(url: str, run: Path, name: str) -> Sweep:
         write_json(UPath(run / "run.json"), {"classes": ["a", "b"], "split_fingerprint": "f"})
     study = open_study(url, name, "accuracy", "tpe", "promote", 0)
     live = EnsembleSoFar(UPath(run), 2)
-    sweep = Sweep(study, UPath(run), {"run": str(run)}, Budget(trials=12), {}, NoBoard(), promote=True, live=live)
-    sweep.propose_with(suggest)
-    return sweep
+    data = DataSource("/nowhere/x-0123456789abcdef", "folder")
+    return Sweep(study, UPath(run), data, Budget(trials=12), {}, suggest, promote=True, live=live)
 
 
 def test_what_a_sweep_remembers_is_what_the_database_holds(url: str, tmp_path: Path) -> None:

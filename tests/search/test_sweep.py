@@ -146,25 +146,21 @@ def test_the_rung_that_a_pruner_has_noted_outlives_a_kill(tmp_path: Path) -> Non
 
 
 def test_invalid_proposals_cost_no_trial(tmp_path: Path) -> None:
-    s = sweep(tmp_path, trials=2)
-
-    def picky(trial: optuna.Trial) -> TrialConfig:
+    def picky(trial: optuna.Trial, left: float) -> TrialConfig:
         if trial.number % 2 == 0:
             raise UserError("even")
         return suggest(trial)
 
-    s.propose_with(picky)
+    s = sweep(tmp_path, trials=2, suggest=picky)
     assert [job and job.id for job in (s.next(), s.next(), s.next())] == ["0001", "0003", None]
     assert s.study.trials[0].user_attrs == {"outcome": "invalid", "error": "even"}
 
 
 def test_a_space_that_yields_nothing_valid_is_told(tmp_path: Path) -> None:
-    s = sweep(tmp_path)
-
-    def never(trial: optuna.Trial) -> TrialConfig:
+    def never(trial: optuna.Trial, left: float) -> TrialConfig:
         raise UserError("batch_size is too large")
 
-    s.propose_with(never)
+    s = sweep(tmp_path, suggest=never)
     with pytest.raises(UserError, match="batch_size is too large"):
         s.next()
 
@@ -375,9 +371,9 @@ def test_a_bug_is_not_retried_again_by_the_next_process(tmp_path: Path) -> None:
 
 
 def test_a_sampler_that_repeats_itself_is_made_to_explore(tmp_path: Path) -> None:
-    s = sweep(tmp_path, trials=3, sampler="tpe")
     grid = [TrialConfig(batch_size=size, epochs=2) for size in (8, 16, 32)]
-    s.propose_with(lambda trial: grid[trial.suggest_int("size", 0, 2)])
+    bounds = [0, 2]
+    s = sweep(tmp_path, trials=3, sampler="tpe", suggest=lambda trial, left: grid[trial.suggest_int("size", *bounds)])
     s.study.enqueue_trial({"size": 1})
     s.study.enqueue_trial({"size": 1})
     first, second = take(s), take(s)
@@ -386,7 +382,7 @@ def test_a_sampler_that_repeats_itself_is_made_to_explore(tmp_path: Path) -> Non
     assert refused.state == TrialState.FAIL
     assert refused.user_attrs["error"] == "these parameters have been tried"
     assert second.id == "0002"
-    s.propose_with(lambda trial: grid[trial.suggest_int("size", 1, 1)])
+    bounds[:] = 1, 1
     assert take(s).config.batch_size == 16  # nothing else is left: better again than not at all
 
 
@@ -394,8 +390,7 @@ def test_fixed_recipes_are_taken_in_turn(tmp_path: Path) -> None:
     """They suggest no parameters: that is no repetition, and a number passed over would be a recipe passed over."""
     names = list(intel_lites.BACKBONES)
     task = Task(dict.fromkeys(names, WeightSource("offline")), 6, 14_033, 11_233, 96, "cpu", None, {})
-    s = sweep(tmp_path, trials=3)
-    s.propose_with(lambda trial: intel_lites.suggest(trial, task))
+    s = sweep(tmp_path, trials=3, suggest=lambda trial, left: intel_lites.suggest(trial, task))
     jobs = [take(s) for _ in range(3)]
     assert [job.id for job in jobs] == ["0000", "0001", "0002"]
     assert [job.config.backbone for job in jobs] == names

@@ -15,7 +15,7 @@ from upath import UPath
 from tests.conftest import split_once
 from tests.ensemble.test_report import HOSTILE, Page
 from tests.small_run import doubt_first, train_run
-from tests.trainables.test_duplicates import pictures as draw
+from tests.trainables.data.test_duplicates import pictures as draw
 from trainables.data.dataset import open_test, open_test_images
 from trainables.data.origin import find_origin
 from trainables.data.prepare import prepare
@@ -26,7 +26,7 @@ from trainables.explore.suspects import find_suspects
 from trainables.run_directory import CandidateInfo, write_candidate
 from trainables.storage import write_array, write_json
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def write_folder(root: Path, per_class: int = 40, tests: int = 10) -> Path:

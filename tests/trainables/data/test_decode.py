@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.trainables.test_data import picture
+from tests.trainables.data.test_data import picture
 from trainables.data import decode as decoding
 from trainables.data.decode import GREY, Canvas, Fit, count_pixels, decode_bytes, read_images
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def grey_16_bit(path: Path) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from upath import UPath
 
-from tests.trainables.test_data import Attack
+from tests.trainables.data.test_data import Attack
 from trainables.data.prepare import prepare
 from trainables.data.splits import held_out, load_splits, make_splits, save_splits
 from trainables.errors import UserError

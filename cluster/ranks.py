@@ -1,0 +1,273 @@
+"""What runs in a lane's ranks, and the mailbox where they meet each other and the Tune actor that owns the lane.
+
+Every rank calls the target with the same job, and all ranks meet in the mailbox at each report and at the job's end, so
+that they abandon a trial together. At a report where the sweep may stop the trial they wait for its verdict; at others
+they go on at once. Who starts the ranks and listens to the mailbox is lane.py.
+"""
+
+import asyncio
+import ctypes
+import dataclasses
+import gc
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+
+from trainables.job import Metrics, Outcome, Reporter, Result
+
+# torch and ray.train are imported where they are used: the mailbox's process imports this module and needs neither.
+
+ALONE_S = 20.0  # a rank that raised waits this long for the others: they are probably stuck in a collective
+BEAT_S = 1.0
+
+
+class Work(Protocol):
+    """What a lane needs to know of a job, a frozen dataclass: trainables.job.Job is one."""
+
+    @property
+    def hang_s(self) -> float:
+        """Seconds without a report or a sign of life after which it counts as hung."""
+
+    @property
+    def stops_at(self) -> tuple[int, ...]:
+        """Epochs at whose report the trial may be stopped, so that it waits for the verdict."""
+
+    @property
+    def gpus(self) -> float:
+        """Of each rank; the lane fills it in."""
+
+    @property
+    def node(self) -> str:
+        """The machine that it runs on; the lane fills it in."""
+
+
+Target = Callable[[Any, Reporter], Result]
+
+
+# --- what ranks and Tune actor say to each other ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A rank has started: its actor's handle."""
+
+    rank: Any
+
+
+@dataclass(frozen=True)
+class Reported:
+    """An epoch's metrics; of ranks other than 0 None. `awaited`: the ranks wait for the verdict."""
+
+    metrics: Metrics | None
+    awaited: bool = False
+
+
+@dataclass(frozen=True)
+class Returned:
+    """The target returned."""
+
+    result: Result
+
+
+@dataclass(frozen=True)
+class Raised:
+    """The target raised: what stands for its result."""
+
+    result: Result
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The ranks no longer agree, so the lane is of no more use."""
+
+    result: Result
+
+
+@dataclass(frozen=True)
+class Silence:
+    """Nothing has come; seconds since any rank was heard of."""
+
+    seconds: float
+
+
+GO_ON, ABANDON, BREAK = "go on", "abandon", "broken"  # what ranks that meet are told
+
+
+class Mailbox:
+    """Where a lane's ranks meet each other and the Tune actor. A Ray actor; its methods interleave, none blocks."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.number = 0  # of the job submitted last
+        self.waiting_job: Work | None = None
+        self.idle: set[int] = set()
+        self.dealt: asyncio.Future[tuple[int, Work]] = asyncio.Future()
+        self.arrived: dict[int, Reported | Returned | Raised] = {}
+        self.settled: asyncio.Future[str] = asyncio.Future()
+        self.verdict: asyncio.Future[str] | None = None  # of the Tune actor, while the ranks wait for it
+        self.abandoned = 0  # number of the last job given up
+        self.events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        self.heard = time.monotonic()
+
+    # called by the Tune actor
+
+    async def submit(self, job: Work) -> int:
+        self.number += 1
+        self.waiting_job = job
+        self.heard = time.monotonic()
+        self._deal()
+        return self.number
+
+    async def next_event(self, number: int, wait_s: float) -> Any:
+        """The next event of job `number`, or Silence."""
+        while True:
+            try:
+                of, event = await asyncio.wait_for(self.events.get(), wait_s)
+            except TimeoutError:
+                silence = time.monotonic() - self.heard
+                raised = [event.result for event in self.arrived.values() if isinstance(event, Raised)]
+                return Broken(raised[0]) if raised and silence > ALONE_S else Silence(silence)
+            if of == number or isinstance(event, Joined):
+                return event
+
+    async def proceed(self, number: int) -> None:
+        """The verdict on the report that the ranks wait at: the trial goes on."""
+        if number == self.number:
+            self._decide(GO_ON)
+
+    async def abandon(self, number: int) -> None:
+        self.abandoned = number
+        if number == self.number:
+            self.waiting_job = None
+            self._decide(ABANDON)
+
+    # called by the ranks
+
+    async def join(self, rank: Any) -> None:
+        self.heard = time.monotonic()
+        self.events.put_nowait((0, Joined(rank)))
+
+    async def take(self, rank: int) -> tuple[int, Work]:
+        """The next job and its number, the same for all ranks, once all of them ask."""
+        self.idle.add(rank)
+        dealt = self.dealt
+        self._deal()
+        return await dealt
+
+    async def meet(self, rank: int, number: int, event: Reported | Returned | Raised) -> str:
+        """Wait for all ranks, and at an awaited report for the verdict; all get the same answer."""
+        self.heard = time.monotonic()
+        self.arrived[rank] = event
+        settled = self.settled
+        if len(self.arrived) == self.workers:
+            arrived, self.arrived = self.arrived, {}
+            self.settled = asyncio.Future()
+            self._settle(number, arrived, settled)
+        return await settled
+
+    async def beat(self) -> None:
+        self.heard = time.monotonic()
+
+    def _deal(self) -> None:
+        if self.waiting_job is not None and len(self.idle) == self.workers:
+            self.heard = time.monotonic()
+            self.dealt.set_result((self.number, self.waiting_job))
+            self.dealt = asyncio.Future()
+            self.waiting_job = None
+            self.idle.clear()
+
+    def _settle(
+        self, number: int, arrived: dict[int, Reported | Returned | Raised], settled: "asyncio.Future[str]"
+    ) -> None:
+        kinds = {type(event).__name__.lower() for event in arrived.values()}
+        raised = [event.result for event in arrived.values() if isinstance(event, Raised)]
+        out_of_memory = [result for result in raised if result.outcome is Outcome.OUT_OF_MEMORY]
+        # together, too, ranks may run out of memory in the middle of different collectives
+        if len(kinds) > 1 or (out_of_memory and self.workers > 1):
+            disagreement = Result(Outcome.BUG, error=f"the ranks disagree: {sorted(kinds)}")
+            self.events.put_nowait((number, Broken([*out_of_memory, *raised, disagreement][0])))
+            settled.set_result(BREAK)
+            return
+        event = arrived[0]
+        self.events.put_nowait((number, event))
+        if number != self.number or number == self.abandoned:
+            settled.set_result(ABANDON)
+        elif isinstance(event, Reported) and event.awaited:
+            self.verdict = settled
+        else:
+            settled.set_result(GO_ON)
+
+    def _decide(self, answer: str) -> None:
+        self.heard = time.monotonic()  # waiting for the driver is no hanging
+        if self.verdict is not None:
+            self.verdict.set_result(answer)
+            self.verdict = None
+
+
+# --- in the ranks ----------------------------------------------------------------------------------------------------
+
+
+def serve(target: Target, mailbox: Any, threads: int, gpus: float) -> None:
+    """The training loop of a lane's ranks: take a job, train it, take the next."""
+    import torch
+    from ray.train import get_context
+
+    torch.set_num_threads(threads)
+    libc = ctypes.CDLL(None)
+    rank = get_context().get_world_rank()
+    node = f"{ray.util.get_node_ip_address()} {ray.get_runtime_context().get_node_id()[:8]}"
+    ray.get(mailbox.join.remote(ray.get_runtime_context().current_actor))
+    gc.freeze()  # else each collection below looks at all of torch and Ray again, for a tenth of a second
+    while True:
+        number, job = ray.get(mailbox.take.remote(rank))
+        job = dataclasses.replace(job, node=node, gpus=gpus)
+        end = _run_target(target, job, _Reporter(mailbox, rank, number, job.stops_at))
+        if ray.get(mailbox.meet.remote(rank, number, end)) == BREAK:
+            raise RuntimeError("the ranks of this lane disagree")
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # raises, and so ends the lane, when the trial left the device in a broken state
+        gc.collect()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()  # other lanes may share this GPU
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)  # and this memory
+
+
+def _run_target(target: Target, job: Work, report: Reporter) -> Returned | Raised:
+    """How the job ended on this rank."""
+    try:
+        result = target(job, report)
+        if not isinstance(result, Result):
+            raise TypeError(f"the target returned {type(result).__name__}, expected a Result")
+        return Returned(result)
+    except MemoryError as error:
+        return Raised(Result(Outcome.OUT_OF_MEMORY, error=_first_line(error), traceback=traceback.format_exc()))
+    except Exception as error:
+        return Raised(Result(Outcome.BUG, error=_first_line(error), traceback=traceback.format_exc()))
+
+
+class _Reporter:
+    def __init__(self, mailbox: Any, rank: int, number: int, stops_at: tuple[int, ...]) -> None:
+        self._mailbox, self._rank, self._number, self._stops_at = mailbox, rank, number, stops_at
+        self._beaten = time.monotonic()
+
+    def __call__(self, metrics: Metrics) -> bool:
+        event = Reported(metrics if self._rank == 0 else None, awaited=metrics.get("epoch") in self._stops_at)
+        answer = ray.get(self._mailbox.meet.remote(self._rank, self._number, event))
+        if answer == BREAK:
+            raise SystemExit("the ranks of this lane disagree")  # past the target's own `except Exception`
+        return bool(answer == ABANDON)
+
+    def alive(self) -> None:
+        if time.monotonic() - self._beaten > BEAT_S:
+            self._beaten = time.monotonic()
+            self._mailbox.beat.remote()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

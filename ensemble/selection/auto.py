@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from ensemble.selection.blend import Blend, Probs
-from ensemble.selection.claim import Folds, HeldOut, deal_folds, leave_out
+from ensemble.selection.claim import FOLDS, Folds, HeldOut, deal, deal_folds, leave_out
 from ensemble.selection.limits import Limits
 from ensemble.selection.metrics import accuracy, brier, clearly_lower, log_loss, log_losses, standard_error
 from ensemble.selection.options import Option, Table, list_options
 from ensemble.selection.selectors import NINE
 
+NESTED_ROWS = 2000  # from here on what a fold's rows leave behind in the losses of the others is too little to matter
 FEWEST_ROWS = 40  # below that cross-validation cannot tell options apart, and the best single candidate is the answer
 
 
@@ -44,7 +45,7 @@ class Choice:
         blend: of all M candidates: weights, temperatures, and the average's temperature.
         option: the one that won, "best_single" when no ensemble was worth it.
         held_out: what the whole procedure, this choice among options included, predicts for rows that it did not see;
-            None when there are too few rows to leave some out.
+            None when there are too few rows to leave some out, or nobody asked.
         fitted: accuracy, log_loss and brier on the rows that the blend was fitted on. They flatter.
         options: all that was compared; empty when there were too few rows to compare.
     """
@@ -66,17 +67,26 @@ class Choice:
 
 def auto(probs: Probs, labels: np.ndarray, limits: Limits = NINE, seed: int = 0) -> Blend:
     """The blend of `choose_selector`, for whoever wants a selector like the others."""
-    return choose_selector(probs, labels, limits, seed).blend
+    return choose_selector(probs, labels, limits, seed, hold_out=False).blend
 
 
 def choose_selector(
-    probs: Probs, labels: np.ndarray, limits: Limits = NINE, seed: int = 0, single: int | None = None
+    probs: Probs,
+    labels: np.ndarray,
+    limits: Limits = NINE,
+    seed: int = 0,
+    single: int | None = None,
+    hold_out: bool = True,
 ) -> Choice:
     """Choose an option by repeated cross-validation on these rows, then fit it on all of them; see `_Rule`.
 
-    Screening, temperatures and weights are fitted anew in every fold, and the choice among options is made anew without
-    the rows of a fold before that fold counts in `held_out`. Deterministic for a seed, which deals the rows into folds.
-    Rows below FEWEST_ROWS: the best single candidate. single: see `leave_out`.
+    Screening, temperatures and weights are fitted anew in every fold. So is the choice among options before a fold
+    counts in `held_out`, by cross-validation inside the other folds: the losses that all rows gave would not do,
+    because every one of them comes from a fit that saw the fold. On 60 rows that flatters by one to two points
+    (benchmarks/coverage.py), from NESTED_ROWS on by nothing that could be seen.
+
+    single: see `leave_out`. hold_out: predict held-out rows, which takes most of the time. Deterministic for a seed,
+    which deals the rows into folds. Rows below FEWEST_ROWS: the best single candidate.
     """
     table = Table(probs, labels, limits)
     ensembles, singles = list_options(limits)
@@ -100,17 +110,21 @@ def choose_selector(
     ]
 
     def fit(repeat: int, fold: int) -> Blend:
-        """The blend of the option that the rows outside a fold choose."""
-        others = np.delete(losses, folds[repeat][fold], axis=1)
-        chosen = rule.choose(others)
+        """The blend of the option that the rows outside a fold choose among themselves."""
+        rows = np.setdiff1d(np.arange(len(labels)), folds[repeat][fold])
+        inner = losses[:, rows]
+        if len(rule.options) > 1 and len(labels) < NESTED_ROWS:
+            within = [[rows[part] for part in deal(labels[rows], FOLDS, np.random.default_rng([seed, fold]))]]
+            inner = _cross_validate(table, rule.options, within)[1][:, rows]
+        chosen = rule.choose(inner)
         if rule.is_alone(chosen, blends[repeat][fold][chosen]):
-            chosen = rule.choose_single(others)
+            chosen = rule.choose_single(inner)
         return blends[repeat][fold][chosen]
 
     return Choice(
         blend,
         rule.options[chosen],
-        leave_out(table, folds, fit, single),
+        leave_out(table, folds[:1], fit, single) if hold_out else None,
         _scores(blend(probs), labels),
         tuple(options) if len(options) > 1 else (),
     )
@@ -151,15 +165,15 @@ class _Rule:
 def _cross_validate(table: Table, options: list[Option], folds: Folds) -> tuple[list[list[list[Blend]]], np.ndarray]:
     """O options fitted without every fold: the blends by repeat, fold and option, and losses (O, N).
 
-    A row's loss is its log-loss under the blends that did not see it, as a mean over repeats.
+    A row's loss is its log-loss under the blends that did not see it, as a mean over repeats. Rows that are in no fold
+    take no part.
     """
-    n = len(table.labels)
-    losses = np.zeros((len(options), n))
+    losses = np.zeros((len(options), len(table.labels)))
     blends: list[list[list[Blend]]] = []
     for parts in folds:
         blends.append([])
         for held in parts:
-            fold = table.on(np.setdiff1d(np.arange(n), held))
+            fold = table.on(np.setdiff1d(np.concatenate(parts), held))
             blends[-1].append([fold.fit(option) for option in options])
             for o, blend in enumerate(blends[-1][-1]):
                 losses[o, held] += log_losses(table.predict(blend, held), table.labels[held]) / len(folds)

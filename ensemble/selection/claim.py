@@ -21,8 +21,8 @@ MANY_ROWS = 5000  # from here on the rows are dealt once: how the folds fall no 
 FEW_ROWS, MORE_FOLDS, FEWER_REPEATS = 200, 10, 2  # below that a fifth of the rows is missed
 VARIANCE = 1.15
 """By how much cross-validation varies more than as many independent rows would: what is fitted without a fold differs
-from what is fitted on all rows, and each fold took part in fitting for the others (Bates et al. 2023, "Cross-Validation:
-What Does It Estimate"). 0.9 to 1.15 in the cells of benchmarks/coverage.py; the largest is taken, for all."""
+from what is fitted on all rows, and each fold took part in fitting for the others (Bates et al. 2023, "Cross-
+validation: what does it estimate"). 0.9 to 1.15 in most cells of benchmarks/coverage.py."""
 Folds = list[list[np.ndarray]]
 """The rows (indices) of each fold, for each repeat."""
 
@@ -107,7 +107,7 @@ def claim(held: HeldOut) -> dict[str, Any]:
 
 
 def accuracy_interval(right: np.ndarray, z: float = Z95) -> tuple[float, float]:
-    """Interval of the accuracy of what is fitted on all rows, from how often each row is right held out, (N,) in 0 to 1.
+    """Interval of the accuracy from how often each row is right, held out: (N,) in 0 to 1.
 
     Wilson's (1927) for a number of rows that is lower by VARIANCE.
     """

@@ -89,7 +89,7 @@ def choose_selector(
     which deals the rows into folds. Rows below FEWEST_ROWS: the best single candidate.
     """
     table = Table(probs, labels, limits)
-    ensembles, singles = list_options(limits)
+    ensembles, singles = list_options(limits, probs[0].shape[1])
     whole = table.on(np.arange(len(labels)))
     if len(labels) < FEWEST_ROWS or len(probs) == 1:
         option = ensembles[1] if limits.min_per_group else singles[0]

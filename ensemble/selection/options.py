@@ -15,12 +15,14 @@ from ensemble.selection.limits import Limits
 from ensemble.selection.metrics import correct, log_losses, true_class
 from ensemble.selection.scorers import Brier, LogLoss
 from ensemble.selection.selectors import grow, trim, uniform_from
+from ensemble.selection.stacking import small_layer
 
 POOL = 100  # most accurate candidates that are looked at
 BRIER_POOL = 40  # of which the Brier score, whose products of predictions cost most, looks at those of lowest log-loss
 SIZES = (5, 3)  # member counts tried below limits.k
 SPREADS = {"none": 0.0, "tight": 0.1, "wide": 0.3, "free": np.inf}
 """Standard deviations of the prior on the logarithm of a temperature; see `shrink`. "none": every temperature is 1."""
+STACKED_CLASSES = 50  # above that a file with a stacked layer is large
 BAGS, BAG_STEPS = 20, 20
 EM_ITERATIONS = 60
 
@@ -37,7 +39,7 @@ class Option:
 GREEDY = Option("greedy", 9, "none")
 
 
-def list_options(limits: Limits) -> tuple[list[Option], list[Option]]:
+def list_options(limits: Limits, classes: int) -> tuple[list[Option], list[Option]]:
     """The ways to make an ensemble, the default first, and the ways to leave it at a single candidate, likewise."""
     k = limits.k
     least = limits.min_per_group * len(np.unique(limits.groups)) if limits.groups is not None else 1
@@ -48,6 +50,7 @@ def list_options(limits: Limits) -> tuple[list[Option], list[Option]]:
         *(Option("greedy", size, name) for size in smaller for name in ("none", "wide")),
         *(Option(selector, k, name) for selector in ("brier", "convex", "uniform") for name in ("none", "wide")),
         Option("bagged", k, "wide"),
+        *(Option("stacked", k, name) for name in ("tight", "wide") if classes <= STACKED_CLASSES),
     ]
     return ensembles, [Option("best_single", 1, "none"), Option("best_single", 1, "wide")]
 
@@ -115,6 +118,8 @@ class Fold:
 
     def fit(self, option: Option) -> Blend:
         """What an option finds on these rows, as a blend of all M candidates."""
+        if option.selector == "stacked":
+            return self._stacked(option)
         limits, name = self.limits.at_most(min(option.k, self.limits.k)), option.temperatures
         found = {
             "greedy": lambda: grow(copy(self.scorer(name)), limits),
@@ -185,6 +190,20 @@ class Fold:
             drawn = rng.integers(0, n, n)
             weights[some] += grow(LogLoss(scorer.true[np.ix_(some, drawn)]), limits, BAG_STEPS) / BAGS
         return trim(weights, limits, scorer.order)
+
+    def _stacked(self, option: Option) -> Blend:
+        """A small stacked layer on the greedy members; its prior is around their weights, as free as temperatures."""
+        mixed = self.fit(replace(option, selector="greedy"))
+        members = np.flatnonzero(mixed.weights)
+        if len(members) == 1:
+            return mixed
+        parts = [np.take(self.table.probs[m], self.rows, axis=0) for m in members.tolist()]
+        start = mixed.weights[members] / mixed.temperature
+        stack = small_layer(parts, self.labels, start, SPREADS[option.temperatures])
+        shares = np.maximum(np.abs(stack.coefficients[0, :, 0]), 1e-6)
+        weights = np.zeros(len(mixed.weights))
+        weights[members] = shares / shares.sum()
+        return Blend(weights, stack=stack)
 
     def _single(self, limits: Limits) -> np.ndarray:
         fits = limits.allowed(np.zeros(len(self.pool), bool))

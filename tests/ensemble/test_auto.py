@@ -33,7 +33,7 @@ def test_models_that_complement_each_other_become_an_ensemble():
     found = claim(choice.held_out)
     assert found["accuracy"] <= choice.fitted["accuracy"] + 0.02
     assert found["log_loss"] >= choice.fitted["log_loss"] - 0.02
-    everything = {"greedy", "brier", "convex", "bagged", "uniform", "best_single"}
+    everything = {"greedy", "brier", "convex", "bagged", "stacked", "uniform", "best_single"}
     assert {option.selector for option in choice.options} == everything
     chosen = [option for option in choice.options if option.error == 0]
     assert asdict(choice.option).items() <= asdict(chosen[0]).items()
@@ -82,7 +82,7 @@ def test_where_nothing_is_learned_about_a_temperature_it_is_1():
 
 
 @pytest.mark.parametrize("temperatures", options.SPREADS)
-@pytest.mark.parametrize("selector", ["greedy", "brier", "convex", "bagged", "uniform", "best_single"])
+@pytest.mark.parametrize("selector", ["greedy", "brier", "convex", "bagged", "stacked", "uniform", "best_single"])
 def test_what_is_fitted_on_some_rows_knows_nothing_of_the_others(selector, temperatures, monkeypatch):
     """Neither which candidates are looked at, nor temperatures, nor weights: the others can be anything."""
     monkeypatch.setattr(options, "POOL", 10)
@@ -92,10 +92,16 @@ def test_what_is_fitted_on_some_rows_knows_nothing_of_the_others(selector, tempe
     others = np.setdiff1d(np.arange(300), rows)
     changed, wrong = probs.copy(), labels.copy()
     changed[:, others], wrong[others] = rng.permutation(probs[:, others]), rng.permutation(labels[others])
+    if selector == "stacked" and options.SPREADS[temperatures] in (0, np.inf):
+        temperatures = "tight"  # it is always held by its prior
     option = Option(selector, 5, temperatures)
     one, other = (Table(p, y, Limits()).on(rows).fit(option) for p, y in ((probs, labels), (changed, wrong)))
     assert np.array_equal(one.weights, other.weights)
-    assert np.array_equal(one.temperatures, other.temperatures)
+    if one.stack is None:
+        assert np.array_equal(one.temperatures, other.temperatures)
+    else:
+        assert np.array_equal(one.stack.coefficients, other.stack.coefficients)
+        assert np.array_equal(one.stack.intercept, other.stack.intercept)
     assert one.temperature == other.temperature
 
 

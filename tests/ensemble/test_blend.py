@@ -95,6 +95,26 @@ def test_stacking_is_the_layer_of_scikit_learn(classes):
     assert min(np.abs(blend(probs) - layer.predict_proba(features)).max() for layer in layers) < 1e-5
 
 
+def test_the_small_layer_is_the_optimum_and_learns_what_classes_are_called_too_often():
+    probs, labels = make_pool(3, 600, 3)
+    biased = probs * np.array([3, 1, 1], np.float32)  # class 0 is called too often
+    biased /= biased.sum(axis=2, keepdims=True)
+    start = np.array([0.5, 0.3, 0.2])
+    stack = stacking.small_layer(biased, labels, start, 0.3)
+    assert stack.intercept[0] < min(stack.intercept[1:]) - 0.3
+    logs = np.log(biased.astype(np.float64))
+
+    def loss(x):
+        scores = np.tensordot(x[:3], logs, 1) + x[3:]
+        chosen = scores[np.arange(600), labels] - np.logaddexp.reduce(scores, axis=1)
+        return 0.5 / 0.3**2 * (((x[:3] - start) ** 2).sum() + (x[3:] ** 2).sum()) - chosen.sum()
+
+    found = np.r_[stack.coefficients[0, :, 0], stack.intercept]
+    assert loss(found) == pytest.approx(optimize.minimize(loss, np.r_[start, np.zeros(3)]).fun, abs=1e-3)
+    held = stacking.small_layer(biased, labels, start, 1e-3)
+    assert held.coefficients[0, :, 0] == pytest.approx(start, abs=1e-2), "the prior holds it"
+
+
 def test_stacking_without_enough_rows_of_a_class_is_the_best_single():
     probs, labels = make_pool(3, 40, 3)
     labels = np.where(labels == 2, 0, labels)

@@ -15,7 +15,7 @@ from ensemble import select
 from ensemble.file import Ensemble, Member, read_ensemble, write_ensemble
 from ensemble.pool import load_pool
 from ensemble.select import Select, choose
-from ensemble.selection.blend import Blend
+from ensemble.selection.blend import Blend, Stack
 from ensemble.selection.metrics import accuracy, log_loss
 from tests.ensemble.test_selection import make_pool
 from trainables.config import TrialConfig
@@ -60,7 +60,11 @@ def test_the_command_writes_what_it_prints_and_needs_neither_torch_nor_ray(tmp_p
     weights[index] = ensemble.weights
     temperatures[index] = [member.temperature for member in ensemble.members]
     average = ensemble.predict([probs[m] for m in index])
-    assert np.array_equal(average.argmax(axis=1), Blend(weights, temperatures)(probs).argmax(axis=1))
+    stack = ensemble.stack
+    if stack is not None:  # its members are in the ensemble's order; a blend's are in the pool's
+        stack = Stack(stack.coefficients[:, np.argsort(index)], stack.intercept)
+    blend = Blend(weights, temperatures, stack, ensemble.temperature)
+    assert np.allclose(average, blend(probs), atol=1e-6)
     scores = ensemble.scores["select"]
     assert scores["accuracy"] == pytest.approx(accuracy(average, labels))
     assert scores["log_loss"] == pytest.approx(log_loss(average, labels))

@@ -15,8 +15,8 @@ part is the same for all (images are difficult for everybody), a part is shared 
 own. They differ in skill and in calibration. With a search on the rows, half of the candidates are variations of the
 ones that scored best on the tune rows so far, and each is the best of several epochs there; select rows are others.
 
-Each draw is appended to FILE as a line of JSON; draws that it holds already are not made again. A draw takes about three
-seconds, so 1,000 a cell (200 above 1,000 candidates) take a day of one core, and a hundred of one cell five minutes.
+Each draw is appended to FILE as a line of JSON; draws that it holds already are not made again. A draw takes about
+three seconds: 1,000 a cell (200 above 1,000 candidates) take a day of one core, a hundred of one cell five minutes.
 """
 
 import json

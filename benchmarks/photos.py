@@ -90,7 +90,7 @@ def swept(folder: Path, held: Path, minutes: float, seed: int, work: Path) -> tu
     subprocess.run(predict, check=True, stdout=subprocess.DEVNULL)
     rows = [line.split(",") for line in csv.read_text().splitlines()[1:]]
     report = json.loads((run / "report.json").read_text())
-    claim = report["select"]["select"]
+    claim = report["select"]["claim"]
     return {row[0]: row[1] for row in rows}, {"claimed": claim["accuracy"], "interval": claim["interval"]}
 
 

@@ -16,6 +16,7 @@ from ensemble.pool import load_pool
 from trainables.data.dataset import default_cache
 from trainables.run_directory import open_run, read_run
 
+ALL = 10**6  # images of a class: more than there are
 FORMAT = 1  # of the kept pools; raise it when a pool is made otherwise
 
 
@@ -37,11 +38,18 @@ def of_run(path: str) -> Predictions:
     return Predictions(name, np.stack([np.asarray(p) for p in pool.probs]), pool.labels)
 
 
-def of_scikit_learn(cifar10: Path | None, intel: Path | None) -> Iterator[Predictions]:
-    """Two pools on scikit-learn's digits, and two on each image folder (ROOT/train/<class>/*) that is given."""
+def of_scikit_learn(cifar10: Path | None, intel: Path | None, trash: Path | None) -> Iterator[Predictions]:
+    """Pools on data sets of scikit-learn's, and on each image folder (ROOT/train/<class>/*) that is given.
+
+    "breast cancer" has two classes and few rows, "trash both" a class of 5 %, "cifar10 many" 140 models.
+    """
     yield _kept("digits pixels", lambda: _digits(hog=False), train=600)
     yield _kept("digits gradients", lambda: _digits(hog=True), train=300)
+    yield _kept("breast cancer", _breast_cancer, train=150)
+    if trash is not None:
+        yield _kept("trash both", lambda: _folder(trash, ALL, 48, "both"), train=800)
     if cifar10 is not None:
+        yield _kept("cifar10 many", lambda: _folder(cifar10, 450, 32, "both"), train=2500, make=_many_classifiers)
         yield _kept("cifar10 gradients", lambda: _folder(cifar10, 450, 32, "gradients"), train=2500)
         yield _kept("cifar10 colours", lambda: _folder(cifar10, 450, 32, "colours"), train=2500)
     if intel is not None:
@@ -49,15 +57,23 @@ def of_scikit_learn(cifar10: Path | None, intel: Path | None) -> Iterator[Predic
         yield _kept("intel both", lambda: _folder(intel, 600, 48, "both"), train=1600)
 
 
-def _kept(name: str, features: Callable[[], tuple[np.ndarray, np.ndarray]], train: int) -> Predictions:
-    """The pool of that name, made now unless it is kept: `train` rows to learn from, all others predicted."""
+def _kept(
+    name: str,
+    features: Callable[[], tuple[np.ndarray, np.ndarray]],
+    train: int,
+    make: Callable[[int], list[Any]] | None = None,
+) -> Predictions:
+    """The pool of that name, made now unless it is kept: `train` rows to learn from, all others predicted.
+
+    make: classifiers for that number of features; default: `_classifiers`.
+    """
     path = default_cache() / "pools" / f"{name.replace(' ', '-')}-{FORMAT}.npz"
     if not path.exists():
         x, labels = features()
         order = np.random.default_rng(0).permutation(len(labels))
         learn, rest = order[:train], order[train:]
         probs = []
-        for model in _classifiers(x.shape[1]):
+        for model in (make or _classifiers)(x.shape[1]):
             model.fit(x[learn], labels[learn])
             predicted = np.asarray(model.predict_proba(x[rest]), np.float32)
             probs.append(predicted / predicted.sum(axis=1, keepdims=True))
@@ -104,6 +120,42 @@ def _classifiers(features: int) -> list[Any]:
     models += [reduced(QuadraticDiscriminantAnalysis(solver="eigen", shrinkage=s)) for s in (0.1, 0.5)]
     models += [GaussianNB(), DecisionTreeClassifier(max_depth=8, random_state=0)]
     return models
+
+
+def _many_classifiers(features: int, count: int = 140) -> list[Any]:
+    """A search's worth of classifiers: networks, linear layers and trees of random settings on random features."""
+    from sklearn.ensemble import ExtraTreesClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+    rng = np.random.default_rng(0)
+    models = []
+    for seed in range(count):
+        columns = np.sort(rng.permutation(features)[: int(features * rng.uniform(0.3, 1))])
+        kind = rng.choice(["network", "network", "linear", "trees"])
+        if kind == "network":
+            hidden, penalty = int(2 ** rng.uniform(3, 7)), 10 ** rng.uniform(-4, 1)
+            rate, epochs = 10 ** rng.uniform(-3.5, -2), int(rng.integers(5, 30))
+            model: Any = MLPClassifier(
+                (hidden,), alpha=penalty, learning_rate_init=rate, max_iter=epochs, random_state=seed
+            )
+        elif kind == "linear":
+            model = LogisticRegression(C=10 ** rng.uniform(-4, 0), max_iter=100)
+        else:
+            depth = int(rng.integers(4, 20))
+            model = ExtraTreesClassifier(40, max_depth=depth, random_state=seed)
+        part = FunctionTransformer(np.take, kw_args={"indices": columns, "axis": 1})
+        models.append(make_pipeline(part, StandardScaler(), model))
+    return models
+
+
+def _breast_cancer() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_breast_cancer
+
+    found = load_breast_cancer()
+    return found.data, found.target
 
 
 def _digits(hog: bool) -> tuple[np.ndarray, np.ndarray]:

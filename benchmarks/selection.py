@@ -5,7 +5,8 @@
 Seconds and CPU seconds (of all its processes) of the fit alone, and accuracy and log-loss on as many held-out rows. The
 matrices are simulated: models share what is hard about a row and differ in noise and sharpness. Peers have no limit on
 members, so what to compare them with is "ours"; "ours, k = 9" is what `ensemble.select --top-k 9 --selector greedy`
-does. Then how seconds grow with the number of models, and the seconds and memory of 1,000 models x 10,000 rows x 100
+does. Then how seconds grow with the number of models, the seconds of `auto` with its claim among 2,000 models x 1,000
+rows x 10 classes, which should be below 10, and the seconds and memory of 1,000 models x 10,000 rows x 100
 classes in memory-mapped files (needs 4 GB of disk). On a busy machine the CPU seconds are the ones to trust.
 
 Takes about ten minutes on two idle cores, nearly all of them the peers'; `--no-peers` takes one.
@@ -28,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers import Job, run_peers
+from ensemble.selection.auto import choose_selector
 from ensemble.selection.blend import Probs, combine
 from ensemble.selection.limits import Limits
 from ensemble.selection.metrics import accuracy, log_loss
@@ -35,6 +37,7 @@ from ensemble.selection.selectors import Score, greedy
 from trainables.errors import UserError, exit_on_user_error
 
 LARGE = (1000, 10_000, 100)
+MANY = (2000, 1000, 10)
 PEERS = ("phem", "phem, all cores", "autogluon.core")
 WIDTH = 110  # of the table, also where there is no terminal
 REPEATS = 3  # of our own fits, of which the median is told
@@ -142,6 +145,15 @@ def growth(args: Selection) -> list[dict[str, float]]:
     return points
 
 
+def whole() -> dict[str, float]:
+    """Seconds and CPU seconds of `auto` among MANY candidates: options, cross-validation and claim."""
+    labels = draw_labels(*MANY[1:])
+    probs = [simulate(m, labels, MANY[2]) for m in range(MANY[0])]
+    start, cpu = time.perf_counter(), time.process_time()
+    choose_selector(probs, labels)
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+
+
 def large(args: Selection) -> dict[str, float]:
     """Seconds and peak memory of selecting among LARGE predictions in files, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -151,8 +163,8 @@ def large(args: Selection) -> dict[str, float]:
             np.save(f"{folder}/{m:04d}.npy", simulate(m, labels, LARGE[2]))
         script = (
             "import resource, sys, time, numpy as np, json\n"
-            "from ensemble.limits import Limits\n"
-            "from ensemble.selection import greedy\n"
+            "from ensemble.selection.limits import Limits\n"
+            "from ensemble.selection.selectors import greedy\n"
             "folder, models, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])\n"
             "start = time.perf_counter()\n"
             "probs = [np.load(f'{folder}/{m:04d}.npy', mmap_mode='r') for m in range(models)]\n"
@@ -191,6 +203,10 @@ def show(args: Selection, figures: dict[str, Any]) -> None:
         f"{point['models']:.0f}: {point['seconds']:.3f} ({point['cpu_seconds']:.3f})" for point in figures["growth"]
     ]
     console.print(f"ours on log-loss, seconds (CPU seconds) by number of models: {', '.join(grown)}")
+    console.print(
+        f"auto with its claim, {MANY[0]:,} models x {MANY[1]:,} rows x {MANY[2]} classes: "
+        f"{figures['auto']['seconds']:.1f} s ({figures['auto']['cpu_seconds']:.1f} CPU s)"
+    )
     if figures["large"]:
         told = figures["large"]
         console.print(
@@ -204,7 +220,7 @@ def main() -> None:
         args = tyro.cli(Selection, description=Selection.__doc__, prog="python -m benchmarks.selection")
         if min(args.models, args.rows, args.steps) < 1 or args.classes < 2:
             raise UserError("--models, --rows and --steps are at least 1, --classes at least 2")
-        figures: dict[str, Any] = {"growth": growth(args), "rows": [], "large": {}}
+        figures: dict[str, Any] = {"growth": growth(args), "rows": [], "auto": whole(), "large": {}}
         figures["rows"] = [_plain(row) for row in compare(args)]
         if args.large:
             figures["large"] = large(args)

@@ -1,11 +1,12 @@
 """Which selector helps, and does any: all of them on real pools, fitted on half of the rows, scored on the others.
 
-    python -m benchmarks.selection_quality [--run PATH ...] [--cifar10 DIR] [--intel DIR] [--json FILE]
+    python -m benchmarks.selection_quality [--run PATH ...] [--cifar10 DIR] [--intel DIR]
+                                         [--trash DIR] [--json FILE]
 
-Pools are sweeps of this project (--run) and scikit-learn's classifiers on digits and on the two image folders (see
-benchmarks/pools.py). For each pool the halves are drawn 20 times. In every draw the selectors are ranked by accuracy
-and by log-loss on the test half, and compared with the candidate that was most accurate on the select half. The table
-gives means over pools of means over draws:
+Pools are sweeps of this project (--run) and scikit-learn's classifiers on digits, on a table and on the three image
+folders (see benchmarks/pools.py). For each pool the halves are drawn 20 times. In every draw the selectors are ranked
+by accuracy, log-loss and balanced accuracy on the test half, and compared with the candidate that was most accurate on
+the select half. The table gives means over pools of means over draws:
 
 - rank: 1 is best, ties share; "tied" when the 95 % interval of the rank's distance to the best one's holds 0, by a
   bootstrap that draws pools first and then draws of each;
@@ -38,7 +39,7 @@ from ensemble.selection.auto import auto
 from ensemble.selection.blend import Blend, tempered
 from ensemble.selection.convex import convex
 from ensemble.selection.limits import Limits
-from ensemble.selection.metrics import accuracy, log_loss
+from ensemble.selection.metrics import accuracy, balanced_accuracy, log_loss
 from ensemble.selection.selectors import accuracy_weighted, best_single, greedy, uniform
 from ensemble.selection.stacking import stacking
 from trainables.errors import UserError, exit_on_user_error
@@ -60,9 +61,13 @@ SELECTORS: dict[str, Selector] = {
     "accuracy weighted": accuracy_weighted,
 }
 PEERS = {f"{peer} {score}": (peer, score) for peer in ("phem", "autogluon.core") for score in ("log_loss", "accuracy")}
+METRICS = {"accuracy": accuracy, "log_loss": log_loss, "balanced_accuracy": balanced_accuracy}
+SHORT = ("acc", "ll", "bal")
+SIGNS = (1, -1, 1)  # a higher log-loss is worse
+SCALES = np.array([100, -1, 100])  # from a difference to a gain: points, nats, points
 PEER_STEPS = 50
 BOOTSTRAPS = 2000
-WIDTH = 110  # of the tables, also where there is no terminal
+WIDTH = 130  # of the tables, also where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class SelectionQuality:
 
     Attributes:
         run: run directories of sweeps, each a pool.
-        cifar10, intel: image folders with train/<class>/*; without one, its pools are left out.
+        cifar10, intel, trash: image folders with train/<class>/*; without one, its pools are left out.
         draws: how often the halves are drawn.
         top_k: most members of our ensembles.
         select_rows: rows to select on, when that is fewer than half.
@@ -82,6 +87,7 @@ class SelectionQuality:
     run: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     cifar10: Path | None = Path("data/cifar10")
     intel: Path | None = Path("data/intel96")
+    trash: Path | None = Path("data/trash")
     draws: int = 20
     top_k: int = 9
     select_rows: int | None = None
@@ -91,7 +97,7 @@ class SelectionQuality:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """One pool: scores (D draws, S selectors, [test accuracy, test log-loss]) and mean seconds of a fit, (S,)."""
+    """One pool: scores (D draws, S selectors, one for each of METRICS) and mean seconds of a fit, (S,)."""
 
     pool: str
     models: int
@@ -124,13 +130,13 @@ def measure(pool: Predictions, args: SelectionQuality, peers: dict[str, tuple[st
     """Fit everything on every draw of one pool."""
     names = [*SELECTORS, *peers]
     drawn = [halves(pool, draw, args.select_rows) for draw in range(args.draws)]
-    scores = np.full((args.draws, len(names), 2), np.nan)
+    scores = np.full((args.draws, len(names), len(METRICS)), np.nan)
     seconds = np.zeros((args.draws, len(names)))
 
     def score(d: int, s: int, blend: Blend) -> None:
         test = drawn[d][1]
         together = blend([p[test] for p in pool.probs])
-        scores[d, s] = accuracy(together, pool.labels[test]), log_loss(together, pool.labels[test])
+        scores[d, s] = [metric(together, pool.labels[test]) for metric in METRICS.values()]
 
     for d, (select, _) in enumerate(drawn):
         part = [np.ascontiguousarray(p[select]) for p in pool.probs]
@@ -151,8 +157,8 @@ def measure(pool: Predictions, args: SelectionQuality, peers: dict[str, tuple[st
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:
-    """Ranks (D, S, 2) by accuracy, highest first, and by log-loss, lowest first; ties share the mean."""
-    return np.stack([rankdata(-scores[..., 0], axis=1), rankdata(scores[..., 1], axis=1)], axis=-1)
+    """Ranks (D, S, len(METRICS)), the best first; ties share the mean."""
+    return np.stack([rankdata(-sign * scores[..., i], axis=1) for i, sign in enumerate(SIGNS)], axis=-1)
 
 
 def tied_with_best(by_pool: list[np.ndarray]) -> np.ndarray:
@@ -170,30 +176,25 @@ def tied_with_best(by_pool: list[np.ndarray]) -> np.ndarray:
 
 
 def summarise(results: list[Result], names: list[str]) -> list[dict[str, Any]]:
-    """One row a selector, in the order of the mean of its two ranks."""
+    """One row a selector, in the order of the mean of its ranks."""
     ranked = [ranks(result.scores) for result in results]
     rank = np.mean([r.mean(axis=0) for r in ranked], axis=0)
-    tied = np.stack([tied_with_best([r[..., i] for r in ranked]) for i in (0, 1)], axis=-1)
-    gains = [(result.scores - result.scores[:, [names.index(SINGLE)]]) * np.array([100, -1]) for result in results]
+    tied = np.stack([tied_with_best([r[..., i] for r in ranked]) for i in range(len(METRICS))], axis=-1)
+    gains = [(result.scores - result.scores[:, [names.index(SINGLE)]]) * SCALES for result in results]
     gain = np.mean([g.mean(axis=0) for g in gains], axis=0)
     worse = np.mean([(g < 0).mean(axis=0) for g in gains], axis=0)
     seconds = np.mean([result.seconds for result in results], axis=0)
     rows = []
     for s in np.argsort(rank.sum(axis=1), kind="stable").tolist():
-        rows.append(
-            {
-                "selector": names[s],
-                "accuracy_rank": float(rank[s, 0]),
-                "accuracy_tied": bool(tied[s, 0]),
-                "log_loss_rank": float(rank[s, 1]),
-                "log_loss_tied": bool(tied[s, 1]),
-                "accuracy_gain_points": float(gain[s, 0]),
-                "log_loss_gain": float(gain[s, 1]),
-                "accuracy_worse": float(worse[s, 0]),
-                "log_loss_worse": float(worse[s, 1]),
-                "seconds": float(seconds[s]),
+        row: dict[str, Any] = {"selector": names[s], "seconds": float(seconds[s])}
+        for i, metric in enumerate(METRICS):
+            row[metric] = {
+                "rank": float(rank[s, i]),
+                "tied": bool(tied[s, i]),
+                "gain": float(gain[s, i]),
+                "worse": float(worse[s, i]),
             }
-        )
+        rows.append(row)
     return rows
 
 
@@ -213,15 +214,17 @@ def show(results: list[Result], rows: list[dict[str, Any]], names: list[str], ar
     console.print(pools)
     table = Table(title="means over pools; * tied with the best", title_justify="left", box=SIMPLE)
     table.add_column("selector", no_wrap=True)
-    for heading in ("rank acc", "rank ll", "gain acc", "gain ll", "worse acc", "worse ll", "seconds"):
+    for heading in (*(f"{what} {short}" for what in ("rank", "gain", "worse") for short in SHORT), "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        stars = ["*" if row[f"{score}_tied"] else " " for score in ("accuracy", "log_loss")]
+        scores = [row[metric] for metric in METRICS]
         table.add_row(
-            row["selector"], f"{row['accuracy_rank']:.2f}{stars[0]}", f"{row['log_loss_rank']:.2f}{stars[1]}",
-            f"{row['accuracy_gain_points']:+.2f}", f"{row['log_loss_gain']:+.4f}",
-            f"{row['accuracy_worse']:.1%}", f"{row['log_loss_worse']:.1%}", f"{row['seconds']:.3f}",
-        )  # fmt: skip
+            row["selector"],
+            *(f"{score['rank']:.2f}{'*' if score['tied'] else ' '}" for score in scores),
+            *(f"{score['gain']:+.{digits}f}" for score, digits in zip(scores, (2, 4, 2), strict=True)),
+            *(f"{score['worse']:.1%}" for score in scores),
+            f"{row['seconds']:.3f}",
+        )
     console.print(table)
 
 
@@ -233,7 +236,8 @@ def main() -> None:
         if args.draws < 2:
             raise UserError(f"--draws is {args.draws}, expected at least 2")
         folders = [
-            path if path is not None and (path / "train").is_dir() else None for path in (args.cifar10, args.intel)
+            path if path is not None and (path / "train").is_dir() else None
+            for path in (args.cifar10, args.intel, args.trash)
         ]
         peers = working_peers() if args.peers else {}
         names = [*SELECTORS, *peers]

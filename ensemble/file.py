@@ -91,10 +91,12 @@ class Ensemble:
         members: heaviest first.
         selector: which one chose them, for example "greedy".
         split_fingerprint: of the splits that it was chosen on.
-        scores: `scores["select"]` is the ensemble on the select split: `accuracy` with its 95 % `interval`, `log_loss`,
-            `brier`, `ece`, and where that was measured: `split`, `images`, `shared` (the split also served to tune).
-            `scores["best_single"]` is the same for the most accurate single candidate, with its `id`;
-            `scores["gain"]` is the difference, `scores["cross_validated"]` (of `auto`) what to expect on new images.
+        scores: `scores["claim"]` is what to expect on new images: `accuracy` with its 95 % `interval`, `log_loss`,
+            `brier`, `ece`, all of the whole selection on rows that it did not see, `gain` (`accuracy`, `interval`) over
+            the best single candidate, and where that was measured: `split`, `images`, `shared` (the split also served
+            to tune). Older files have none. `scores["best_single"]` and `scores["best_single_calibrated"]` are the same
+            for that candidate, with its `id`; `scores["gain"]` is the difference again; `scores["select"]` is the
+            ensemble on the rows that it was chosen on, which flatters it.
         stack: the linear layer that replaces the weighted average when the selector is "stacking".
         temperature: by which the log-probabilities of the average are divided in the end; 1 leaves them as they are.
         options: what the selector was asked for.
@@ -126,6 +128,11 @@ class Ensemble:
     def weights(self) -> np.ndarray:
         """(len(members),) float64, in the members' order."""
         return np.array([member.weight for member in self.members])
+
+    @property
+    def claim(self) -> dict[str, Any] | None:
+        """What to expect on new images, `scores["claim"]`; None in a file that was written before there were claims."""
+        return self.scores.get("claim")
 
     def single(self) -> Member | None:
         """The best single model that the ensemble was compared with, alone; None when its scores do not name it."""

@@ -49,6 +49,18 @@ class Pool:
         """What Member.run says about where candidate m lies: "" for the first run."""
         return relative_run(self.candidates[m].path.parent.parent, self.runs[0])
 
+    def best_on_tune(self) -> int | None:
+        """The candidate that is most accurate on the tune split, the lower log-loss there breaking ties.
+
+        None where tune and select are the same images, or a candidate does not say how it did there. Named so, the
+        candidate was not chosen for its luck on the rows that it is scored on.
+        """
+        metrics = [candidate.info.metrics for candidate in self.candidates]
+        if self.shared or not all("tune_accuracy" in m for m in metrics):
+            return None
+        keys = [(-m["tune_accuracy"], m.get("tune_log_loss", np.inf)) for m in metrics]
+        return min(range(len(keys)), key=keys.__getitem__)
+
     def numbers(self, key: str) -> np.ndarray:
         """A number of every candidate's candidate.json, such as "latency_ms", float64 (M,); NaN where it has none."""
         return np.array([_number(getattr(candidate.info, key)) for candidate in self.candidates])

@@ -1,28 +1,48 @@
 """The ensemble so far: what a sweep chooses again after every candidate."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from upath import UPath
 
 from ensemble.pool import load_pool
-from ensemble.selection.blend import combine
+from ensemble.selection.blend import Blend, scale
 from ensemble.selection.limits import Limits
-from ensemble.selection.metrics import accuracy, log_loss
-from ensemble.selection.selectors import greedy
+from ensemble.selection.metrics import accuracy, clearly_lower, log_loss, log_losses, true_class
+from ensemble.selection.options import SPREADS, temperature_of
+from ensemble.selection.scorers import LogLoss
+from ensemble.selection.selectors import grow
 from trainables.run_directory import Candidate, list_candidates, select_labels
 
 LIVE_POOL = 60  # the ensemble so far is chosen among that many best candidates, to keep a step cheap
+SPREAD = SPREADS["wide"]  # as in the default option of the final rule
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A candidate: its predictions (N, C), their temperature, and at that the probability of each label, (N,)."""
+
+    id: str
+    accuracy: float
+    loss: float
+    probs: np.ndarray
+    temperature: float
+    true: np.ndarray
 
 
 class EnsembleSoFar:
-    """The greedy ensemble over the candidates seen so far, on the select split; and its curve.
+    """The ensemble over the candidates seen so far, on the select split; and its curve.
 
-    `curve` holds a (candidates, accuracy, log-loss) triple for every candidate added, `members` the weights by id.
+    It follows the final rule (ensemble/selection/auto.py) in a cheap form: the same screening, temperatures and default
+    option, and a single candidate where the ensemble is not better by more than noise; but nothing is cross-validated,
+    so its scores are fitted. `curve` holds a (candidates, accuracy, log-loss) triple for every candidate added,
+    `members` the weights by id.
     """
 
     def __init__(self, run: UPath, top_k: int) -> None:
         self.run, self.limits = run, Limits(k=top_k)
         self.labels = np.asarray(select_labels(run))
-        self.pool: list[tuple[float, str, np.ndarray]] = []  # log-loss, id, probs; the best first
+        self.pool: list[_Known] = []  # the most accurate first
         self.best_single: tuple[str, float] | None = None
         self.members: dict[str, float] = {}
         self.curve: list[tuple[int, float, float]] = []
@@ -32,16 +52,32 @@ class EnsembleSoFar:
                 self.add(candidate, choose=candidate is pool.candidates[-1])
 
     def add(self, candidate: Candidate, choose: bool = True) -> None:
-        probs = np.asarray(candidate.probs("select"))
-        own = accuracy(probs, self.labels)
-        if self.best_single is None or own > self.best_single[1]:
-            self.best_single = (candidate.id, own)
-        self.pool = sorted([*self.pool, (log_loss(probs, self.labels), candidate.id, probs)], key=lambda x: x[:2])
-        self.pool = self.pool[:LIVE_POOL]
+        probs = np.asarray(candidate.probs("select"), np.float32)
+        heat = temperature_of(probs, self.labels, SPREAD)
+        known = _Known(
+            candidate.id,
+            accuracy(probs, self.labels),
+            log_loss(probs, self.labels),
+            probs,
+            heat,
+            true_class(scale(probs, heat), self.labels),
+        )
+        self.pool = sorted([*self.pool, known], key=lambda c: (-c.accuracy, c.loss, c.id))[:LIVE_POOL]
+        self.best_single = (self.pool[0].id, self.pool[0].accuracy)
         if choose:
-            matrices = [probs for *_, probs in self.pool]
-            weights = greedy(matrices, self.labels, self.limits)
-            combined = combine(matrices, weights)
-            self.members = {id: float(w) for (_, id, _), w in zip(self.pool, weights, strict=True) if w > 0}
+            blend = self._choose()
+            together = blend([c.probs for c in self.pool])
+            self.members = {c.id: float(w) for c, w in zip(self.pool, blend.weights, strict=True) if w > 0}
             seen = self.curve[-1][0] + 1 if self.curve else 1
-            self.curve.append((seen, accuracy(combined, self.labels), log_loss(combined, self.labels)))
+            self.curve.append((seen, accuracy(together, self.labels), log_loss(together, self.labels)))
+
+    def _choose(self) -> Blend:
+        weights = grow(LogLoss(np.stack([c.true for c in self.pool])), self.limits)
+        probs, heat = [c.probs for c in self.pool], np.array([c.temperature for c in self.pool])
+        mixed = Blend(weights, heat)(probs)
+        blend = Blend(weights, heat, temperature=temperature_of(mixed, self.labels, SPREAD))
+        single = Blend(np.eye(1, len(self.pool))[0])
+        alone = np.count_nonzero(weights) == 1
+        if alone or not clearly_lower(log_losses(blend(probs), self.labels), log_losses(probs[0], self.labels)):
+            return single
+        return blend

@@ -19,19 +19,21 @@ import tyro
 from ensemble.file import Ensemble, Member, write_ensemble
 from ensemble.pool import Pool, limits_for, load_pool
 from ensemble.selection import metrics, selectors
-from ensemble.selection.auto import Choice, choose_selector
+from ensemble.selection.auto import Choice, auto, choose_selector
 from ensemble.selection.blend import Blend, Probs, tempered
+from ensemble.selection.claim import HeldOut, claim, deal_folds, leave_out, score
 from ensemble.selection.convex import convex
 from ensemble.selection.explain import explain
 from ensemble.selection.frontier import frontier
 from ensemble.selection.limits import Limits
+from ensemble.selection.options import SPREADS, Option, Table, temperature_of
 from ensemble.selection.selectors import Score
 from ensemble.selection.stacking import stacking
 from ensemble.show import show
 from trainables.errors import UserError, exit_on_user_error
 from trainables.run_directory import open_run
 
-Fit = Callable[[Probs, np.ndarray, Limits, Score], np.ndarray | Blend | Choice]
+Fit = Callable[[Probs, np.ndarray, Limits, Score], np.ndarray | Blend]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Selector:
     """A way to select.
 
     Attributes:
-        fit: f(probs, labels, limits, score) to weights (M,), a blend, or a choice with an account of itself.
+        fit: f(probs, labels, limits, score) to weights (M,) or a blend.
         takes_score: --score says what it optimises; else it has its own.
         scales_itself: it finds temperatures by itself, so --temperature-scaling is not for it.
     """
@@ -49,8 +51,9 @@ class Selector:
     scales_itself: bool = False
 
 
+CHEAP = ("greedy", "uniform", "convex", "best_single")  # options that can be fitted a hundred times in a second or so
 SELECTORS = {
-    "auto": Selector(lambda probs, labels, limits, score: choose_selector(probs, labels, limits), scales_itself=True),
+    "auto": Selector(lambda probs, labels, limits, score: auto(probs, labels, limits), scales_itself=True),
     "greedy": Selector(selectors.greedy, takes_score=True),
     "uniform": Selector(selectors.uniform, takes_score=True),
     "accuracy_weighted": Selector(
@@ -122,7 +125,7 @@ def open_pool(args: Select) -> Pool:
 def choose_from(pool: Pool, args: Select) -> Ensemble:
     """As `choose`, for candidates that are already loaded."""
     limits = limits_for(pool, args.top_k, args.min_per_architecture, args.max_latency_ms, args.max_params)
-    blend, choice = fit(pool, limits, args)
+    blend, held_out, choice = fit(pool, limits, args)
     heaviest = [m for m in np.argsort(-blend.weights, kind="stable").tolist() if blend.weights[m] > 0]
     ordered = blend.only(np.array(heaviest))
     members = []
@@ -130,10 +133,9 @@ def choose_from(pool: Pool, args: Select) -> Ensemble:
         temperature = 1.0 if ordered.temperatures is None else float(ordered.temperatures[place])
         members.append(Member(pool.candidates[m].id, float(ordered.weights[place]), pool.run_of(m), temperature))
     single = best_single(pool)
-    scores = score_all(pool, blend, single)
+    scores = score_all(pool, blend, single, held_out)
     insight = explain(blend, pool.probs, pool.labels, single, pool.classes)
     if choice is not None:
-        scores["cross_validated"] = where(pool) | choice.cross_validated
         insight["auto"] = choice.report()
     asked = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("run", "selector", "name") and v}
     return Ensemble(
@@ -146,44 +148,99 @@ def choose_from(pool: Pool, args: Select) -> Ensemble:
         temperature=ordered.temperature,
         options=asked,
         left_out=pool.left_out,
-        frontier=tuple(frontier(pool.probs, pool.labels, limits, pool.numbers("latency_ms"), blend.temperatures)),
+        frontier=tuple(
+            frontier(
+                pool.probs,
+                pool.labels,
+                limits,
+                pool.numbers("latency_ms"),
+                cheap_option(args.selector, args.top_k, insight, args.temperature_scaling),
+                (blend, scores["claim"]) if "claim" in scores else None,
+            )
+        ),
         insight=insight,
     )
 
 
-def fit(pool: Pool, limits: Limits, args: Select) -> tuple[Blend, Choice | None]:
-    """What the selector that the arguments name finds in the pool, and auto's account of how it chose."""
+def fit(pool: Pool, limits: Limits, args: Select) -> tuple[Blend, HeldOut | None, Choice | None]:
+    """What the selector that the arguments name finds in the pool, what it predicts for rows that it did not see, and
+    auto's account of how it chose."""
+    single = pool.best_on_tune()
+    if args.selector == "auto":
+        choice = choose_selector(pool.probs, pool.labels, limits, single=single)
+        return choice.blend, choice.held_out, choice
 
-    def select(probs: Probs, labels: np.ndarray) -> Any:
-        return SELECTORS[args.selector].fit(probs, labels, limits, args.score or "log_loss")
+    def select(probs: Probs, labels: np.ndarray) -> Blend:
+        chosen = SELECTORS[args.selector].fit
 
-    if args.temperature_scaling:
-        return tempered(select, pool.probs, pool.labels), None
-    found = select(pool.probs, pool.labels)
-    if isinstance(found, Choice):
-        return found.blend, found
-    return found if isinstance(found, Blend) else Blend(found), None
+        def one(p: Probs, y: np.ndarray) -> Any:
+            return chosen(p, y, limits, args.score or "log_loss")
+
+        found = tempered(one, probs, labels) if args.temperature_scaling else one(probs, labels)
+        return found if isinstance(found, Blend) else Blend(found)
+
+    table, folds = Table(pool.probs, pool.labels, limits), deal_folds(pool.labels)[:1]
+
+    def without(repeat: int, fold: int) -> Blend:
+        rows = np.setdiff1d(np.arange(len(pool.labels)), folds[repeat][fold])
+        return select([np.take(p, rows, axis=0) for p in pool.probs], pool.labels[rows])
+
+    return select(pool.probs, pool.labels), leave_out(table, folds, without, single), None
+
+
+def cheap_option(selector: str, k: int, insight: dict[str, Any], tempered: bool = False) -> Option:
+    """The option (see options.py) that comes closest to how an ensemble was chosen, for curves that choose it often.
+
+    insight: of the ensemble's file, where `auto` says what it chose.
+    """
+    chosen = insight.get("auto", {})
+    if chosen.get("selector") in CHEAP and chosen.get("temperatures") in SPREADS:
+        return Option(chosen["selector"], k if chosen["selector"] != "best_single" else 1, chosen["temperatures"])
+    if selector == "auto":
+        return Option("greedy", k, "wide")
+    return Option(selector if selector in CHEAP else "greedy", k, "free" if tempered else "none")
 
 
 def best_single(pool: Pool) -> int:
-    """The most accurate candidate, which every ensemble is compared with; log-loss breaks ties."""
+    """The candidate that every ensemble is compared with: best on the tune split, else the most accurate on select."""
+    named = pool.best_on_tune()
+    if named is not None:
+        return named
     accuracies = [metrics.accuracy(p, pool.labels) for p in pool.probs]
     best = [m for m, accuracy in enumerate(accuracies) if accuracy == max(accuracies)]
     return min(best, key=lambda m: (metrics.log_loss(pool.probs[m], pool.labels), m))
 
 
-def score_all(pool: Pool, blend: Blend, single: int) -> dict[str, Any]:
-    """The select scores of the ensemble, of the best single candidate (an index), and their difference."""
-    ensemble_probs, single_probs = blend(pool.probs), np.asarray(pool.probs[single])
-    right, single_right = metrics.correct(ensemble_probs, pool.labels), metrics.correct(single_probs, pool.labels)
-    mean, low, high = metrics.paired_bootstrap(right, single_right)
-    return {
-        "select": where(pool) | describe(ensemble_probs, pool.labels),
-        "best_single": {"id": pool.candidates[single].id, "run": pool.run_of(single)}
-        | where(pool)
-        | describe(single_probs, pool.labels),
-        "gain": where(pool)
-        | {"accuracy": mean, "interval": [low, high], "mcnemar_p": metrics.mcnemar(right, single_right)},
+def score_all(pool: Pool, blend: Blend, single: int, held_out: HeldOut | None = None) -> dict[str, Any]:
+    """The select scores of the ensemble and of the best single candidate (an index).
+
+    `claim` is what to expect on new images, held out; so are then `best_single` and `best_single_calibrated`, and
+    `gain` is the difference of the first two. `select` is fitted: measured on the rows that the ensemble was chosen on.
+    Without held-out predictions there is no claim, and the other scores are fitted, too.
+    """
+    split, fitted = where(pool), where(pool) | {"fitted": True}
+    named = {
+        "id": pool.candidates[single].id,
+        "run": pool.run_of(single),
+        "named_by": "select" if pool.best_on_tune() is None else "tune",
+    }
+    alone = np.asarray(pool.probs[single])
+    scores = {"select": fitted | describe(blend(pool.probs), pool.labels)}
+    if held_out is None:
+        right, single_right = metrics.correct(blend(pool.probs), pool.labels), metrics.correct(alone, pool.labels)
+        mean, low, high = metrics.paired_bootstrap(right, single_right)
+        gain = {"accuracy": mean, "interval": [low, high]}
+        return scores | {"best_single": named | fitted | describe(alone, pool.labels), "gain": fitted | gain}
+    claimed = claim(held_out)
+    temperature = temperature_of(alone, pool.labels, SPREADS["wide"])
+    return scores | {
+        "claim": split | claimed,
+        "best_single": named | split | score(held_out.single, pool.labels),
+        "best_single_calibrated": named
+        | {"temperature": temperature}
+        | split
+        | score(held_out.calibrated, pool.labels),
+        "gain": split | claimed["gain"],
     }
 
 

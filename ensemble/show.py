@@ -29,6 +29,8 @@ def show(pool: Pool, ensemble: Ensemble) -> None:
     """Print everything that a person would want to know about an ensemble of this pool."""
     console = make_console()
     console.print(_members(pool, ensemble))
+    if ensemble.claim is not None:
+        console.print(claim_in_words(ensemble.claim), style="bold")
     console.print(_scores(ensemble))
     console.print(gain_in_words(ensemble.scores["gain"]))
     if "auto" in ensemble.insight:
@@ -46,29 +48,37 @@ def show(pool: Pool, ensemble: Ensemble) -> None:
 
 def where(score: dict[str, Any]) -> str:
     """A score's split in words, for wherever it is printed: "select split (500 images, also used to tune)"."""
-    also = ", also used to tune: optimistic" if score["shared"] else ""
+    also = ", also used to tune: optimistic" if score.get("shared") else ""
     return f"{score['split']} split ({score['images']} images{also})"
+
+
+def claim_in_words(claim: dict[str, Any]) -> str:
+    """One line for `scores["claim"]`: what to expect on new images."""
+    low, high = claim["interval"]
+    return (
+        f"expect {claim['accuracy']:.2%} on new images (95 % {low:.2%} to {high:.2%}), "
+        f"log-loss {claim['log_loss']:.4f}: cross-validated as a whole on the {where(claim)}"
+    )
 
 
 def gain_in_words(gain: dict[str, Any]) -> str:
     """One line for `scores["gain"]`."""
     low, high = gain["interval"]
+    p = f", McNemar p = {gain['mcnemar_p']:.2g}" if "mcnemar_p" in gain else ""
     return (
         f"ensemble minus best single: {100 * gain['accuracy']:+.2f} points "
-        f"(95 % {100 * low:+.2f} to {100 * high:+.2f}, McNemar p = {gain['mcnemar_p']:.2g})"
+        f"(95 % {100 * low:+.2f} to {100 * high:+.2f}{p}) on the {where(gain)}"
     )
 
 
 def auto_in_words(report: dict[str, Any]) -> str:
-    """One line for `insight["auto"]`: what auto chose, and by how much its fitted score flatters it."""
-    chosen = f"auto chose {report['selector']}" + (f" of at most {report['k']} members" if report["k"] > 1 else "")
-    held_out, fitted = report["cross_validated"], report["fitted"]
-    if not held_out:
-        return f"{chosen}: there was nothing to cross-validate (one candidate, or too few images)"
-    return (
-        f"{chosen}: cross-validated accuracy {held_out['accuracy']:.2%} (fitted {fitted['accuracy']:.2%}), "
-        f"log-loss {held_out['log_loss']:.4f} (fitted {fitted['log_loss']:.4f})"
-    )
+    """One line for `insight["auto"]`: what auto chose, and among how much."""
+    size = f" of at most {report['k']} members" if report["k"] > 1 else ""
+    heat = {"none": ", no temperatures", "free": ", free temperatures"}.get(report.get("temperatures", ""), "")
+    chosen = f"auto chose {report['selector']}{size}{heat}"
+    if not report["options"]:
+        return f"{chosen}: there was nothing to compare (one candidate, or too few images)"
+    return f"{chosen}: held-out log-loss decided among {len(report['options'])} options"
 
 
 def _members(pool: Pool, ensemble: Ensemble) -> Any:
@@ -95,12 +105,26 @@ def _members(pool: Pool, ensemble: Ensemble) -> Any:
             f"{accuracy(probs, pool.labels):.2%}",
             f"{log_loss(probs, pool.labels):.4f}",
             *([f"{member.temperature:.2f}"] if scaled else []),
-            f"{-100 * ensemble.insight['leave_one_out'][k]['accuracy']:+.2f}",
+            _points(ensemble.insight["leave_one_out"][k]["accuracy"]),
             str(ensemble.insight["repairs"]["by_member"][k]["fixed"]),
             f"{member.run}/{member.id}" if member.run else member.id,
             pool.candidates[m].architecture,
         )
     return table
+
+
+def _points(loss: float | None) -> str:
+    """What an ensemble's accuracy loses without a member, in points; nothing for a lone one: there is no "without"."""
+    return "" if loss is None else f"{-100 * loss:+.2f}"
+
+
+def score_rows(scores: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The scores on the select split that a table compares, by name: like with like, and what is fitted says so."""
+    if "claim" not in scores:
+        return [("best single", scores["best_single"]), ("ensemble, fitted", scores["select"])]
+    rows = [("best single", "best_single"), ("best single, calibrated", "best_single_calibrated")]
+    named = [(label, scores[key]) for label, key in rows if key in scores]
+    return [*named, ("ensemble", scores["claim"]), ("ensemble, fitted", scores["select"])]
 
 
 def _scores(ensemble: Ensemble) -> Any:
@@ -109,8 +133,7 @@ def _scores(ensemble: Ensemble) -> Any:
     table = Table(title=f"on the {where(ensemble.scores['select'])}", title_justify="left")
     for heading in ("", "accuracy", "95 % interval", "log-loss", "Brier", "ECE"):
         table.add_column(heading, justify="right" if heading else "left")
-    for label, key in (("best single", "best_single"), ("ensemble", "select")):
-        score = ensemble.scores[key]
+    for label, score in score_rows(ensemble.scores):
         low, high = score["interval"]
         table.add_row(
             label,
@@ -120,6 +143,9 @@ def _scores(ensemble: Ensemble) -> Any:
             f"{score['brier']:.4f}",
             f"{score['ece']:.4f}",
         )
+    if ensemble.claim is not None:
+        table.caption = "all but the last line: every image by what was chosen and fitted without it"
+        table.caption_justify = "left"
     return table
 
 

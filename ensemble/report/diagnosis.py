@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ensemble.selection.blend import Probs, combine
-from ensemble.selection.folds import deal
+from ensemble.selection.blend import Probs
+from ensemble.selection.claim import accuracy_interval, deal_folds
 from ensemble.selection.limits import Limits
 from ensemble.selection.metrics import accuracy, correct, log_loss, log_losses, wilson
-from ensemble.selection.scorers import LogLoss, true_probs
-from ensemble.selection.selectors import grow
+from ensemble.selection.options import GREEDY, Option, Table, screen
 
-STEPS = 40  # points of the growth curve
+STEPS = 20  # points of the growth curve
 
 
 def confusion(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -102,34 +101,37 @@ def calibration(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[d
     return rows
 
 
-def growth(probs: Probs, labels: np.ndarray, limits: Limits, steps: int = STEPS) -> list[dict[str, Any]]:
-    """The ensemble as it grew: for each number of candidates so far, what greedy selection (log-loss) makes of them.
+def growth(
+    probs: Probs, labels: np.ndarray, limits: Limits, option: Option = GREEDY, steps: int = STEPS
+) -> list[dict[str, Any]]:
+    """The ensemble as it grew: for each number of candidates so far, what an option (see options.py) makes of them.
 
-    probs: M candidates in the order in which they came. Each half of the rows is scored by the members chosen on the
-    other half, so the curve is not flattered by being fitted to what it is scored on. At most `steps` points, the first
-    and the last among them: candidates, members (mean of both halves), accuracy with its 95 % interval, log_loss.
+    probs: M candidates in the order in which they came. Each fold of the rows is scored by what was chosen and fitted
+    on the others, so the curve is not flattered by being fitted to what it is scored on. At most `steps` points, the
+    first and the last among them: candidates, members (mean over folds), accuracy with its 95 % interval, log_loss.
     """
     if len(labels) < 2:
         return []
-    halves = deal(labels, 2, np.random.default_rng(0))
-    known = true_probs(probs, labels)
+    table, everybody = Table(probs, labels, limits), np.arange(len(probs))
+    held = deal_folds(labels)[0]
+    folds = [table.on(np.setdiff1d(np.arange(len(labels)), rows), everybody) for rows in held]
+    for fold in folds:
+        fold.scorer(option.temperatures)  # once for all points
     points = []
     for count in np.unique(np.linspace(1, len(probs), min(steps, len(probs))).round().astype(int)).tolist():
-        part = limits.subset(np.arange(count))
         together = np.empty(probs[0].shape, np.float32)
-        members = 0
-        for half, scored in zip(halves, halves[::-1], strict=True):
-            weights = grow(LogLoss(known[:count, half]), part)
-            some = np.flatnonzero(weights)
-            members += len(some)
-            together[scored] = combine([np.asarray(probs[m])[scored] for m in some.tolist()], weights[some])
-        right = int(correct(together, labels).sum())
+        members = []
+        for fold, rows in zip(folds, held, strict=True):
+            known = fold.ranking[fold.ranking < count]
+            blend = fold.among(screen(known, limits)).fit(option)
+            members.append(np.count_nonzero(blend.weights))
+            together[rows] = table.predict(blend, rows)
         points.append(
             {
                 "candidates": count,
-                "members": members / 2,
+                "members": float(np.mean(members)),
                 "accuracy": accuracy(together, labels),
-                "interval": list(wilson(right, len(labels))),
+                "interval": list(accuracy_interval(correct(together, labels))),
                 "log_loss": log_loss(together, labels),
             }
         )

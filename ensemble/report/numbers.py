@@ -14,15 +14,16 @@ from ensemble.file import Ensemble
 from ensemble.pool import Pool
 from ensemble.report import diagnosis
 from ensemble.report.trials import Trial, is_failure
-from ensemble.select import describe, score_all
+from ensemble.select import cheap_option, describe, score_all
 from ensemble.select import where as select_split
 from ensemble.selection import metrics
-from ensemble.selection.blend import Blend
+from ensemble.selection.blend import Blend, scale
 from ensemble.selection.explain import class_gain, explain
 from ensemble.selection.limits import Limits
 from trainables.run_directory import RunInfo
 from trainables.storage import hide_password
 
+HELD_OUT = ("claim", "best_single", "best_single_calibrated", "gain")  # scores that only selection can measure
 WORST = 24  # images of the highest loss that are named
 
 
@@ -58,8 +59,8 @@ def findings(
 ) -> dict[str, Any]:  # fmt: skip
     """All numbers of a report as plain JSON; every score names its split and the number of its images."""
     scores = score_all(pool, blend, single)
-    if "cross_validated" in ensemble.scores:
-        scores["cross_validated"] = ensemble.scores["cross_validated"]
+    if ensemble.claim is not None:  # what was held out when it was selected
+        scores |= {key: ensemble.scores[key] for key in HELD_OUT if key in ensemble.scores}
     matrix = diagnosis.confusion(evidence.ensemble, evidence.labels)
     found: dict[str, Any] = {"run": run.name, "created": time.time()}
     if evidence.split == "test":
@@ -99,15 +100,24 @@ def findings(
 
 
 def test_scores(ensemble: Ensemble, single: str, evidence: Evidence) -> dict[str, Any]:
-    """`ensemble` and `best_single` with accuracy, 95 % Wilson interval, log-loss, ...; `gain` is their difference."""
+    """`ensemble` and `best_single` with accuracy, 95 % Wilson interval, log-loss, ...; `gain` is their difference.
+
+    `best_single_calibrated` is the single model at the temperature that the select split gave it, where that is known.
+    """
     right, single_right = (metrics.correct(p, evidence.labels) for p in (evidence.ensemble, evidence.single))
     mean, low, high = metrics.paired_bootstrap(right, single_right)
-    return {
+    found = {
         "ensemble": {"name": ensemble.name} | evidence.where | describe(evidence.ensemble, evidence.labels),
         "best_single": {"id": single} | evidence.where | describe(evidence.single, evidence.labels),
         "gain": evidence.where
         | {"accuracy": mean, "interval": [low, high], "mcnemar_p": metrics.mcnemar(right, single_right)},
     }
+    named = ensemble.scores.get("best_single_calibrated", {})
+    if named.get("id") == single and isinstance(named.get("temperature"), float):
+        heat = {"id": single, "temperature": named["temperature"]}
+        calibrated = scale(np.asarray(evidence.single, np.float64), named["temperature"])
+        found["best_single_calibrated"] = heat | evidence.where | describe(calibrated, evidence.labels)
+    return found
 
 
 def _members(pool: Pool, blend: Blend, single: int) -> list[dict[str, Any]]:
@@ -154,7 +164,11 @@ def _growth(ensemble: Ensemble, pool: Pool, blend: Blend) -> dict[str, Any]:
                 "interval": list(metrics.wilson(right, len(pool.labels))),
             }
         )
-    points = diagnosis.growth([pool.probs[m] for m in order.tolist()], pool.labels, limits)
+    option = cheap_option(ensemble.selector, limits.k, ensemble.insight)
+    points = diagnosis.growth([pool.probs[m] for m in order.tolist()], pool.labels, limits, option)
+    if points and ensemble.claim is not None:  # the last of them is what was chosen
+        points[-1] |= {key: ensemble.claim[key] for key in ("accuracy", "interval", "log_loss")}
+        points[-1]["members"] = float(len(ensemble.members))
     return {"most_members": limits.k, "singles": singles, "ensembles": points}
 
 

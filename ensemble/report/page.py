@@ -11,7 +11,7 @@ from ensemble.pool import Pool
 from ensemble.report import diagnosis, figures
 from ensemble.report.numbers import Evidence
 from ensemble.report.trials import Trial, described, list_trials
-from ensemble.show import where
+from ensemble.show import score_rows, where
 from trainables.page.shell import percent, render
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -25,9 +25,9 @@ def report_page(
 ) -> bytes:
     """The page as UTF-8. found: as of `ensemble.findings.findings`, with the reasons for what is `missing`."""
     members = [member["id"] for member in found["ensemble"]["members"]]
-    growth = found["growth"]
+    growth, chosen = found["growth"], found["select"].get("claim", found["select"]["select"])
     plots = {
-        "growth": figures.growth(growth["singles"], growth["ensembles"], found["select"]["select"]),
+        "growth": figures.growth(growth["singles"], growth["ensembles"], chosen),
         "confusion": _confusion(evidence, pool.classes),
         "calibration": figures.calibration(
             {"ensemble": found["calibration"]["ensemble"], "best single": found["calibration"]["best_single"]}
@@ -58,12 +58,13 @@ def report_page(
 def _scores(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of the table of scores, `mine` for the ensemble's."""
     rows = []
-    for split in ("test", "select"):
-        if split not in found:
-            continue
-        together = found[split]["ensemble" if split == "test" else "select"]
-        rows.append({**found[split]["best_single"], "name": "best single model", "mine": False})
-        rows.append({**together, "name": "ensemble", "mine": True})
+    if "test" in found:
+        names = {"best single model": "best_single", "best single model, calibrated": "best_single_calibrated"}
+        for name, key in (names | {"ensemble": "ensemble"}).items():
+            if key in found["test"]:
+                rows.append({**found["test"][key], "name": name, "mine": key == "ensemble"})
+    for name, score in score_rows(found["select"]):
+        rows.append({**score, "name": name.replace("single", "single model"), "mine": name.startswith("ensemble")})
     return rows
 
 

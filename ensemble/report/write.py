@@ -142,7 +142,9 @@ def _on_select(
 
 def summary(found: dict[str, Any]) -> list[str]:
     """The best single model and the ensemble in two lines for a person: on the test part, else on the select split."""
-    split, together = ("test", "ensemble") if "test" in found else ("select", "select")
+    split, together = ("test", "ensemble") if "test" in found else ("select", "claim")
+    if together not in found[split]:  # nothing was held out when it was selected
+        together = "select"
     lines = []
     for name, key in (("best single", "best_single"), ("ensemble", together)):
         if key not in found[split]:  # a refit of an ensemble that does not say which was best

@@ -122,10 +122,18 @@ def fit_temperature(probs: np.ndarray, labels: np.ndarray, start: float = 1.0) -
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks". The log-loss is convex in 1/T, where Newton's
     method needs a handful of steps.
     """
+    return measure_temperature(probs, labels, start)[0]
+
+
+def measure_temperature(probs: np.ndarray, labels: np.ndarray, start: float = 1.0) -> tuple[float, float]:
+    """`fit_temperature` and the standard error of its logarithm, from the curvature of the log-loss.
+
+    The error is infinite where the rows say nothing, as when all of them are right and certain.
+    """
     # classes first: sums over them are then sums of long rows, which is what numpy does fastest
     logits = np.log(np.maximum(np.ascontiguousarray(probs.T, np.float32), np.float32(FLOOR)))
     target = logits[labels, np.arange(len(labels))].mean(dtype=np.float64)
-    inverse = 1 / start
+    inverse, curvature = 1 / start, 0.0
     for _ in range(NEWTON_STEPS):
         powers = np.exp(logits * np.float32(inverse))
         total = powers.sum(axis=0)
@@ -133,13 +141,26 @@ def fit_temperature(probs: np.ndarray, labels: np.ndarray, start: float = 1.0) -
         mean = powers.sum(axis=0) / total
         powers *= logits
         variance = powers.sum(axis=0) / total - mean**2
-        step = float(target - mean.mean(dtype=np.float64)) / max(float(variance.mean(dtype=np.float64)), 1e-12)
+        curvature = max(float(variance.mean(dtype=np.float64)), 1e-12)
+        step = float(target - mean.mean(dtype=np.float64)) / curvature
         # at most a factor of 2 at once: far from the minimum the curvature can be almost nil
         moved = float(np.clip(inverse + step, max(inverse / 2, 1 / HOTTEST), min(inverse * 2, 1 / COOLEST)))
-        if abs(moved - inverse) < LAST_STEP * inverse:
-            return 1 / moved
+        close = abs(moved - inverse) < LAST_STEP * inverse
         inverse = moved
-    return 1 / inverse
+        if close:
+            break
+    return 1 / inverse, float(1 / np.sqrt(len(labels) * curvature * inverse**2))
+
+
+def shrink(temperature: np.ndarray, error: np.ndarray, spread: float) -> np.ndarray:
+    """Temperatures drawn towards 1 as far as their errors say: the mode under a normal prior on log T around 0.
+
+    error: standard error of log T. spread: the prior's standard deviation, 0 (all become 1) to infinity (none changes).
+    Source: the normal likelihood with a normal prior, Gelman et al. 2013, "Bayesian Data Analysis", section 2.5.
+    """
+    if spread == 0:
+        return np.ones_like(temperature)
+    return np.exp(np.log(temperature) / (1 + (error / spread) ** 2))
 
 
 def fit_temperatures(probs: Probs, labels: np.ndarray) -> np.ndarray:

@@ -27,19 +27,20 @@ def explain(blend: Blend, probs: Probs, labels: np.ndarray, single: int, classes
     }
 
 
-def leave_one_out(blend: Blend, probs: Probs, labels: np.ndarray) -> list[dict[str, float]]:
+def leave_one_out(blend: Blend, probs: Probs, labels: np.ndarray) -> list[dict[str, float | None]]:
     """What the ensemble loses without each of its K members, the others' weights scaled to sum 1.
 
     Positive: the member helps. `accuracy` in fractions, `log_loss` in nats. A stacked layer is not fitted again: the
-    member then gives every class the same probability, which is what it knows when it is silent.
+    member then gives every class the same probability, which is what it knows when it is silent. A lone member has no
+    "without it": None.
     """
+    if len(probs) == 1:
+        return [{"accuracy": None, "log_loss": None}]
     whole = blend(probs)
     base = accuracy(whole, labels), log_loss(whole, labels)
-    values = []
+    values: list[dict[str, float | None]] = []
     for k in range(len(probs)):
-        if len(probs) == 1:
-            without = np.full_like(whole, 1 / whole.shape[1])
-        elif blend.stack is not None:
+        if blend.stack is not None:
             without = blend([np.full_like(whole, 1 / whole.shape[1]) if j == k else p for j, p in enumerate(probs)])
         else:
             weights = np.where(np.arange(len(probs)) == k, 0.0, blend.weights)

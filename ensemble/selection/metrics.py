@@ -28,6 +28,12 @@ def accuracy(probs: np.ndarray, labels: np.ndarray) -> float:
     return float(correct(probs, labels).mean())
 
 
+def balanced_accuracy(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Mean recall of the classes that there are rows of, 0 to 1: a rare class counts as much as a frequent one."""
+    right, rows = np.bincount(labels, weights=correct(probs, labels)), np.bincount(labels)
+    return float((right[rows > 0] / rows[rows > 0]).mean())
+
+
 def true_class(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The floored probability of each row's label, float64 (N,), FLOOR to 1.
 
@@ -82,6 +88,17 @@ def mean_interval(values: np.ndarray, z: float = Z95) -> tuple[float, float]:
     """Interval of the mean of values (N,) from its standard error, for scores that are not fractions."""
     half = z * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return float(values.mean()) - half, float(values.mean()) + half
+
+
+def clearly_lower(losses: np.ndarray, others: np.ndarray) -> bool:
+    """Whether losses (N,) are lower than others of the same rows by more than the standard error of the difference."""
+    difference = others - losses
+    return bool(difference.mean() > standard_error(difference))
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of values (N,); 0 for a single one."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:

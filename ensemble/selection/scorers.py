@@ -64,6 +64,11 @@ class LogLoss:
         self.singles = self.losses(np.arange(models))
         self.order = np.argsort(self.singles, kind="stable")
 
+    @property
+    def true(self) -> np.ndarray:
+        """What it was made from, (M, N)."""
+        return self._true[:, : self._n]
+
     def losses(self, candidates: np.ndarray, best_only: bool = False) -> np.ndarray:
         if not best_only or self._count == 0 or len(candidates) <= FEW:
             return self._exact(candidates)

@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from ensemble.selection.blend import Blend, Probs, Stack
+from ensemble.selection.blend import Blend, Probs, Stack, softmax
 from ensemble.selection.limits import Limits
 from ensemble.selection.metrics import FLOOR, log_loss
 from ensemble.selection.selectors import NINE, best_single, greedy
 
+STEPS, HALVINGS, CLOSE = 12, 12, 1e-4  # of Newton's method
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse regularisation: from hardly anything learned to hardly any restraint
 
 
@@ -42,6 +43,58 @@ def stacking(probs: Probs, labels: np.ndarray, limits: Limits = NINE, folds: int
     weights[members] = norms / norms.sum()
     stacked = Blend(weights, stack=Stack(blocks[:, np.argsort(members)], intercept))
     return stacked if log_loss(stacked(probs), labels) < log_loss(single(probs), labels) else single
+
+
+def small_layer(probs: Probs, labels: np.ndarray, start: np.ndarray, spread: float) -> Stack:
+    """A stacked layer of few numbers: one coefficient for each of K members, and one intercept for each class.
+
+    The answer is softmax(sum of a_k log p_k + b), of the highest posterior under normal priors of standard deviation
+    `spread`: of a around `start` (K,), of b around 0. So it can learn that a class is called too often, and from few
+    rows it does not. Convex; Newton's method with steps that are halved until they help.
+
+    Source: a logarithmic opinion pool, Heskes 1998, "Selecting Weighting Factors in Logarithmic Opinion Pools", with
+    the biases of Guo et al. 2017's vector scaling.
+    """
+    logs = np.stack([np.log(np.maximum(p, FLOOR)) for p in probs]).astype(np.float64)
+    members, rows, classes = logs.shape
+    target, precision = np.eye(classes)[labels], 1 / spread**2
+    numbers, centre = np.concatenate([start, np.zeros(classes)]), np.concatenate([start, np.zeros(classes)])
+
+    def predict(numbers: np.ndarray) -> np.ndarray:
+        return softmax(np.tensordot(numbers[:members], logs, 1) + numbers[members:])
+
+    def loss(p: np.ndarray, numbers: np.ndarray) -> float:
+        likelihood = np.log(np.maximum(p[np.arange(rows), labels], FLOOR)).sum()
+        return float(0.5 * precision * ((numbers - centre) ** 2).sum() - likelihood)
+
+    p = predict(numbers)
+    best = loss(p, numbers)
+    for _ in range(STEPS):
+        residual, mean, weighted = p - target, np.einsum("knc,nc->kn", logs, p), logs * p
+        gradient = np.concatenate([np.tensordot(logs, residual, 2), residual.sum(axis=0)])
+        gradient += precision * (numbers - centre)
+        flat = weighted.reshape(members, -1)
+        cross = weighted.sum(axis=1) - mean @ p
+        curvature = np.block(
+            [
+                [flat @ logs.reshape(members, -1).T - mean @ mean.T, cross],
+                [cross.T, np.diag(p.sum(axis=0)) - p.T @ p],
+            ]
+        ) + precision * np.eye(len(numbers))
+        step = np.linalg.solve(curvature, gradient)
+        for _ in range(HALVINGS):
+            moved = predict(numbers - step)
+            if (new := loss(moved, numbers - step)) < best:
+                break
+            step = step / 2
+        else:
+            break
+        numbers, p, best = numbers - step, moved, new
+        if np.abs(step).max() < CLOSE:
+            break
+    coefficients = np.zeros((classes, members, classes))
+    coefficients[np.arange(classes), :, np.arange(classes)] = numbers[:members]
+    return Stack(coefficients, numbers[members:])
 
 
 def _layer(features: np.ndarray, labels: np.ndarray, folds: int) -> tuple[np.ndarray, np.ndarray]:

@@ -212,10 +212,12 @@ def _vote_row(member: dict[str, Any], label: str) -> str:
 
 
 def _head_html(run: UPath, ensemble: Ensemble) -> str:
-    score = ensemble.scores.get("select", {})
+    score = ensemble.claim or ensemble.scores.get("select", {})
     told = f"{len(ensemble.members)} members, chosen by {ensemble.selector}"
     if {"accuracy", "images"} <= score.keys():
-        told += f"; select accuracy {score['accuracy']:.2%} on {score['images']:,} images"
+        kind = "expected accuracy" if ensemble.claim else "fitted select accuracy"
+        also = ", also used to tune" if score.get("shared") else ""
+        told += f"; {kind} {score['accuracy']:.2%} on {score['images']:,} images{also}"
         if "interval" in score:
             low, high = score["interval"]
             told += f" ({low:.2%} to {high:.2%})"

@@ -15,7 +15,7 @@ from ensemble import select
 from ensemble.file import Ensemble, Member, read_ensemble, write_ensemble
 from ensemble.pool import load_pool
 from ensemble.select import Select, choose
-from ensemble.selection.blend import Blend
+from ensemble.selection.blend import Blend, Stack
 from ensemble.selection.metrics import accuracy, log_loss
 from tests.ensemble.test_selection import make_pool
 from trainables.config import TrialConfig
@@ -60,7 +60,11 @@ def test_the_command_writes_what_it_prints_and_needs_neither_torch_nor_ray(tmp_p
     weights[index] = ensemble.weights
     temperatures[index] = [member.temperature for member in ensemble.members]
     average = ensemble.predict([probs[m] for m in index])
-    assert np.array_equal(average.argmax(axis=1), Blend(weights, temperatures)(probs).argmax(axis=1))
+    stack = ensemble.stack
+    if stack is not None:  # its members are in the ensemble's order; a blend's are in the pool's
+        stack = Stack(stack.coefficients[:, np.argsort(index)], stack.intercept)
+    blend = Blend(weights, temperatures, stack, ensemble.temperature)
+    assert np.allclose(average, blend(probs), atol=1e-6)
     scores = ensemble.scores["select"]
     assert scores["accuracy"] == pytest.approx(accuracy(average, labels))
     assert scores["log_loss"] == pytest.approx(log_loss(average, labels))
@@ -114,19 +118,63 @@ def test_limits_reach_the_selector(tmp_path):
     assert cheap.options == {"top_k": 9, "max_latency_ms": 6, "max_params": 5000}
 
 
-def test_auto_says_how_it_chose_and_what_it_would_score_elsewhere(tmp_path):
+def test_auto_says_how_it_chose_and_claims_what_it_would_score_elsewhere(tmp_path):
     run, *_ = make_run(tmp_path / "run", models=9)
     done = run_command("--run", run, cwd=tmp_path)
     ensemble = read_ensemble(run)
     report = ensemble.insight["auto"]
     assert ensemble.selector == "auto"
-    assert report["selector"] == "greedy"
+    assert report["selector"] != "best_single"
     assert {option["selector"] for option in report["options"]} >= {"greedy", "uniform", "best_single"}
-    held_out = ensemble.scores["cross_validated"]
-    assert held_out["images"] == 300
+    found = ensemble.claim
+    assert (found["split"], found["images"], found["shared"]) == ("select", 300, False)
+    low, high = found["interval"]
+    assert low < found["accuracy"] < high
+    assert found["gain"]["interval"][0] < found["gain"]["accuracy"] < found["gain"]["interval"][1]
     assert report["fitted"]["accuracy"] == pytest.approx(ensemble.scores["select"]["accuracy"])
-    assert held_out["log_loss"] > ensemble.scores["select"]["log_loss"]
-    assert f"cross-validated accuracy {held_out['accuracy']:.2%}" in done.stdout.replace("\n", " ").replace("  ", " ")
+    assert ensemble.scores["select"]["fitted"] is True
+    assert found["log_loss"] > ensemble.scores["select"]["log_loss"]
+    words = " ".join(done.stdout.split())
+    assert f"expect {found['accuracy']:.2%} on new images (95 % {low:.2%} to {high:.2%})" in words
+    assert "ensemble, fitted" in words
+    assert "best single, calibrated" in words
+
+
+@pytest.mark.parametrize("selector", sorted(select.SELECTORS))
+def test_every_selector_claims_what_it_does_on_rows_that_it_did_not_see(selector, tmp_path):
+    """Models that guess: whatever fits their luck is worth a half on other rows."""
+    rng = np.random.default_rng(0)
+    run = UPath(tmp_path / "run")
+    labels = rng.integers(0, 2, 150)
+    write_json(run / "run.json", {"classes": ["a", "b"], "split_fingerprint": "f"})
+    write_array(run / "select_labels.npy", labels)
+    for m, p in enumerate(rng.dirichlet([4, 4], size=(60, 150)).astype(np.float32)):
+        write_candidate(run, CandidateInfo(f"c{m}"), p)
+    scores = choose(Select(run=(str(run),), selector=selector)).scores
+    low, high = scores["claim"]["interval"]
+    assert low < 0.5 < high
+    assert scores["select"]["accuracy"] > 0.55
+
+
+def test_the_best_single_model_is_named_by_tune_and_scored_on_select(tmp_path):
+    run, probs, labels = make_run(tmp_path / "run", models=4)
+    for m in range(4):
+        info = CandidateInfo(f"c{m}", metrics={"tune_accuracy": 0.9 if m == 2 else 0.5, "tune_log_loss": 1.0})
+        write_candidate(run, info, probs[m])
+    scores = choose(Select(run=(str(run),))).scores
+    assert (scores["best_single"]["id"], scores["best_single"]["named_by"]) == ("c2", "tune")
+    assert scores["best_single"]["accuracy"] == pytest.approx(accuracy(probs[2], labels))
+    assert scores["gain"]["accuracy"] == pytest.approx(scores["claim"]["accuracy"] - accuracy(probs[2], labels))
+    splits = {"train": 1, "tune": 300, "select": 300, "test": 0, "shared": True}
+    write_json(run / "run.json", {"classes": list("abcd"), "split_fingerprint": "f00d", "splits": splits})
+    assert choose(Select(run=(str(run),))).scores["best_single"]["named_by"] == "select", "they are the same images"
+
+
+def test_a_file_from_before_there_were_claims_is_read(tmp_path):
+    run = UPath(tmp_path / "run")
+    old = Ensemble("old", (Member("a", 1.0),), "auto", "f", {"select": {}, "cross_validated": {"accuracy": 0.5}})
+    write_ensemble(run, old)
+    assert read_ensemble(run).claim is None
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])

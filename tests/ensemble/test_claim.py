@@ -1,0 +1,112 @@
+"""The claim: its numbers are those of scikit-learn and statsmodels' formulae, its intervals hold."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+from benchmarks.coverage import Cell, draw, read_draws, summarise
+from ensemble.selection.auto import choose_selector
+from ensemble.selection.claim import (
+    VARIANCE,
+    HeldOut,
+    accuracy_interval,
+    claim,
+    deal_folds,
+    leave_out,
+    paired_interval,
+)
+from ensemble.selection.limits import Limits
+from ensemble.selection.metrics import accuracy, balanced_accuracy
+from ensemble.selection.options import Option, Table
+from tests.ensemble.test_selection import make_pool
+
+
+def test_balanced_accuracy_is_scikit_learns():
+    probs, labels = make_pool(1, 400, 4)
+    rare = labels[(labels > 0) | (np.arange(400) % 20 == 0)]
+    some = probs[0][(labels > 0) | (np.arange(400) % 20 == 0)]
+    expected = sklearn_metrics.balanced_accuracy_score(rare, some.argmax(axis=1))
+    assert balanced_accuracy(some, rare) == pytest.approx(expected)
+    two = labels[labels > 1]  # classes 0 and 1 are not there
+    part = probs[0][labels > 1]
+    assert balanced_accuracy(part, two) == pytest.approx(
+        sklearn_metrics.recall_score(two, part.argmax(axis=1), labels=[2, 3], average="macro")
+    )
+
+
+def test_a_claim_scores_every_row_by_what_did_not_see_it():
+    probs, labels = make_pool(6, 230, 3)
+    table, folds = Table(probs, labels, Limits()), deal_folds(labels)
+    blends = [
+        [table.on(np.setdiff1d(np.arange(230), held)).fit(Option("greedy", 3, "wide")) for held in parts]
+        for parts in folds
+    ]
+    held_out = leave_out(table, folds, lambda repeat, fold: blends[repeat][fold])
+    assert sorted(np.concatenate(folds[1]).tolist()) == list(range(230))
+    together = np.empty((3, 230, 3))
+    for repeat, parts in enumerate(folds):
+        for held, blend in zip(parts, blends[repeat], strict=True):
+            together[repeat, held] = blend(probs)[held]
+    found = claim(held_out)
+    assert found["accuracy"] == pytest.approx(np.mean([accuracy(p, labels) for p in together]))
+    expected = np.mean([sklearn_metrics.log_loss(labels, p / p.sum(axis=1, keepdims=True)) for p in together])
+    assert found["log_loss"] == pytest.approx(expected, abs=1e-5)
+    for repeat, parts in enumerate(folds):  # the single model is the one that the other rows name
+        for held in parts:
+            rest = np.setdiff1d(np.arange(230), held)
+            best = max(accuracy(p[rest], labels[rest]) for p in probs)
+            named = [m for m, p in enumerate(probs) if np.array_equal(p[held], held_out.single[repeat, held])]
+            assert accuracy(probs[named[0]][rest], labels[rest]) == best
+
+
+def test_one_row_is_no_claim_and_two_are():
+    probs, labels = make_pool(3, 2, 3)
+    assert choose_selector(probs[:, :1], labels[:1]).held_out is None
+    low, high = claim(choose_selector(probs, labels).held_out)["interval"]
+    assert high - low > 0.6
+
+
+def test_the_interval_is_wilsons_of_fewer_rows():
+    right = np.r_[np.ones(85), np.zeros(15)]
+    effective = 100 / VARIANCE
+    p, z = 0.85, stats.norm.ppf(0.975)
+    ends = accuracy_interval(right)
+    for end in ends:  # Wilson's: where the distance to p is z standard errors of that end
+        assert abs(p - end) == pytest.approx(z * np.sqrt(end * (1 - end) / effective))
+    assert ends[0] < p < ends[1]
+    assert accuracy_interval(np.ones(50))[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0.05, 0.05), (0.12, 0.02), (0.01, 0.0)])
+def test_the_paired_interval_covers(won, lost):
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        low, high = paired_interval(rng.choice([1, -1, 0], 150, p=[won, lost, 1 - won - lost]))
+        covered += low <= won - lost <= high
+    assert covered / 2000 > 0.94
+    assert paired_interval(np.zeros(100))[0] < 0 < paired_interval(np.zeros(100))[1], "no difference is not certainty"
+
+
+def test_repeats_are_one_row_each():
+    rng = np.random.default_rng(0)
+    probs, labels = rng.dirichlet(np.ones(2), (3, 40)).astype(np.float32), rng.integers(0, 2, 40)
+    once = claim(HeldOut(labels, probs[:1], probs[:1], probs[:1]))["interval"]
+    thrice = claim(HeldOut(labels, *(np.repeat(probs[:1], 3, axis=0),) * 3))["interval"]
+    assert once == pytest.approx(thrice), "dealing the same rows again adds none"
+
+
+def test_the_benchmark_draws_the_same_again_and_reads_what_it_wrote(tmp_path):
+    cell = Cell(5, 60, True)
+    one = draw(cell, 3)
+    assert {k: v for k, v in one.items() if k != "seconds"} == {
+        k: v for k, v in draw(cell, 3).items() if k != "seconds"
+    }
+    assert 0.5 < one["truth"] < 1
+    path = tmp_path / "draws.jsonl"
+    path.write_text(json.dumps({"cell": vars(cell), "seed": 3, "draw": one}) + '\n{"cell": {"cand')
+    assert read_draws(path) == {(cell, 3): one}
+    assert summarise([one, one])["draws"] == 2

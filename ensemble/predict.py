@@ -143,7 +143,7 @@ def stored_form(run: UPath) -> Canvas:
             f"{run / 'run.json'} does not say to which size images are to be decoded; "
             f"expected data.size: [height, width], each 1 to {LARGEST_SIDE}"
         )
-    return Canvas(*data.size, data.fit)
+    return Canvas(*data.size, data.fit, data.white)
 
 
 def find_images(folder: Path) -> dict[str, Path]:

@@ -187,8 +187,9 @@ def _job(runs: list[UPath], target: UPath, info: RunInfo, member: Member, args: 
     weights = find_weights(config.backbone, args.weights_dir) if config.pretrained else None
     folder = str(args.data_dir.resolve()) if args.data_dir else None
     data = DataSource(
-        str(default_cache() / "data" / info.data.folder), info.data.name, folder, info.data.stored_size, info.data.fit
-    )
+        str(default_cache() / "data" / info.data.folder), info.data.name, folder, info.data.stored_size, info.data.fit,
+        info.data.group_by, info.data.twins,
+    )  # fmt: skip
     return Job(_new_id(member), config, str(target), data, weights)
 
 

@@ -97,7 +97,10 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
         reserve = min(share * 60 * config.minutes, most)
         deadline = began + 60 * config.minutes - used - reserve
     folder = str(config.data_dir.resolve()) if config.data_dir else None
-    source = DataSource(str(plan.data.path), config.data, folder, config.stored_size, config.fit)
+    source = DataSource(
+        str(plan.data.path), config.data, folder, config.stored_size, config.fit, config.group_by,
+        not config.ignore_twins,
+    )  # fmt: skip
     live = EnsembleSoFar(plan.run, config.top_k)
     board = LiveBoard(live, plan.trials, deadline, plan.splits.shared)
     budget = Budget(
@@ -183,7 +186,10 @@ def _open_run(plan: Plan, config: SearchConfig) -> None:
             folder=data.path.name,
             size=(data.images.shape[1], data.images.shape[2]),
             stored_size=config.stored_size,
-            fit=config.fit,
+            fit=data.fit,
+            white=data.white,
+            group_by=config.group_by,
+            twins=not config.ignore_twins,
             mean=data.mean,
             std=data.std,
         ),
@@ -259,6 +265,8 @@ def _print_start(console: Console, plan: Plan, config: SearchConfig, sweep: Swee
         f"{config.data}: {len(s.train)} train, {len(s.tune)} tune, {len(s.select)} select, "
         f"{plan.data.test_images} test images{shared}, {len(plan.data.classes)} classes"
     )
+    for note in plan.notes:
+        console.print(note, style="yellow", markup=False)
     console.print(f"space {plan.space.name} over {', '.join(plan.backbones)}; run directory {_shown(plan.run)}")
     if sweep.counted:
         console.print(f"going on with {sweep.counted} trials, {len(sweep.interrupted)} of them cut in the middle")

@@ -77,7 +77,7 @@ def test_tiny_classes_are_in_every_split():
 @pytest.mark.parametrize(
     ("labels", "fractions", "message"),
     [
-        (np.array([0, 0, 0, 1, 1]), (0.1, 0.1), "class 1 has 2 images"),
+        (np.array([0, 0, 0, 1, 1]), (0.1, 0.1), "fewer than two classes can be held out"),
         (np.array([0, 0, 0, 2, 2, 2]), (0.1, 0.1), "class 1 has 0 images"),
         (np.arange(60) % 2, (0.0, 0.1), "expected fractions above 0"),
         (np.arange(60) % 2, (0.5, 0.5), "together below 1"),

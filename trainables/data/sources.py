@@ -1,85 +1,100 @@
 """Where a data set's images lie: found by listing, not yet read."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from trainables.data.decode import suffixes
+from trainables.data.decode import HEIF_SUFFIXES, Item, suffixes
 from trainables.errors import UserError
+
+HELD_OUT = ("val", "valid", "validation")  # names of the part that is held out of training
+PARTS = ("train", *HELD_OUT, "test")
+NAMED = 6  # endings and siblings that are named; more are counted
 
 
 @dataclass(frozen=True)
 class Part:
-    """The images of one part of a data set, unread, with labels int64 (N,)."""
+    """The images of one part of a data set, unread.
 
-    items: list[Path] | np.ndarray
+    Attributes:
+        items: the images.
+        labels: int64 (N,), indices into the classes.
+        names: of each image, as a person knows it: the path relative to the data folder; None: they have none.
+        groups: of each image, the group that it is of, "" for none; None: the source knows of none.
+    """
+
+    items: Sequence[Item] | np.ndarray
     labels: np.ndarray
+    names: list[str] | None = None
+    groups: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> "Part":
+        """Only these images, by sorted index."""
+        if isinstance(self.items, np.ndarray):
+            return Part(self.items[rows], self.labels[rows])
+        chosen = rows.tolist()
+        return Part(
+            [self.items[i] for i in chosen],
+            self.labels[rows],
+            None if self.names is None else [self.names[i] for i in chosen],
+            None if self.groups is None else [self.groups[i] for i in chosen],
+        )
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a data set consists of; without a `test` part, a `test_fraction` of the train part becomes one."""
+    """What a data set consists of; without a `test` part, a `test_fraction` of the train part becomes one.
+
+    `held_out` is the part that tune and select are made of; None: they are drawn from `train`.
+    """
 
     classes: tuple[str, ...]
     train: Part
     test: Part | None = None
     test_fraction: float = 0.0
+    held_out: Part | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that was found. `key` changes whenever one of its files does; `load` may read them."""
+    """A data set that was found. `key` changes whenever one of its files does; `load` may read them.
+
+    `notes` say in a line each what was found and is not used.
+    """
 
     key: str
     load: Callable[[], Contents]
+    notes: tuple[str, ...] = ()
 
 
-CIFAR_URL = "https://www.cs.toronto.edu/~kriz"
+@dataclass
+class Passed:
+    """What a listing passes over: files by their ending, and folders or files that are no part of a data set."""
 
+    endings: Counter[str] = field(default_factory=Counter)
+    siblings: list[str] = field(default_factory=list)
 
-@dataclass(frozen=True)
-class CifarFiles:
-    """Where one of the two keeps its images; a record of the binary files is `label_bytes` and 3 x 32 x 32 pixels."""
-
-    classes: int
-    archive: str
-    md5: str  # of the archive, as published beside it
-    binary: str
-    train: tuple[str, ...]
-    test: str
-    names: str
-    label_bytes: int  # the last one is the label; CIFAR-100 has the superclass before it
-    pickles: str
-
-
-CIFAR = {
-    "cifar10": CifarFiles(
-        classes=10,
-        archive="cifar-10-binary.tar.gz",
-        md5="c32a1d4ab5d03f1284b67883e8d87530",
-        binary="cifar-10-batches-bin",
-        train=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-        test="test_batch.bin",
-        names="batches.meta.txt",
-        label_bytes=1,
-        pickles="cifar-10-batches-py",
-    ),
-    "cifar100": CifarFiles(
-        classes=100,
-        archive="cifar-100-binary.tar.gz",
-        md5="03b5dce01913d631647c71ecec9e9cb8",
-        binary="cifar-100-binary",
-        train=("train.bin",),
-        test="test.bin",
-        names="fine_label_names.txt",
-        label_bytes=2,
-        pickles="cifar-100-python",
-    ),
-}
+    def note(self, root: Path | str) -> tuple[str, ...]:
+        """One line, or none."""
+        shown = [f"{count:,} {ending}" for ending, count in self.endings.most_common(NAMED)]
+        if rest := sum(self.endings.values()) - sum(count for _, count in self.endings.most_common(NAMED)):
+            shown.append(f"{rest:,} other files")
+        shown += sorted(self.siblings)[:NAMED]
+        if len(self.siblings) > NAMED:
+            shown.append(f"{len(self.siblings) - NAMED} more")
+        if not shown:
+            return ()
+        heif = any(ending in self.endings for ending in HEIF_SUFFIXES)
+        hint = "; .heic needs pillow-heif: pip install 'ninefold[heif]'" if heif else ""
+        return (f"passed over in {root}: {', '.join(shown)}{hint}",)
 
 
 def digits() -> Source:
@@ -97,164 +112,127 @@ def digits() -> Source:
 
 
 def folder(root: Path) -> Source:
-    """Class folders: ROOT/train/<class>/* with or without ROOT/test/<class>/*, or ROOT/<class>/* alone.
+    """Class folders: ROOT/<part>/<class>/* with the parts train and, where they are there, val (or valid, validation:
+    what is held out of training) and test; or ROOT/<class>/* alone.
 
     The first form without a test folder has no test part; of the second, 10 % become it. Images may lie deeper in
-    a class folder. Raises UserError on a class folder without images, and on different classes in train and test.
+    a class folder. Raises UserError on a class folder without images, and on classes that a part lacks.
     """
+    passed = Passed()
     if not (root / "train").is_dir():
-        classes, files, labels = _list_classes(root)
+        classes, files, labels = _list_classes(root, passed)
+        if set(classes) <= set(PARTS):
+            raise UserError(
+                f"{root} has {' and '.join(classes)} but no train folder; expected ROOT/train/<class>/*, or class "
+                "folders in ROOT itself"
+            )
         key = f"{root.resolve()!r} {classes} {files}"
-        return Source(key, lambda: Contents(classes, _part(root, files, labels), test_fraction=0.1))
-    classes, files, labels = _list_classes(root / "train")
+        part = _part(root, "", files, labels)
+        return Source(key, lambda: Contents(classes, part, test_fraction=0.1), passed.note(root))
+    present = [name for name in HELD_OUT if (root / name).is_dir()]
+    if len(present) > 1:
+        raise UserError(f"{root} has {' and '.join(present)}, expected one folder of what is held out; merge them")
+    for entry in os.scandir(root):
+        if entry.name.startswith(".") or entry.name in ("train", "test", *present):
+            continue
+        if entry.is_dir():
+            passed.siblings.append(f"folder {entry.name}")
+        else:
+            passed.endings[_ending(entry.name)] += 1
+    classes, files, labels = _list_classes(root / "train", passed)
     key = f"{root.resolve()!r} train {classes} {files}"
-    if not (root / "test").is_dir():
-        return Source(key, lambda: Contents(classes, _part(root / "train", files, labels)))
-    test_classes, test_files, test_labels = _list_classes(root / "test")
-    if test_classes != classes:
-        only = sorted(set(classes) ^ set(test_classes))
+    parts_found: dict[str, Part] = {}
+    for name in (*present, "test"):
+        if not (root / name).is_dir():
+            continue
+        if name == "test" and not any(e.is_dir() and not e.name.startswith(".") for e in os.scandir(root / name)):
+            images = len(list_images(root / name))
+            passed.siblings.append(f"test ({images:,} images without class folders)")
+            continue
+        own_classes, own_files, own_labels = _list_classes(root / name, passed)
+        _check_same_classes(root, "train", classes, name, own_classes)
+        parts_found[name] = _part(root, name, own_files, own_labels)
+        key += f" {name} {own_files}"
+    train, test = _part(root, "train", files, labels), parts_found.get("test")
+    held_out = next((parts_found[name] for name in present), None)
+    return Source(key, lambda: Contents(classes, train, test, held_out=held_out), passed.note(root))
+
+
+def _check_same_classes(root: Path, one: str, classes: Sequence[str], other: str, others: Sequence[str]) -> None:
+    if only := sorted(set(classes) ^ set(others)):
+        lacks = [f"{name} is missing in {other if name in classes else one}" for name in only[:5]]
         raise UserError(
-            f"train and test of {root} have different classes ({', '.join(only[:5])} only in one of them); "
-            "expected the same class folders in both"
+            f"{one} and {other} of {root} have different classes ({', '.join(only[:5])} only in one of them: "
+            f"{', '.join(lacks)}); expected the same class folders in both"
         )
-
-    def load() -> Contents:
-        return Contents(classes, _part(root / "train", files, labels), _part(root / "test", test_files, test_labels))
-
-    return Source(f"{key} test {test_files}", load)
 
 
 Listed = list[tuple[str, int, int]]  # path relative to the root, bytes, modification time in ns
 
 
-def _list_classes(root: Path) -> tuple[tuple[str, ...], Listed, list[int]]:
+def _list_classes(root: Path, passed: Passed) -> tuple[tuple[str, ...], Listed, list[int]]:
     """Class names (sorted), the image files of all classes in a fixed order, and their labels."""
-    names = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith((".", "__")))
+    entries = list(os.scandir(root))
+    names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__")))
     if len(names) < 2:
         raise UserError(
             f"{root} has {len(names)} class folder{'' if names else 's'}, expected at least 2: "
             "one folder of images per class, in ROOT/train or in ROOT itself"
         )
+    if unreadable := [name for name in names if not name.isprintable()]:
+        raise UserError(f"class folder {unreadable[0]!r} of {root} has a name that cannot be printed; rename it")
+    for entry in entries:
+        if not entry.is_dir() and not entry.name.startswith("."):
+            passed.endings[_ending(entry.name)] += 1
     files: Listed = []
     labels: list[int] = []
     empty = []
     for label, name in enumerate(names):
-        found = list_images(root / name, f"{name}/")
+        found = list_images(root / name, f"{name}/", passed)
         files += found
         labels += [label] * len(found)
         if not found:
             empty.append(name)
     if len(files) < len(names):
-        raise UserError(f"{root} has {len(files)} images for {len(names)} classes; expected at least 3 of each")
+        raise UserError(f"{root} has {len(files)} images for {len(names)} classes; expected images of each")
     if empty:
         raise UserError(
             f"no images in class folder {root / empty[0]}"
             f"{f' and {len(empty) - 1} others' if len(empty) > 1 else ''} (looked for "
             f"{', '.join(sorted(suffixes())[:8])}, ...); add images or remove the folder"
+            f"{''.join(f' ({note})' for note in passed.note(root))}"
         )
     return tuple(names), files, labels
 
 
-def list_images(folder: Path, prefix: str = "") -> Listed:
+def list_images(folder: Path, prefix: str = "", passed: Passed | None = None) -> Listed:
     """Every image file (by suffix) in `folder` and below, sorted; hidden files and folders are passed over.
 
-    Paths are relative to `folder`, with `/` between their parts, behind `prefix`.
+    Paths are relative to `folder`, with `/` between their parts, behind `prefix`. Other files are counted in `passed`.
     """
     found: Listed = []
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += list_images(Path(entry), f"{prefix}{entry.name}/")
+            if entry.is_symlink() and Path(entry).resolve() in (folder.resolve(), *folder.resolve().parents):
+                continue  # a circle
+            found += list_images(Path(entry), f"{prefix}{entry.name}/", passed)
         elif os.path.splitext(entry.name)[1].lower() in suffixes():
             stat = entry.stat() if entry.is_file() else entry.stat(follow_symlinks=False)  # a broken link
             found.append((prefix + entry.name, stat.st_size, stat.st_mtime_ns))
+        elif passed is not None:
+            passed.endings[_ending(entry.name)] += 1
     return sorted(found)
 
 
-def _part(root: Path, files: Listed, labels: list[int]) -> Part:
-    return Part([root / path for path, _, _ in files], np.array(labels, np.int64))
+def _ending(name: str) -> str:
+    """ ".txt", in small letters; of a file without one, "files without ending"."""
+    return os.path.splitext(name)[1].lower() or "files without ending"
 
 
-def cifar(name: str, data_dir: Path | None, downloads: Path) -> Source:
-    """`name` "cifar10" or "cifar100" in `data_dir`; None downloads the binary files, which hold no pickles.
-
-    Raises UserError when the folder holds neither class folders nor one of the two downloads, or is damaged; from
-    `load`, when the network is needed and not there.
-    """
-    files = CIFAR[name]
-    if data_dir is None:
-        return Source(f"{name} {files.md5}", lambda: _read_binary(files, _download(name, files, downloads)))
-    if data_dir.name in (files.binary, files.pickles):
-        data_dir = data_dir.parent
-    if (data_dir / files.binary).is_dir():
-        return _found(data_dir / files.binary, lambda: _read_binary(files, data_dir / files.binary))
-    if (data_dir / files.pickles).is_dir():
-        return _found(data_dir / files.pickles, lambda: _read_pickles(name, files, data_dir))
-    if not (data_dir / "train").is_dir():
-        raise UserError(
-            f"{data_dir} holds no {name}; expected train/<class>/*, {files.binary} or {files.pickles} in it"
-        )
-    source = folder(data_dir)
-
-    def load() -> Contents:
-        contents = source.load()
-        if len(contents.classes) != files.classes:
-            raise UserError(
-                f"{data_dir} has {len(contents.classes)} class folders, {name} has {files.classes}; "
-                "use --data folder for images of your own"
-            )
-        return contents
-
-    return Source(source.key, load)
-
-
-def _found(folder: Path, load: Callable[[], Contents]) -> Source:
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
-    return Source(f"{folder.resolve()} {stats}", load)
-
-
-def _read_binary(files: CifarFiles, folder: Path) -> Contents:
-    def read(names: tuple[str, ...]) -> Part:
-        raw = np.concatenate([np.fromfile(folder / name, np.uint8) for name in names])
-        records = raw.reshape(-1, files.label_bytes + 3 * 32 * 32)
-        images = records[:, files.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return Part(images, records[:, files.label_bytes - 1].astype(np.int64))
-
-    try:
-        classes = tuple((folder / files.names).read_text().split())
-        train, test = read(files.train), read((files.test,))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is incomplete or damaged ({error}); download it again") from None
-    if len(classes) != files.classes or any(set(part.labels) != set(range(files.classes)) for part in (train, test)):
-        raise UserError(f"{folder} is damaged: expected {files.classes} classes; download it again")
-    return Contents(classes, train, test)
-
-
-def _read_pickles(name: str, files: CifarFiles, root: Path) -> Contents:
-    """torchvision's files. It unpickles them, but only once every file has the MD5 that torchvision knows."""
-    from torchvision import datasets
-
-    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    try:
-        train, test = kind(root, train=True), kind(root, train=False)
-    except RuntimeError:
-        raise UserError(
-            f"{root / files.pickles} is not what torchvision downloads (its MD5 sums differ), so its pickles were not "
-            "opened; download it again"
-        ) from None
-    parts = [Part(part.data, np.array(part.targets, np.int64)) for part in (train, test)]
-    return Contents(tuple(train.classes), parts[0], parts[1])
-
-
-def _download(name: str, files: CifarFiles, downloads: Path) -> Path:
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    try:
-        download_and_extract_archive(f"{CIFAR_URL}/{files.archive}", str(downloads), md5=files.md5)
-    except Exception as error:  # no network, another file than expected: urllib, ssl and tarfile raise a dozen kinds
-        raise UserError(
-            f"{name} could not be downloaded from {CIFAR_URL} ({str(error) or type(error).__name__}); "
-            f"name a folder that holds train/<class>/*, {files.binary} or {files.pickles} with --data-dir"
-        ) from None
-    return downloads / files.binary
+def _part(root: Path, name: str, files: Listed, labels: list[int]) -> Part:
+    folder, prefix = (root / name, f"{name}/") if name else (root, "")
+    return Part(
+        [folder / path for path, _, _ in files], np.array(labels, np.int64), [prefix + path for path, _, _ in files]
+    )

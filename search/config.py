@@ -29,9 +29,13 @@ class SearchConfig:
     are there, val/<class>/* and test/<class>/*; or with <class>/* alone."""
     data_dir: Path | None = None
     """Where the images lie. Without it cifar10 and cifar100 are downloaded into the cache."""
-    group_by: Annotated[str | None, tyro.conf.arg(metavar="PATTERN")] = None
-    """Which images stay on one side of a split, because they show one patient, video or burst: a regular expression on
-    their paths; those belong together for which its first bracket matches the same."""
+    labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Table of the images of --data folder: .csv, .tsv or .parquet with the columns path and label and, if you like,
+    split (train, val, test) and group; or a list of files, .txt. A path, or a URL that fsspec knows. Its paths are
+    relative to --data-dir, or else to its own folder."""
+    group_by: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
+    """Which images stay on one side of a split, because they show one patient, video or burst: a column of --labels, or
+    a regular expression on the images' paths; those belong together for which its first bracket matches the same."""
     ignore_twins: bool = False
     """Split without regard to images that are there twice or almost, which otherwise stay on one side."""
     stored_size: int | None = None

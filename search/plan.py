@@ -86,7 +86,7 @@ def make_plan(config: SearchConfig) -> Plan:
         raise UserError(f"none of the backbones of space {space.name} has weights here; see --weights-dir, --backbones")
     data = prepare(
         config.data, config.data_dir, size=config.stored_size, fit=config.fit,
-        group_by=config.group_by, twins=not config.ignore_twins,
+        group_by=config.group_by, twins=not config.ignore_twins, labels=config.labels,
     )  # fmt: skip
     run = reach(config.run or f"{RUNS}/{data.name}-{space.name}{'-tiny' if config.scale == 'tiny' else ''}")
     if in_cluster() and not run.is_absolute():

@@ -99,7 +99,7 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
     folder = str(config.data_dir.resolve()) if config.data_dir else None
     source = DataSource(
         str(plan.data.path), config.data, folder, config.stored_size, config.fit, config.group_by,
-        not config.ignore_twins,
+        not config.ignore_twins, config.labels,
     )  # fmt: skip
     live = EnsembleSoFar(plan.run, config.top_k)
     board = LiveBoard(live, plan.trials, deadline, plan.splits.shared)

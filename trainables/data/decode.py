@@ -31,7 +31,7 @@ HEIF_SUFFIXES = (".heic", ".heif")  # of phones; read where pillow-heif is insta
 WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # of floats from 0 to 1, and of 8 to 16 bits
 MOST_SCANS = 50  # of a progressive JPEG; encoders make about ten
 BAND = 2**22  # pixels that transparency is taken from at a time
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_open` refuses what Pillow would only warn of
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_image` refuses what Pillow would only warn of
 Fit = Literal["squash", "crop", "pad"]
 
 
@@ -123,7 +123,7 @@ def _read(item: Item, canvas: Canvas) -> Read:
         if isinstance(item, Path):
             content = item.read_bytes()
             with _value_errors():
-                image = _open(io.BytesIO(content))
+                image = open_image(io.BytesIO(content))
                 is_paged = image.format in PAGED and bool(getattr(image, "is_animated", False))
                 pixels = decode(image, canvas)
             return Read(pixels, hashlib.sha256(content).hexdigest(), is_paged)
@@ -142,7 +142,7 @@ def decode_bytes(content: bytes, canvas: Canvas, most_pixels: int | None = None)
     header announces more than `most_pixels` (default: Pillow's own limit), before anything is decoded.
     """
     with _value_errors():
-        return decode(_open(io.BytesIO(content), most_pixels), canvas)
+        return decode(open_image(io.BytesIO(content), most_pixels), canvas)
 
 
 def count_pixels(content: bytes, most_pixels: int) -> int:
@@ -150,7 +150,7 @@ def count_pixels(content: bytes, most_pixels: int) -> int:
 
     Raises ValueError as `decode_bytes` does, and for pictures whose header does not say what they cost.
     """
-    with _value_errors(), _open(io.BytesIO(content), most_pixels) as image:
+    with _value_errors(), open_image(io.BytesIO(content), most_pixels) as image:
         pixels = image.width * image.height
         if image.format in COSTLY:
             raise ValueError(f"{image.format} is not accepted, because it may hide any size; send JPEG, PNG or WEBP")
@@ -201,7 +201,7 @@ def measure(item: Item) -> tuple[int, int] | None:
     if isinstance(item, np.ndarray):
         return item.shape[0], item.shape[1]
     try:
-        with _open(item) if isinstance(item, Path) else item.open() as image:
+        with open_image(item) if isinstance(item, Path) else item.open() as image:
             is_turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the sides
             return image.size if is_turned else image.size[::-1]
     except Exception:
@@ -218,7 +218,7 @@ def find_white(items: Iterable[Item]) -> float | None:
     for item in items:
         if isinstance(item, np.ndarray):
             return None
-        with contextlib.suppress(Exception), _open(item) if isinstance(item, Path) else item.open() as image:
+        with contextlib.suppress(Exception), open_image(item) if isinstance(item, Path) else item.open() as image:
             if _is_deep(image):
                 highest, is_float = max(highest, _highest(np.asarray(image))), is_float or image.mode == "F"
     white = None if highest < 0 else _white_of(highest)
@@ -240,7 +240,8 @@ def _white_of(highest: float) -> float:
     return next((white for white in WHITES if highest <= white), highest)
 
 
-def _open(file: Any, most_pixels: int | None = None) -> Image.Image:
+def open_image(file: Any, most_pixels: int | None = None) -> Image.Image:
+    """Open one of FORMATS without decoding it. Raises what Pillow raises, and ValueError for too many pixels."""
     image = Image.open(file, formats=_formats())
     most = most_pixels or Image.MAX_IMAGE_PIXELS
     if most is not None and image.width * image.height > most:

@@ -10,7 +10,7 @@ from upath import UPath
 from trainables.data.dataset import Data, read_meta
 from trainables.data.decode import Fit
 from trainables.data.prepare import find_source, listing_of, prepare
-from trainables.data.sources import Part
+from trainables.data.sources import Contents, Part
 from trainables.errors import UserError
 from trainables.storage import read_array, read_json
 
@@ -24,12 +24,14 @@ class Origin:
             or "train 17" where images are no files of their own.
         unreadable: images that were left out, each as "path (reason)".
         notes: what else was found and is not used, a line each.
+        root: what the paths are relative to; None where images are no files of this machine.
     """
 
     train: list[str]
     test: list[str]
     unreadable: list[str]
     notes: tuple[str, ...] = ()
+    root: Path | None = None
 
 
 def find_origin(
@@ -40,12 +42,13 @@ def find_origin(
     fit: Fit = "squash",
     group_by: str | None = None,
     twins: bool = True,
+    labels: str | None = None,
 ) -> Origin:
     """Where the images come from that `prepare`, called with the same arguments, gives. Prepares them if need be."""
-    data = prepare(name, data_dir, cache_dir, size, fit, group_by=group_by, twins=twins)
+    data = prepare(name, data_dir, cache_dir, size, fit, group_by=group_by, twins=twins, labels=labels)
     root = data.path.parent
     folder = None if data_dir is None else Path(data_dir).expanduser()
-    source = find_source(name, folder, root / "downloads")
+    source = find_source(name, folder, root / "downloads", labels, group_by)
     listed = read_json(UPath(listing_of(root, name, size, fit, source, group_by, twins)))
     skipped = [str(entry) for entry in listed.get("skipped", read_meta(data.path).skipped)]
     left_out = {entry[: end.start()] for entry in skipped for end in re.finditer(r" \(", entry)}
@@ -61,7 +64,7 @@ def find_origin(
         train = [name for name, is_test in zip(train, cut, strict=True) if not is_test]
     if (len(train), len(test)) != (len(data.labels), data.test_images):
         raise UserError(f"{data_dir} changed while it was read; do it again")
-    return Origin(train, test, skipped, source.notes)
+    return Origin(train, test, skipped, source.notes, _root(contents))
 
 
 def _names(part: Part, kind: str, left_out: set[str]) -> list[str]:
@@ -69,6 +72,19 @@ def _names(part: Part, kind: str, left_out: set[str]) -> list[str]:
     if part.names is None:
         return [f"{kind} {i}" for i in range(len(part))]
     return [name for name, item in zip(part.names, part.items, strict=True) if str(item) not in left_out]
+
+
+def _root(contents: Contents) -> Path | None:
+    """The folder that the names are relative to, where all images are files below it."""
+    root: Path | None = None
+    for part in (contents.train, contents.held_out, contents.test):
+        if part is None or not len(part):
+            continue
+        first = part.items[0]
+        if part.names is None or not isinstance(first, Path) or not str(first).endswith(part.names[0]):
+            return None
+        root = Path(str(first)[: -len(part.names[0])] or "/")
+    return root
 
 
 def unnamed(data: Data, test: int) -> Origin:

@@ -36,6 +36,7 @@ from trainables.data.duplicates import Group, find_groups, sign
 from trainables.data.groups import group_numbers, number_groups, unit_of_each
 from trainables.data.sources import Contents, Part, Source, digits, folder
 from trainables.data.splits import draw
+from trainables.data.tables import table
 from trainables.errors import UserError
 from trainables.storage import read_json, write_json
 
@@ -57,6 +58,7 @@ def prepare(
     progress: bool = True,
     group_by: str | None = None,
     twins: bool = True,
+    labels: str | None = None,
 ) -> Data:
     """Find a data set, decode it unless that was done before, and open it.
 
@@ -69,8 +71,10 @@ def prepare(
             proportions. (Judged by 1,000 images spread over the data set.)
         fit: how images of other proportions get there; see `Canvas`.
         progress: show a bar on stderr while decoding, if that is a terminal.
-        group_by: which images stay on one side of a split: a regular expression on their paths, see `group_numbers`.
+        group_by: which images stay on one side of a split: a column of `labels`, or a regular expression on the images'
+            paths, see `group_numbers`.
         twins: look for images that are there twice, or almost, and keep them on one side, too.
+        labels: a table of the images of "folder", path or URL, see tables.py.
 
     Images that cannot be read are named on stderr and left out, up to 1 % of them (or 10). Raises UserError beyond
     that, and on whatever else a user can fix. Any number of processes may prepare the same data set at once.
@@ -78,7 +82,9 @@ def prepare(
     root = Path(cache_dir or default_cache()).expanduser().resolve() / "data"
     if size is not None and not 1 <= size <= LARGEST_SIDE:
         raise UserError(f"size is {size}, expected 1 to {LARGEST_SIDE} pixels")
-    source = find_source(name, None if data_dir is None else Path(data_dir).expanduser(), root / "downloads")
+    source = find_source(
+        name, None if data_dir is None else Path(data_dir).expanduser(), root / "downloads", labels, group_by
+    )
     listing = listing_of(root, name, size, fit, source, group_by, twins)
     path = _decoded(listing)
     if path is None:
@@ -112,13 +118,20 @@ def _decoded(listing: Path) -> Path | None:
     return path if (path / "meta.json").exists() else None
 
 
-def find_source(name: str, data_dir: Path | None, downloads: Path) -> Source:
+def find_source(
+    name: str, data_dir: Path | None, downloads: Path, labels: str | None = None, group_by: str | None = None
+) -> Source:
+    """What the arguments name, see `prepare`; raises UserError when it is not there."""
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(DATASETS)}"
         raise UserError(f"unknown data set {name!r}; {hint} (images of your own: folder, with --data-dir)")
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"data folder {data_dir} does not exist; expected a folder with train/<class>/* in it")
+    if labels is not None:
+        if name != "folder":
+            raise UserError(f"--labels is a table of images of your own; add --data folder (it is {name})")
+        return table(labels, data_dir, downloads, group_by)
     if name == "digits":
         if data_dir is not None:
             raise UserError("digits takes no --data-dir; to read images of your own add --data folder")
@@ -250,8 +263,9 @@ def _parts(contents: Contents) -> list[Part]:
 def _groups(contents: Contents, group_by: str | None) -> np.ndarray:
     """The group of each image of train and held-out part, int64 (N,); -1 for none."""
     seen = [part for part in (contents.train, contents.held_out) if part is not None]
-    if all(part.groups is not None for part in seen):
-        return number_groups([key for part in seen for key in part.groups or ()], group_by or "group")
+    if any(part.groups is not None for part in seen):
+        keys = [key for part in seen for key in part.groups or [""] * len(part)]
+        return number_groups(keys, group_by or "group")
     if group_by is None:
         return np.full(sum(map(len, seen)), -1)
     if any(part.names is None for part in seen):

@@ -72,10 +72,10 @@ def make_splits(
     else:
         drawn = draw(labels, [tune + select] if shared else [tune, select], seed, units)
     if len(np.unique(labels[drawn[-1]])) < min(2, len(counts)):
-        raise UserError(
-            "fewer than two classes can be held out to validate on; expected at least 3 images of each, "
-            "not all of one group"
-        )
+        why = "expected at least 3 images of each, not all of one group"
+        if held_out:
+            why = f"of the {held_out:,} images held out {held_out - len(pool):,} have a twin or their group in train"
+        raise UserError(f"fewer than two classes can be held out to validate on; {why}")
     rest = np.setdiff1d(np.arange(len(labels)), np.concatenate(drawn))
     if len(np.unique(labels[rest])) < len(counts):
         raise UserError(f"tune {tune} and select {select} leave a class without train images; lower them")

@@ -45,7 +45,9 @@ class Explore:
     """Data set, as for search.run; default: the run's, as it was prepared, else digits."""
     data_dir: Path | None = None
     """Where its images lie; of a run's, too, to show the files' names."""
-    group_by: str | None = None
+    labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Table of its images, as for search.run."""
+    group_by: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Which images stay on one side of a split, as for search.run."""
     ignore_twins: bool = False
     """Split without regard to twins, as for search.run."""
@@ -120,11 +122,14 @@ def explore(args: Explore) -> dict[str, Any]:
 
 def _open(args: Explore, run: UPath | None) -> Images:
     """The data set that the arguments or the run name, with the splits that a sweep uses, or that the run used."""
-    if run is not None and args.data is None and args.data_dir is None:
+    if run is not None and args.data is None and args.data_dir is None and args.labels is None:
         return _opened(run)  # as it was prepared: where its files lie is not for run.json to say
-    name = args.data or ("folder" if args.data_dir else "digits")
+    name = args.data or ("folder" if args.data_dir or args.labels else "digits")
     twins = not args.ignore_twins
-    data = prepare(name, args.data_dir, size=args.stored_size, fit=args.fit, group_by=args.group_by, twins=twins)
+    data = prepare(
+        name, args.data_dir, size=args.stored_size, fit=args.fit, group_by=args.group_by, twins=twins,
+        labels=args.labels,
+    )  # fmt: skip
     if run is None:
         splits = split_data(data, args.split_seed)
         notes = notes_on(data, splits, args.split_seed)
@@ -136,9 +141,9 @@ def _open(args: Explore, run: UPath | None) -> Images:
         if expected and data.fingerprint != expected:
             raise UserError(f"{run} is a run on other images than these; name those with --data and --data-dir")
     test = open_test_images(data.path)
-    origin = find_origin(name, args.data_dir, None, args.stored_size, args.fit, args.group_by, twins)
+    origin = find_origin(name, args.data_dir, None, args.stored_size, args.fit, args.group_by, twins, args.labels)
     names, split = _split_of_each(splits, len(data.labels), len(test))
-    root = args.data_dir if "/" in origin.train[0] else None
+    root = origin.root
     every = origin.train + origin.test
     return Images(data, test, every, root, names, split, origin.unreadable, [*origin.notes, *notes])
 

@@ -246,7 +246,7 @@ def test_the_slower_of_two_without_a_lock_takes_the_other_result(tmp_path):
     root = class_folders(tmp_path / "photos", {"a": 12, "b": 12})
     found = prepare("folder", root)
     before = (found.path / "meta.json").stat().st_ino
-    again, _ = data._decode("folder", folder(root), found.path.parent, None, "squash", progress=False)
+    again, *_ = data._decode("folder", folder(root), found.path.parent, None, "squash", progress=False)
     assert again == found.path
     assert (found.path / "meta.json").stat().st_ino == before
     assert not list(found.path.parent.glob("*.tmp"))

@@ -257,8 +257,8 @@ def _rgb(image: Image.Image, white: float | None) -> Image.Image:
         if white == 65535 and image.mode != "F":
             image = Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
         else:
-            scaled = np.nan_to_num(values.astype(np.float32), nan=0.0) * np.float32(255 / white)
-            image = Image.fromarray(np.rint(scaled.clip(0, 255)).astype(np.uint8))
+            scaled = np.nan_to_num(values.astype(np.float32), nan=0.0).clip(0, white) * np.float32(255 / white)
+            image = Image.fromarray(np.rint(scaled).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         return _lay_on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -9,7 +9,7 @@ from upath import UPath
 
 from trainables.data.dataset import Data, read_meta
 from trainables.data.decode import Fit
-from trainables.data.prepare import find_source, listing_of, prepare
+from trainables.data.prepare import find_source, listing_of, note_on_pages, prepare
 from trainables.data.sources import Contents, Part
 from trainables.errors import UserError
 from trainables.storage import read_array, read_json
@@ -64,7 +64,9 @@ def find_origin(
         train = [name for name, is_test in zip(train, cut, strict=True) if not is_test]
     if (len(train), len(test)) != (len(data.labels), data.test_images):
         raise UserError(f"{data_dir} changed while it was read; do it again")
-    return Origin(train, test, skipped, source.notes, _root(contents))
+    paged = [str(entry) for entry in listed.get("paged", ())]
+    notes = (*source.notes, *([note_on_pages(paged)] if paged else []))
+    return Origin(train, test, skipped, notes, _root(contents))
 
 
 def _names(part: Part, kind: str, left_out: set[str]) -> list[str]:

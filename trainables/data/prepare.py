@@ -97,8 +97,8 @@ def prepare(
         with FileLock(listing.with_suffix(".lock")):  # else the workers of a machine would decode side by side
             path = _decoded(listing)
             if path is None:
-                path, skipped = _decode(name, source, root, size, fit, progress, group_by, twins)
-                write_json(UPath(listing), {"folder": path.name, "skipped": skipped})
+                path, skipped, paged = _decode(name, source, root, size, fit, progress, group_by, twins)
+                write_json(UPath(listing), {"folder": path.name, "skipped": skipped, "paged": paged})
     return open_data(path)
 
 
@@ -169,10 +169,10 @@ def _decode(
     progress: bool,
     group_by: str | None = None,
     twins: bool = True,
-) -> tuple[Path, list[str]]:
-    """Decode a source into a folder below `root`; returns that and the images that were left out, with the reasons.
+) -> tuple[Path, list[str], list[str]]:
+    """Decode a source into a folder below `root`, which appears whole or not at all.
 
-    The folder appears whole or not at all.
+    Returns it, the images that were left out, with the reasons, and those that have more pages than the one read.
     """
     contents = source.load()
     classes = contents.classes
@@ -249,10 +249,14 @@ def _decode(
     for note in source.notes:
         print(note, file=sys.stderr)
     if paged:
-        print(f"of {len(paged)} files with several pages or frames the first is used: {_few(paged)}", file=sys.stderr)
+        print(note_on_pages(paged), file=sys.stderr)
     if skipped:
         print(f"left out {len(skipped)} of {len(items):,} images: {_few(skipped)}", file=sys.stderr)
-    return path, skipped
+    return path, skipped, paged
+
+
+def note_on_pages(paged: Sequence[str]) -> str:
+    return f"of {len(paged)} files with several pages or frames the first is used: {_few(paged)}"
 
 
 def _parts(contents: Contents) -> list[Part]:

@@ -26,7 +26,8 @@ class SearchConfig:
 
     data: str = "digits"
     """Data set: digits, cifar10, cifar100, or folder, which takes any --data-dir with train/<class>/* and, where they
-    are there, val/<class>/* and test/<class>/*; or with <class>/* alone."""
+    are there, val/<class>/* and test/<class>/*; or with <class>/* alone. Or one by name: torchvision:Flowers102,
+    hf:org/name (extra hf)."""
     data_dir: Path | None = None
     """Where the images lie. Without it cifar10 and cifar100 are downloaded into the cache."""
     labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None

@@ -32,7 +32,7 @@ class Data:
     """The train part of a prepared data set.
 
     Attributes:
-        name: one of DATASETS.
+        name: as in --data, but in letters, digits and _.
         classes: C class names; a label is an index into them.
         images: uint8 (N, H, W, 3), RGB, a read-only memory map.
         labels: int64 (N,).

@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -34,6 +35,7 @@ from trainables.data.dataset import FORMAT, Data, default_cache, open_data
 from trainables.data.decode import FORMATS, Canvas, Fit, Item, find_white, measure, read_items
 from trainables.data.duplicates import Group, find_groups, sign
 from trainables.data.groups import group_numbers, number_groups, unit_of_each
+from trainables.data.named import KINDS, named
 from trainables.data.sources import Contents, Part, Source, digits, folder
 from trainables.data.splits import draw
 from trainables.data.tables import table
@@ -63,7 +65,7 @@ def prepare(
     """Find a data set, decode it unless that was done before, and open it.
 
     Args:
-        name: "digits", "cifar10", "cifar100" or "folder".
+        name: "digits", "cifar10", "cifar100", "folder", or a name of a library's: "torchvision:...", "hf:...".
         data_dir: where its images lie; see `folder` in sources.py and `cifar` in cifar.py. "digits" takes none.
         cache_dir: where the arrays go; default `default_cache()`.
         size: shorter side of the stored images in pixels. None keeps the size that all images share, up to 256 pixels a
@@ -122,16 +124,20 @@ def find_source(
     name: str, data_dir: Path | None, downloads: Path, labels: str | None = None, group_by: str | None = None
 ) -> Source:
     """What the arguments name, see `prepare`; raises UserError when it is not there."""
-    if name not in DATASETS:
+    by_name = name.partition(":")[0] in KINDS
+    if name not in DATASETS and not by_name:
         near = difflib.get_close_matches(name, DATASETS, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(DATASETS)}"
-        raise UserError(f"unknown data set {name!r}; {hint} (images of your own: folder, with --data-dir)")
+        own = "images of your own: folder, with --data-dir; sets by name: torchvision:NAME, hf:NAME"
+        raise UserError(f"unknown data set {name!r}; {hint} ({own})")
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"data folder {data_dir} does not exist; expected a folder with train/<class>/* in it")
     if labels is not None:
         if name != "folder":
             raise UserError(f"--labels is a table of images of your own; add --data folder (it is {name})")
         return table(labels, data_dir, downloads, group_by)
+    if by_name:
+        return named(name, data_dir, downloads)
     if name == "digits":
         if data_dir is not None:
             raise UserError("digits takes no --data-dir; to read images of your own add --data folder")
@@ -226,7 +232,7 @@ def _decode(
         mean, std = _channel_statistics(np.load(temporary / "images.npy", mmap_mode="r", allow_pickle=False))
         meta = {
             "format": FORMAT,
-            "name": name,
+            "name": plain_name(name),
             "classes": list(classes),
             "fit": fit,
             "images": len(written.labels),
@@ -243,7 +249,7 @@ def _decode(
             "grouped_by": group_by or "",
         }
         write_json(UPath(temporary / "meta.json"), meta)
-        path = _publish(temporary, root / f"{name}-{meta['fingerprint']}")
+        path = _publish(temporary, root / f"{meta['name']}-{meta['fingerprint']}")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for note in source.notes:
@@ -257,6 +263,11 @@ def _decode(
 
 def note_on_pages(paged: Sequence[str]) -> str:
     return f"of {len(paged)} files with several pages or frames the first is used: {_few(paged)}"
+
+
+def plain_name(name: str) -> str:
+    """The name of a data set as a part of folder names: "hf:org/name" as "hf_org_name"."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower())[:40]
 
 
 def _parts(contents: Contents) -> list[Part]:

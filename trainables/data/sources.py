@@ -135,7 +135,7 @@ def folder(root: Path) -> Source:
     for entry in os.scandir(root):
         if entry.name.startswith(".") or entry.name in ("train", "test", *present):
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             passed.siblings.append(f"folder {entry.name}")
         else:
             passed.endings[_ending(entry.name)] += 1
@@ -145,7 +145,7 @@ def folder(root: Path) -> Source:
     for name in (*present, "test"):
         if not (root / name).is_dir():
             continue
-        if name == "test" and not any(e.is_dir() and not e.name.startswith(".") for e in os.scandir(root / name)):
+        if name == "test" and not any(_is_folder(e) and not e.name.startswith(".") for e in os.scandir(root / name)):
             images = len(list_images(root / name))
             passed.siblings.append(f"test ({images:,} images without class folders)")
             continue
@@ -173,7 +173,7 @@ Listed = list[tuple[str, int, int]]  # path relative to the root, bytes, modific
 def _list_classes(root: Path, passed: Passed) -> tuple[tuple[str, ...], Listed, list[int]]:
     """Class names (sorted), the image files of all classes in a fixed order, and their labels."""
     entries = list(os.scandir(root))
-    names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__")))
+    names = sorted(e.name for e in entries if _is_folder(e) and not e.name.startswith((".", "__")))
     if len(names) < 2:
         raise UserError(
             f"{root} has {len(names)} class folder{'' if names else 's'}, expected at least 2: "
@@ -182,7 +182,7 @@ def _list_classes(root: Path, passed: Passed) -> tuple[tuple[str, ...], Listed, 
     if unreadable := [name for name in names if not name.isprintable()]:
         raise UserError(f"class folder {unreadable[0]!r} of {root} has a name that cannot be printed; rename it")
     for entry in entries:
-        if not entry.is_dir() and not entry.name.startswith("."):
+        if not _is_folder(entry) and not entry.name.startswith("."):
             passed.endings[_ending(entry.name)] += 1
     files: Listed = []
     labels: list[int] = []
@@ -214,16 +214,23 @@ def list_images(folder: Path, prefix: str = "", passed: Passed | None = None) ->
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             if entry.is_symlink() and Path(entry).resolve() in (folder.resolve(), *folder.resolve().parents):
                 continue  # a circle
             found += list_images(Path(entry), f"{prefix}{entry.name}/", passed)
         elif os.path.splitext(entry.name)[1].lower() in suffixes():
-            stat = entry.stat() if entry.is_file() else entry.stat(follow_symlinks=False)  # a broken link
+            is_broken = entry.is_symlink() and not os.path.exists(entry)
+            if not is_broken and not entry.is_file():
+                continue  # a named pipe would be opened only once somebody writes to it
+            stat = entry.stat(follow_symlinks=not is_broken)
             found.append((prefix + entry.name, stat.st_size, stat.st_mtime_ns))
         elif passed is not None:
             passed.endings[_ending(entry.name)] += 1
     return sorted(found)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()  # a link may lead to itself
 
 
 def _ending(name: str) -> str:

@@ -88,6 +88,7 @@ def explore(args: Explore) -> dict[str, Any]:
         "splits": {name: int((images.split == s).sum()) for s, name in enumerate(images.splits)},
         "counts": _counts(images),
         "size": [int(side) for side in images.data.images.shape[1:3]],
+        "stored_bytes": int(images.data.images.nbytes + images.test.nbytes),
         "original_sizes": _sizes(images),
         "unreadable": images.unreadable,
         "notes": images.notes,
@@ -239,6 +240,15 @@ def summary(found: dict[str, Any]) -> list[str]:
     lines = [f"{found['data']['name']}: {len(found['classes'])} classes, {splits} images"]
     lines += [f"{leak['images']} {leak['split']} images have a twin in {leak['twin_in']}" for leak in found["leaks"]]
     lines.append(f"{len(found['groups'])} groups of duplicates, {len(found['unreadable'])} unreadable files")
+    height, width = found["size"]
+    lines.append(
+        f"kept at {width} x {height} pixels ({found['stored_bytes'] / 2**20:,.0f} MiB); files have "
+        + ", ".join(f"{w} x {h} ({n:,})" for w, h, n in found["original_sizes"][:3])
+        + (f" and {len(found['original_sizes']) - 3:,} other sizes" if len(found["original_sizes"]) > 3 else "")
+    )
+    few = min(found["counts"].items(), key=lambda one: sum(one[1].values()))
+    many = max(found["counts"].items(), key=lambda one: sum(one[1].values()))
+    lines.append(f"classes have {sum(few[1].values()):,} ({few[0]}) to {sum(many[1].values()):,} ({many[0]}) images")
     lines += found["notes"]
     if found["suspects"]:
         suspects = found["suspects"]

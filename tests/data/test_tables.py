@@ -121,7 +121,7 @@ def test_a_spreadsheet_with_semicolons_other_names_and_a_mark_at_its_start(tmp_p
     assert len(prepare("folder", labels=str(tmp_path / "set/labels.csv")).labels) == 81
 
 
-def test_a_lists_of_files_with_labels(tmp_path: Path) -> None:
+def test_a_list_of_files_with_labels(tmp_path: Path) -> None:
     """As ImageNet's and Caffe's lists: `path label`."""
     rows = frame(tmp_path / "set")
     lines = [f"{path} {label}" for path, label in zip(rows.path, rows.label, strict=True)]

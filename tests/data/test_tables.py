@@ -14,7 +14,7 @@ from tests.data.command import COLOURS, explored, learned, paint, planned, refus
 from trainables.data.dataset import open_test, open_units
 from trainables.data.origin import find_origin
 from trainables.data.prepare import prepare
-from trainables.data.tables import table
+from trainables.data.sources.tables import table
 
 
 @pytest.fixture(autouse=True)

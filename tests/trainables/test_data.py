@@ -263,7 +263,7 @@ def test_failure_leaves_nothing_and_old_leftovers_go(tmp_path, cache, monkeypatc
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_channel_statistics", out_of_space)
+        patch.setattr(data, "channel_statistics", out_of_space)
         with pytest.raises(OSError, match="No space"):
             prepare("folder", root)
     assert [path.name for path in (cache / "data").iterdir() if path.name != "listings"] == ["running.tmp"]

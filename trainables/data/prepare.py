@@ -19,31 +19,32 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import Progress
 from upath import UPath
 
-from trainables.data.cifar import cifar
+from trainables.data.arrays import Log, Written, channel_statistics, cut_test, is_abandoned, write_parts
 from trainables.data.dataset import FORMAT, Data, default_cache, open_data
-from trainables.data.decode import FORMATS, Canvas, Fit, Item, find_white, measure, read_items
+from trainables.data.decode import FORMATS, Canvas, Fit, Item, find_white, measure
 from trainables.data.duplicates import Group, find_groups, sign
 from trainables.data.groups import group_numbers, number_groups, unit_of_each
-from trainables.data.named import KINDS, named
 from trainables.data.sources import Contents, Part, Source, digits, folder
+from trainables.data.sources.cifar import cifar
+from trainables.data.sources.named import KINDS, named
+from trainables.data.sources.tables import table
 from trainables.data.splits import draw
-from trainables.data.tables import table
 from trainables.errors import UserError
 from trainables.storage import read_json, write_json
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
 LISTING = 3  # raise it when a source is to be decoded again, although what that gives may be the same
+QUIET_S = 3.0  # of waiting for another process
 LARGEST_DEFAULT_SIDE = 256
 LARGEST_SIDE = 4096
 MOST_OBLONG = 2.0  # longer side of a canvas, in shorter ones
@@ -96,12 +97,27 @@ def prepare(
             raise UserError(
                 f"cannot write to the cache {root} ({error}); set NINEFOLD_CACHE to another folder"
             ) from None
-        with FileLock(listing.with_suffix(".lock")):  # else the workers of a machine would decode side by side
+        with _alone(listing.with_suffix(".lock")):  # else the workers of a machine would decode side by side
             path = _decoded(listing)
             if path is None:
-                path, skipped, paged = _decode(name, source, root, size, fit, progress, group_by, twins)
+                path, skipped, paged = _decode(name, source, root, size, fit, progress, group_by, twins, listing.stem)
                 write_json(UPath(listing), {"folder": path.name, "skipped": skipped, "paged": paged})
     return open_data(path)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait for a lock, with a word where that takes long."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=QUIET_S)
+    except Timeout:
+        print("another process prepares these images; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def listing_of(
@@ -154,18 +170,6 @@ def find_source(
         raise UserError(f"{data_dir} cannot be listed ({error}); check what lies there and who may read it") from None
 
 
-@dataclass(frozen=True, eq=False)
-class Written:
-    """The readable images of a part: their rows among the listed ones, their labels, and the notes of reading them."""
-
-    rows: np.ndarray
-    labels: np.ndarray
-    notes: list[str]
-
-    def take(self, where: np.ndarray) -> "Written":
-        return Written(self.rows[where], self.labels[where], [self.notes[i] for i in np.flatnonzero(where)])
-
-
 def _decode(
     name: str,
     source: Source,
@@ -175,8 +179,10 @@ def _decode(
     progress: bool,
     group_by: str | None = None,
     twins: bool = True,
+    listing: str = "images",
 ) -> tuple[Path, list[str], list[str]]:
-    """Decode a source into a folder below `root`, which appears whole or not at all.
+    """Decode a source into a folder below `root`, which appears whole or not at all; go on where an earlier process was
+    killed over the same `listing`.
 
     Returns it, the images that were left out, with the reasons, and those that have more pages than the one read.
     """
@@ -197,15 +203,15 @@ def _decode(
             )
 
     _remove_stale(root)
-    temporary = root / f"{uuid.uuid4().hex}.tmp"
-    temporary.mkdir()
+    temporary = _begin(root, listing)
+    log = Log(temporary, canvas, len(items))
     try:
         with _progress_bar(progress) as bar:
             task = bar.add_task(f"decoding {name}", total=len(items))
             seen = [part for part in (contents.train, contents.held_out) if part is not None]
             test = contents.test or contents.train.take(np.empty(0, np.int64))
             written, tested = (
-                _write_parts(parts, temporary, prefix, canvas, skip, paged, lambda: bar.advance(task))
+                write_parts(parts, temporary, prefix, canvas, log, skip, paged, lambda: bar.advance(task))
                 for parts, prefix in ((seen, ""), ([test], "test_"))
             )
             found = _find_twins(temporary, bar) if twins else []
@@ -219,8 +225,9 @@ def _decode(
             kept = [part.tobytes() for part in (units, is_cut) if part is not None]
             notes = "".join(f"{label} {note}\n" for label, note in zip(written.labels, written.notes, strict=True))
             fingerprint = hashlib.sha256(b"".join([f"{content} {held_out}\n{notes}".encode(), *kept])).hexdigest()
+        log.close()
         if is_cut.any():
-            tested = _cut_test(temporary, written, is_cut, canvas)
+            tested = cut_test(temporary, written, is_cut, canvas)
             np.save(temporary / "cut.npy", np.flatnonzero(is_cut), allow_pickle=False)
             units = None if units is None else units[~is_cut]
             written = written.take(~is_cut)
@@ -229,7 +236,7 @@ def _decode(
         if units is not None and len(np.unique(units)) < len(units):
             np.save(temporary / "units.npy", units, allow_pickle=False)
         _check_counts(classes, written.labels)
-        mean, std = _channel_statistics(np.load(temporary / "images.npy", mmap_mode="r", allow_pickle=False))
+        mean, std = channel_statistics(np.load(temporary / "images.npy", mmap_mode="r", allow_pickle=False))
         meta = {
             "format": FORMAT,
             "name": plain_name(name),
@@ -250,8 +257,10 @@ def _decode(
         }
         write_json(UPath(temporary / "meta.json"), meta)
         path = _publish(temporary, root / f"{meta['name']}-{meta['fingerprint']}")
-    finally:
+    except Exception:  # not KeyboardInterrupt: what was decoded is there for the next time
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(temporary, ignore_errors=True)
     for note in source.notes:
         print(note, file=sys.stderr)
     if paged:
@@ -259,6 +268,16 @@ def _decode(
     if skipped:
         print(f"left out {len(skipped)} of {len(items):,} images: {_few(skipped)}", file=sys.stderr)
     return path, skipped, paged
+
+
+def _begin(root: Path, listing: str) -> Path:
+    """A folder to decode into: that of an earlier process that was killed over the same listing, or a new one."""
+    for earlier in root.glob(f"{listing}-*.tmp"):
+        if is_abandoned(earlier):
+            return earlier
+    temporary = root / f"{listing}-{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir()
+    return temporary
 
 
 def note_on_pages(paged: Sequence[str]) -> str:
@@ -339,25 +358,6 @@ def _test_twins(groups: Sequence[Group], n: int) -> int:
     return sum(sum(row >= n for row in group.rows) for group in groups if group.rows[0] < n)
 
 
-def _cut_test(folder: Path, written: Written, is_cut: np.ndarray, canvas: Canvas) -> Written:
-    """Move the images that are cut out of images.npy to test_images.npy."""
-    cut, kept = np.flatnonzero(is_cut), np.flatnonzero(~is_cut)
-    images = np.load(folder / "images.npy", mmap_mode="r+", allow_pickle=False)
-    with open(folder / "test_images.npy", "wb") as file:
-        _write_header(file, (len(cut), *canvas.shape))
-        for row in cut.tolist():
-            file.write(images[row].tobytes())
-    for to, row in enumerate(kept.tolist()):
-        if to != row:
-            images[to] = images[row]
-    images.flush()
-    del images
-    with open(folder / "images.npy", "r+b") as file:
-        _write_header(file, (len(kept), *canvas.shape))
-        file.truncate(file.tell() + len(kept) * math.prod(canvas.shape))
-    return written.take(is_cut)
-
-
 def _check_counts(classes: Sequence[str], labels: np.ndarray) -> None:
     counts = np.bincount(labels, minlength=len(classes))
     if counts.min() == 0:
@@ -383,60 +383,6 @@ def _canvas(items: Sequence[Item], size: int | None, fit: Fit) -> Canvas:
     if proportion >= 1:
         return Canvas(round(side * proportion), side, fit, white)
     return Canvas(side, round(side / proportion), fit, white)
-
-
-def _write_parts(
-    parts: Sequence[Part],
-    folder: Path,
-    prefix: str,
-    canvas: Canvas,
-    skip: Callable[[Item, str], None],
-    paged: list[str],
-    tick: Callable[[], None],
-) -> Written:
-    """Write <prefix>images.npy of the readable images of the parts, one behind the other.
-
-    Files that hold several pictures are added to `paged`.
-    """
-    rows, labels, notes = [], [], []
-    with open(folder / f"{prefix}images.npy", "wb") as file:
-        _write_header(file, (sum(map(len, parts)), *canvas.shape))
-        listed = 0
-        for part in parts:
-            for row, read in enumerate(read_items(part.items, canvas), start=listed):
-                tick()
-                item = part.items[row - listed]
-                if read.pixels is None:
-                    skip(item, read.note)
-                    continue
-                file.write(read.pixels.tobytes())
-                rows.append(row)
-                labels.append(int(part.labels[row - listed]))
-                notes.append(read.note)
-                if read.is_paged:
-                    paged.append(str(item))
-            listed += len(part)
-        file.seek(0)  # the count is known only now; numpy pads the header so that it may change
-        _write_header(file, (len(rows), *canvas.shape))
-    return Written(np.array(rows, np.int64), np.array(labels, np.int64), notes)
-
-
-def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-
-def _channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 (N, H, W, 3), scaled to 0..1; exact, from histograms."""
-    counts = np.zeros((3, 256), np.int64)
-    for start in range(0, len(images), 128):
-        pixels = images[start : start + 128].reshape(-1, 3)
-        for channel in range(3):
-            counts[channel] += np.bincount(pixels[:, channel], minlength=256)
-    share = counts / counts.sum(1, keepdims=True)
-    values = np.arange(256) / 255
-    mean = share @ values
-    variance = (share * (values - mean[:, None]) ** 2).sum(1)
-    return mean.tolist(), np.sqrt(variance).clip(1 / 255).tolist()  # training divides by it, so never 0
 
 
 def _publish(temporary: Path, path: Path) -> Path:

@@ -109,8 +109,16 @@ def test_who_waits_for_another_process_says_so(
     source = preparing.find_source("folder", root, cache)
     listing = preparing.listing_of(cache / "data", "folder", None, "squash", source)
     listing.parent.mkdir(parents=True)
-    lock = FileLock(listing.with_suffix(".lock"), thread_local=False)
-    lock.acquire()
-    threading.Timer(0.5, lock.release).start()
+    held = threading.Event()
+
+    def hold() -> None:
+        with FileLock(listing.with_suffix(".lock")):
+            held.set()
+            time.sleep(0.5)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait(30)
     prepare("folder", root)
+    other.join()
     assert "another process prepares these images; waiting for it" in capsys.readouterr().err

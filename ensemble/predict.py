@@ -27,7 +27,7 @@ from ensemble.file import Ensemble, read_ensemble
 from trainables.config import TestTimeAugmentation
 from trainables.data.decode import Canvas, read_images
 from trainables.data.prepare import LARGEST_SIDE
-from trainables.data.sources import list_images
+from trainables.data.sources import Passed, list_images
 from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import pick_device, predict_probs
 from trainables.models.weights import load_model
@@ -143,16 +143,21 @@ def stored_form(run: UPath) -> Canvas:
             f"{run / 'run.json'} does not say to which size images are to be decoded; "
             f"expected data.size: [height, width], each 1 to {LARGEST_SIDE}"
         )
-    return Canvas(*data.size, data.fit)
+    return Canvas(*data.size, data.fit, data.white)
 
 
 def find_images(folder: Path) -> dict[str, Path]:
     """The images below a folder by id, sorted by path; raises UserError when there is none."""
     if not folder.is_dir():
         raise UserError(f"image folder {folder} does not exist; name one with --images")
-    paths = [path for path, _, _ in list_images(folder)]
+    passed = Passed()
+    paths = [path for path, _, _ in list_images(folder, passed=passed)]
+    notes = passed.note(folder)
     if not paths:
-        raise UserError(f"no images below {folder}; expected files ending in .jpg, .png, .webp or the like")
+        more = f" ({notes[0]})" if notes else ""
+        raise UserError(f"no images below {folder}; expected files ending in .jpg, .png, .webp or the like{more}")
+    for note in notes:
+        print(note, file=sys.stderr)
     by_stem = {os.path.splitext(path)[0]: folder / path for path in paths}
     return by_stem if len(by_stem) == len(paths) else {path: folder / path for path in paths}
 

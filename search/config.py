@@ -10,7 +10,6 @@ from search.budget import parse_keep
 from trainables.errors import UserError
 from trainables.job import LaneRequest, WeightSource
 
-DataName = Literal["digits", "cifar10", "cifar100", "folder"]
 Sampler = Literal["tpe", "gp", "random", "qmc"]
 Pruner = Literal["asha", "hyperband", "median", "promote", "wilcoxon", "none"]
 Objective = Literal["accuracy", "log_loss", "ensemble"]
@@ -25,10 +24,21 @@ class SearchConfig:
     Without arguments: a dry run on scikit-learn's digits. Running the same command again goes on where it stopped.
     """
 
-    data: DataName = "digits"
-    """Data set. `folder` takes any --data-dir with train/<class>/* and test/<class>/*, or with <class>/* alone."""
+    data: str = "digits"
+    """Data set: digits, cifar10, cifar100, or folder, which takes any --data-dir with train/<class>/* and, where they
+    are there, val/<class>/* and test/<class>/*; or with <class>/* alone. Or one by name: torchvision:Flowers102,
+    hf:org/name (extra hf)."""
     data_dir: Path | None = None
     """Where the images lie. Without it cifar10 and cifar100 are downloaded into the cache."""
+    labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Table of the images of --data folder: .csv, .tsv or .parquet with the columns path and label and, if you like,
+    split (train, val, test) and group; or a list of files, .txt. A path, or a URL that fsspec knows. Its paths are
+    relative to --data-dir, or else to its own folder."""
+    group_by: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
+    """Which images stay on one side of a split, because they show one patient, video or burst: a column of --labels, or
+    a regular expression on the images' paths; those belong together for which its first bracket matches the same."""
+    ignore_twins: bool = False
+    """Split without regard to images that are there twice or almost, which otherwise stay on one side."""
     stored_size: int | None = None
     """Side in pixels at which images are kept; default: their own, or the median one up to 256."""
     fit: Fit = "squash"

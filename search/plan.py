@@ -17,16 +17,17 @@ from search.costs import Costs
 from search.spaces import Space, known_spaces, load_space
 from search.study.warm_start import read_earlier
 from trainables.config import TrialConfig
-from trainables.data.dataset import Data
+from trainables.data.dataset import Data, read_meta
 from trainables.data.prepare import prepare
-from trainables.data.splits import Splits, held_out, make_splits
+from trainables.data.share import open_run_data
+from trainables.data.splits import Splits, notes_on, split_data
 from trainables.errors import UserError
 from trainables.job import WeightSource
 from trainables.models.backbones import check_backbone, check_image_size
 from trainables.models.classic import NETWORKS
 from trainables.models.speed import gflops, native_size, training_rate
 from trainables.models.weights import find_weights
-from trainables.run_directory import RUNS, read_run, study_name
+from trainables.run_directory import RUNS, RunInfo, read_run, study_name
 from trainables.storage import exists, reach
 
 TRIED_PROPOSALS = 20
@@ -49,6 +50,7 @@ class Plan:
     earlier: list[FrozenTrial]  # of --warm-start
     costs: Costs  # of the backbones with pretrained weights
     left_out: list[str]  # backbones of the space that it does not want for these images and this budget
+    notes: list[str]  # on the splits
 
 
 def with_budget(config: SearchConfig) -> SearchConfig:
@@ -82,17 +84,26 @@ def make_plan(config: SearchConfig) -> Plan:
                 backbones[name] = None
     if not backbones:
         raise UserError(f"none of the backbones of space {space.name} has weights here; see --weights-dir, --backbones")
-    data = prepare(config.data, config.data_dir, size=config.stored_size, fit=config.fit)
-    splits = make_splits(data.labels, data.fingerprint, config.split_seed, *held_out(config.data))
-    costs = _costs(backbones, splits, config)
-    run = reach(config.run or f"{RUNS}/{config.data}-{space.name}{'-tiny' if config.scale == 'tiny' else ''}")
+    data = prepare(
+        config.data, config.data_dir, size=config.stored_size, fit=config.fit,
+        group_by=config.group_by, twins=not config.ignore_twins, labels=config.labels,
+    )  # fmt: skip
+    run = reach(config.run or f"{RUNS}/{data.name}-{space.name}{'-tiny' if config.scale == 'tiny' else ''}")
     if in_cluster() and not run.is_absolute():
         raise UserError(
             f"run directory {run} would lie in the job's copy of the sources, which is deleted; "
             "name one that all nodes see: --run /shared/NAME or --run s3://BUCKET/NAME"
         )
     run = run.absolute()
-    begun = read_run(run).backbones if exists(run / "run.json") else ()
+    info = read_run(run) if exists(run / "run.json") else None
+    if info is not None and _is_of_before(info, data, config):
+        data, splits = open_run_data(run, info)
+        notes = ["this run began before twins, groups and held-out parts were kept apart, and keeps the splits it has"]
+    else:
+        splits = split_data(data, config.split_seed)
+        notes = notes_on(data, splits, config.split_seed)
+    costs = _costs(backbones, splits, config)
+    begun = () if info is None else info.backbones
     task = make_task(backbones, splits, data, costs, config.minutes and 60 * config.minutes)
     taking_part = list(backbones)
     if not config.backbones:
@@ -104,7 +115,7 @@ def make_plan(config: SearchConfig) -> Plan:
     task = replace(task, backbones=backbones)
     _check_space(space, task)
     # unique, for a database may hold the studies of many runs
-    study = study_name(run) if exists(run / "run.json") else f"{run.name}-{uuid.uuid4().hex[:8]}"
+    study = study_name(run) if info is not None else f"{run.name}-{uuid.uuid4().hex[:8]}"
     other_budget = config.minutes or config.device_hours or config.target_accuracy or config.stop_on_plateau
     trials = config.trials or (None if other_budget else space.trials)
     metric = "tune_accuracy" if config.objective == "accuracy" else "tune_log_loss"
@@ -113,7 +124,18 @@ def make_plan(config: SearchConfig) -> Plan:
         return space.suggest(trial, task)
 
     earlier = [t for old in config.warm_start for t in read_earlier(old, metric, propose, config.storage)]
-    return Plan(run, data, splits, space, backbones, trials, study, missing, earlier, costs, left_out)
+    return Plan(run, data, splits, space, backbones, trials, study, missing, earlier, costs, left_out, notes)
+
+
+def _is_of_before(info: RunInfo, data: Data, config: SearchConfig) -> bool:
+    """Whether a run began on these images before their twins, groups and held-out part were kept apart.
+
+    It goes on with the splits that it has.
+    """
+    return (
+        info.data.fingerprint == read_meta(data.path).content != data.fingerprint
+        and info.search.get("split_seed", 0) == config.split_seed
+    )
 
 
 def make_task(

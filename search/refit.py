@@ -62,6 +62,8 @@ class Refit:
     """Name of an ensemble of the run; default: the one written last."""
     data_dir: Path | None = None
     """Where the images lie; needed when neither this machine's cache nor the run has them."""
+    labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Table of the images, as for search.run; needed as --data-dir is."""
     weights_dir: Path | None = None
     """Folder with pretrained weights, as for search.run."""
 
@@ -186,8 +188,9 @@ def _job(runs: list[UPath], target: UPath, info: RunInfo, member: Member, args: 
     weights = find_weights(config.backbone, args.weights_dir) if config.pretrained else None
     folder = str(args.data_dir.resolve()) if args.data_dir else None
     data = DataSource(
-        str(default_cache() / "data" / info.data.folder), info.data.name, folder, info.data.stored_size, info.data.fit
-    )
+        str(default_cache() / "data" / info.data.folder), info.data.name, folder, info.data.stored_size, info.data.fit,
+        info.data.group_by, info.data.twins, args.labels,
+    )  # fmt: skip
     return Job(_new_id(member), config, str(target), data, weights)
 
 

@@ -192,7 +192,10 @@ def _make_budget(plan: Plan, config: SearchConfig, study: optuna.Study, began: f
 def _source(plan: Plan, config: SearchConfig) -> DataSource:
     """What every job trains on."""
     folder = str(config.data_dir.resolve()) if config.data_dir else None
-    return DataSource(str(plan.data.path), config.data, folder, config.stored_size, config.fit)
+    return DataSource(
+        str(plan.data.path), config.data, folder, config.stored_size, config.fit, config.group_by,
+        not config.ignore_twins, config.labels,
+    )  # fmt: skip
 
 
 def _open_run(plan: Plan, config: SearchConfig) -> None:
@@ -222,7 +225,10 @@ def _open_run(plan: Plan, config: SearchConfig) -> None:
             folder=data.path.name,
             size=(data.images.shape[1], data.images.shape[2]),
             stored_size=config.stored_size,
-            fit=config.fit,
+            fit=data.fit,
+            white=data.white,
+            group_by=config.group_by,
+            twins=not config.ignore_twins,
             mean=data.mean,
             std=data.std,
         ),

@@ -29,6 +29,8 @@ def print_start(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep
     if s.folds:
         parts = f"{len(s.train)} images, each predicted by networks that have not seen it ({len(s.folds)} folds), "
     console.print(f"{config.data}: {parts}{plan.data.test_images} test images, {len(plan.data.classes)} classes")
+    for note in plan.notes:
+        console.print(note, style="yellow", markup=False)
     console.print(f"space {plan.space.name} over {', '.join(plan.backbones)}; run directory {short_path(plan.run)}")
     if sweep.counted:
         console.print(f"going on with {sweep.counted} trials, {len(sweep.interrupted)} of them cut in the middle")

@@ -88,8 +88,8 @@ class DataSource:
 
     Attributes:
         path: the folder in which the driver has it; elsewhere it may lie in another cache, or beside the run.
-        name, data_dir, size, fit: as `trainables.data.prepare` takes them; data_dir None where the images are not at
-            hand.
+        name, data_dir, size, fit, group_by, twins, labels: as `trainables.data.prepare` takes them; data_dir None where
+            the images are not at hand.
     """
 
     path: str
@@ -97,6 +97,9 @@ class DataSource:
     data_dir: str | None = None
     size: int | None = None
     fit: Literal["squash", "crop", "pad"] = "squash"
+    group_by: str | None = None
+    twins: bool = True
+    labels: str | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -21,7 +21,7 @@ from upath import UPath
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data
 from trainables.data.prepare import prepare
-from trainables.data.splits import Splits, held_out, make_splits
+from trainables.data.splits import Splits, split_data
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import WeightSource
 from trainables.models.weights import find_weights
@@ -37,7 +37,7 @@ SKIPPED = 5  # first steps, of which the running mean knows too little to tell a
 class LrFind:
     """The learning-rate range test: a suggestion, and a plot of the train loss over the lr."""
 
-    data: Literal["digits", "cifar10", "cifar100", "folder"] = "digits"
+    data: str = "digits"
     """Data set, as in search.run; the test trains on its train split."""
     data_dir: Path | None = None
     """Where the images lie."""
@@ -143,7 +143,7 @@ def main() -> None:
         config = args.config
         weights = find_weights(config.backbone, args.weights_dir) if config.pretrained else None
         data = prepare(args.data, args.data_dir, size=args.stored_size)
-        splits = make_splits(data.labels, data.fingerprint, 0, *held_out(args.data))
+        splits = split_data(data)
         lrs, losses = range_test(config, data, splits, args.low, args.high, args.steps, weights)
         if len(lrs) == 0:
             raise UserError(f"the loss is not a number at lr {args.low:g}; lower --low")

@@ -73,6 +73,8 @@ class DataInfo:
         size: (height, width) of the stored images.
         stored_size: the shorter side that was asked for; None: the data set's own.
         fit: how images of other proportions were brought to that size; see trainables.data.decode.Canvas.
+        white: of 16-bit and float images, see there.
+        group_by, twins: which images stay on one side of a split, as trainables.data.prepare takes them.
         mean, std: of the three channels, of pixels in 0..1.
     """
 
@@ -82,12 +84,17 @@ class DataInfo:
     size: tuple[int, int] | None = None
     stored_size: int | None = None
     fit: Literal["squash", "crop", "pad"] = "crop"  # as runs did that do not say
+    white: float | None = None
+    group_by: str | None = None
+    twins: bool = True
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.folder and not _DATA_FOLDER.fullmatch(self.folder):
             raise ValueError(f"data.folder is {self.folder[:60]!r}, expected <name>-<16 hex digits>")
+        if self.white is not None and not self.white > 0:
+            raise ValueError(f"data.white is {self.white}, expected more than 0")
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,10 @@ def _open(run: str, source: DataSource) -> tuple[Data, Splits]:
         raise
     except UserError:
         folder = source.data_dir
-        data = prepare(source.name, Path(folder) if folder else None, size=source.size, fit=source.fit)
+        data = prepare(
+            source.name, Path(folder) if folder else None, size=source.size, fit=source.fit,
+            group_by=source.group_by, twins=source.twins, labels=source.labels,
+        )  # fmt: skip
         expected = Path(source.path).name
         if data.path.name != expected:  # which ends in the fingerprint
             raise UserError(

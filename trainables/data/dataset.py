@@ -5,6 +5,9 @@
   labels.npy         int64 (N,)
   test_images.npy    the test part, in files of its own
   test_labels.npy    which only `open_test` opens
+  units.npy          int64 (N,), equal for images of the train part that stay on one side of a split (see groups.py);
+                     absent when every image is alone
+  cut.npy            int64, where the test part was cut out of the train part: the rows that it had there
   meta.json          a folder without it does not exist
 """
 
@@ -29,7 +32,7 @@ class Data:
     """The train part of a prepared data set.
 
     Attributes:
-        name: one of DATASETS.
+        name: as in --data, but in letters, digits and _.
         classes: C class names; a label is an index into them.
         images: uint8 (N, H, W, 3), RGB, a read-only memory map.
         labels: int64 (N,).
@@ -39,6 +42,8 @@ class Data:
         test_images: number of images of the test part; 0 when there is none.
         mean, std: of the three channels of `images` scaled to 0..1.
         fit: how images of other proportions were brought to the size of the stored ones; see `Canvas`.
+        white: of 16-bit and float images, see `Canvas`.
+        held_out: so many images at the end are the held-out part that the data set came with (`val`).
     """
 
     name: str
@@ -52,16 +57,27 @@ class Data:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     fit: Fit = "squash"
+    white: float | None = None
+    held_out: int = 0
 
     @property
     def canvas(self) -> Canvas:
         """The form of its images."""
-        return Canvas(self.images.shape[1], self.images.shape[2], self.fit)
+        return Canvas(self.images.shape[1], self.images.shape[2], self.fit, self.white)
 
 
 @dataclass(frozen=True)
 class Meta:
-    """meta.json of a prepared data set."""
+    """meta.json of a prepared data set.
+
+    Attributes, beyond those of `Data`:
+        content: the fingerprint that the same images had before units and held-out parts were kept; runs of that time
+            have it.
+        twins: images of the train part that have a twin in it; test_twins: of a test part that the data set came with,
+            images with a twin in the train part.
+        grouped_by: the column or regular expression that made groups.
+        skipped: images that could not be read.
+    """
 
     format: int
     name: str
@@ -72,6 +88,12 @@ class Meta:
     std: tuple[float, float, float]
     fit: Fit = "squash"
     skipped: tuple[str, ...] = ()
+    white: float | None = None
+    held_out: int = 0
+    content: str = ""
+    twins: int = 0
+    test_twins: int = 0
+    grouped_by: str = ""
 
 
 def default_cache() -> Path:
@@ -108,6 +130,8 @@ def open_data(path: str | Path, cache: Path | None = None) -> Data:
     meta = read_meta(path)
     images = _images(path, "images")
     labels = _labels(path, "labels", len(images), len(meta.classes))
+    if not 0 <= meta.held_out < max(1, len(images)):
+        raise UserError(f"{path} is damaged (held_out is {meta.held_out}); remove it and prepare it again")
     return Data(
         name=meta.name,
         classes=meta.classes,
@@ -120,7 +144,19 @@ def open_data(path: str | Path, cache: Path | None = None) -> Data:
         mean=meta.mean,
         std=meta.std,
         fit=meta.fit,
+        white=meta.white,
+        held_out=meta.held_out,
     )
+
+
+def open_units(data: Data) -> np.ndarray | None:
+    """Return the unit of each image of the train part, int64 (N,); None when every image is alone."""
+    if not (data.path / "units.npy").exists():
+        return None
+    units = np.asarray(_array(data.path, "units", "i", 1), np.int64)
+    if len(units) != len(data.labels):
+        raise UserError(f"{data.path} is damaged (units do not fit its images); remove it and prepare it again")
+    return units
 
 
 def open_test(path: str | Path) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,8 @@ more than 99 %: a hash's bits flip where a picture is flat.)
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,8 @@ NOISE = 4.0  # grey levels of change between cells that noise and compression ma
 FLATTEST = 2.0  # grey levels of spread below which a picture has nothing to be compared by
 BATCH = 1024
 MOST_PER_IMAGE = 20  # near twins looked at per image: enough to connect a group, however large
+ALL_BELOW = 100_000  # images, of which every one is compared with every other
+NEAREST = 4  # cells that an image is looked for in, when there are more
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -81,16 +84,19 @@ def sign(images: np.ndarray, tick: Callable[[int], None] = lambda done: None) ->
     return Signatures(digests, grey)
 
 
-def find_groups(signatures: Signatures, tick: Callable[[int], None] = lambda done: None) -> list[Group]:
+def find_groups(
+    signatures: Signatures, tick: Callable[[int], None] = lambda done: None, all_below: int = ALL_BELOW
+) -> list[Group]:
     """All groups of two or more images that are one picture, the largest first.
 
-    Every image is compared with every other: 60,000 take half a minute on two cores, ten times as many a hundred times
-    as long. `tick` hears how many images have been compared with all that follow them.
+    Up to `all_below` images every one is compared with every other: 60,000 take half a minute on two cores. More are
+    compared within cells, see `_cells`, which takes ten times as many images 32 times as long, and not a hundred times;
+    of pairs that only just count as twins it may miss a few in a thousand. `tick` hears how many images are done.
     """
     first = _first_of_equals(signatures.digests)
     links = [(np.stack([first, np.arange(len(first))])[:, first != np.arange(len(first))], 0)]
     if signatures.grey.shape[1] == SIDE:
-        links += _near(signatures.grey, np.flatnonzero(first == np.arange(len(first))), tick)
+        links += _near(signatures.grey, np.flatnonzero(first == np.arange(len(first))), tick, all_below)
     a, b = np.concatenate([pairs for pairs, _ in links], axis=1)
     looseness = np.concatenate([np.full(pairs.shape[1], level) for pairs, level in links])
     _, group = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(len(first),) * 2), directed=False)
@@ -124,31 +130,71 @@ def _first_of_equals(digests: np.ndarray) -> np.ndarray:
     return first[inverse]
 
 
-def _near(grey: np.ndarray, rows: np.ndarray, tick: Callable[[int], None]) -> list[tuple[np.ndarray, int]]:
+def _near(
+    grey: np.ndarray, rows: np.ndarray, tick: Callable[[int], None], all_below: int
+) -> list[tuple[np.ndarray, int]]:
     """Pairs (2, P) among these rows that are near, level 1, and those that are so after mirroring one, level 2."""
     rows = rows[grey[rows].std(axis=(1, 2)) >= FLATTEST]
     cells = grey[rows].reshape(len(rows), 8, 2, 8, 2).mean(axis=(2, 4))
     coarse = _standardised(cells.reshape(len(rows), 64))
     mirrored = _standardised(cells[:, :, ::-1].reshape(len(rows), 64))
     found: dict[int, list[np.ndarray]] = {1: [], 2: []}
-    for start in range(0, len(rows), BATCH):
-        for level, left in ((1, coarse), (2, mirrored)):
-            a, b = _alike(left[start : start + BATCH] @ coarse[start:].T)
-            a, b = rows[a + start], rows[b + start]
+    for level, left in ((1, coarse), (2, mirrored)):
+        for some, others, done in _blocks(left, coarse, all_below):
+            a, b = _alike(left[some] @ coarse[others].T, some, others)
+            a, b = rows[a], rows[b]
             one = grey[a][:, :, ::-1] if level == 2 else grey[a]
             detailed = _detail(one, grey[b]) >= DETAIL
             found[level].append(np.stack([a[detailed], b[detailed]]))
-        tick(len(left[start : start + BATCH]))
+            tick(done if level == 2 else 0)
     return [(np.concatenate(pairs, axis=1), level) for level, pairs in found.items() if pairs]
 
 
-def _alike(correlations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns right of the diagonal where a block (R, N) reaches COARSE, at most MOST_PER_IMAGE of a row."""
-    a, b = np.nonzero(correlations >= COARSE)
-    keep = b > a
-    a, b = a[keep], b[keep]
-    rank = np.arange(len(a)) - np.searchsorted(a, a)  # nonzero() goes row by row
-    return a[rank < MOST_PER_IMAGE], b[rank < MOST_PER_IMAGE]
+def _blocks(left: np.ndarray, right: np.ndarray, all_below: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Rows of `left` and of `right`, both float32 (N, 64) of length 1, that are to be compared with each other, and how
+    many more images are done with that."""
+    n = len(left)
+    if n <= all_below:
+        for start in range(0, n, BATCH):
+            some = np.arange(start, min(start + BATCH, n))
+            yield some, np.arange(start, n), len(some)
+        return
+    rows, others = _cells(left, right)
+    for cell, (some, close) in enumerate(zip(rows, others, strict=True)):
+        for start in range(0, len(some), BATCH):
+            yield some[start : start + BATCH], close, 0
+        yield some[:0], close, (cell + 1) * n // len(rows) - cell * n // len(rows)
+
+
+def _cells(left: np.ndarray, right: np.ndarray) -> list[list[np.ndarray]]:
+    """For each of sqrt(N) random rows of `right` the rows of `left`, and of `right`, that it is among the NEAREST to.
+
+    Near twins are so near that they share at least one of these cells, all but always.
+    """
+    centres = right[np.random.default_rng(0).choice(len(right), math.isqrt(len(right)), replace=False)]
+    cells = []
+    for vectors in (left, right):
+        nearest = np.empty((len(vectors), NEAREST), np.int64)
+        for start in range(0, len(vectors), BATCH):
+            scores = vectors[start : start + BATCH] @ centres.T
+            nearest[start : start + BATCH] = np.argpartition(-scores, NEAREST, axis=1)[:, :NEAREST]
+        order = np.argsort(nearest.ravel(), kind="stable")
+        bounds = np.searchsorted(nearest.ravel()[order], np.arange(len(centres) + 1))
+        cells.append([order[bounds[c] : bounds[c + 1]] // NEAREST for c in range(len(centres))])
+    return cells
+
+
+def _alike(correlations: np.ndarray, some: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and later rows whose correlation, in a block (R, N) of these rows, reaches COARSE.
+
+    Of one row at most MOST_PER_IMAGE.
+    """
+    i, j = np.nonzero(correlations >= COARSE)
+    keep = others[j] > some[i]
+    i, j = i[keep], j[keep]
+    rank = np.arange(len(i)) - np.searchsorted(i, i)  # nonzero() goes row by row
+    few = rank < MOST_PER_IMAGE
+    return some[i[few]], others[j[few]]
 
 
 def _detail(one: np.ndarray, other: np.ndarray) -> np.ndarray:

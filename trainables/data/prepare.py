@@ -4,36 +4,47 @@
                                        which of them could not be read
 
 Only the listing is looked at a second time, so an unchanged data set opens at once.
+
+All images are decoded into one array first; then it is known which of them are twins, and only then is a test part cut
+out of it, where the data set has none of its own.
 """
 
 import contextlib
-import dataclasses
 import difflib
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import Progress
 from upath import UPath
 
+from trainables.data.arrays import Log, Written, channel_statistics, cut_test, is_abandoned, write_parts
 from trainables.data.dataset import FORMAT, Data, default_cache, open_data
-from trainables.data.decode import FORMATS, Canvas, Fit, Item, measure, read_items
-from trainables.data.sources import Contents, Part, Source, cifar, digits, folder
-from trainables.data.splits import FEWEST_PER_CLASS, draw
+from trainables.data.decode import FORMATS, Canvas, Fit, Item, find_white, measure
+from trainables.data.duplicates import Group, find_groups, sign
+from trainables.data.groups import group_numbers, number_groups, unit_of_each
+from trainables.data.sources import Contents, Part, Source, digits, folder
+from trainables.data.sources.cifar import cifar
+from trainables.data.sources.named import KINDS, named
+from trainables.data.sources.tables import table
+from trainables.data.splits import draw
 from trainables.errors import UserError
 from trainables.storage import read_json, write_json
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
+LISTING = 3  # raise it when a source is to be decoded again, although what that gives may be the same
+QUIET_S = 3.0  # of waiting for another process
 LARGEST_DEFAULT_SIDE = 256
 LARGEST_SIDE = 4096
 MOST_OBLONG = 2.0  # longer side of a canvas, in shorter ones
@@ -48,18 +59,25 @@ def prepare(
     size: int | None = None,
     fit: Fit = "squash",
     progress: bool = True,
+    group_by: str | None = None,
+    twins: bool = True,
+    labels: str | None = None,
 ) -> Data:
     """Find a data set, decode it unless that was done before, and open it.
 
     Args:
-        name: "digits", "cifar10", "cifar100" or "folder".
-        data_dir: where its images lie; see `folder` and `cifar` in sources.py. "digits" takes none.
+        name: "digits", "cifar10", "cifar100", "folder", or a name of a library's: "torchvision:...", "hf:...".
+        data_dir: where its images lie; see `folder` in sources.py and `cifar` in cifar.py. "digits" takes none.
         cache_dir: where the arrays go; default `default_cache()`.
         size: shorter side of the stored images in pixels. None keeps the size that all images share, up to 256 pixels a
             side; otherwise the median shorter side, at most 256. The other side follows from the images' median
             proportions. (Judged by 1,000 images spread over the data set.)
         fit: how images of other proportions get there; see `Canvas`.
         progress: show a bar on stderr while decoding, if that is a terminal.
+        group_by: which images stay on one side of a split: a column of `labels`, or a regular expression on the images'
+            paths, see `group_numbers`.
+        twins: look for images that are there twice, or almost, and keep them on one side, too.
+        labels: a table of the images of "folder", path or URL, see tables.py.
 
     Images that cannot be read are named on stderr and left out, up to 1 % of them (or 10). Raises UserError beyond
     that, and on whatever else a user can fix. Any number of processes may prepare the same data set at once.
@@ -67,8 +85,10 @@ def prepare(
     root = Path(cache_dir or default_cache()).expanduser().resolve() / "data"
     if size is not None and not 1 <= size <= LARGEST_SIDE:
         raise UserError(f"size is {size}, expected 1 to {LARGEST_SIDE} pixels")
-    source = find_source(name, None if data_dir is None else Path(data_dir).expanduser(), root / "downloads")
-    listing = listing_of(root, name, size, fit, source)
+    source = find_source(
+        name, None if data_dir is None else Path(data_dir).expanduser(), root / "downloads", labels, group_by
+    )
+    listing = listing_of(root, name, size, fit, source, group_by, twins)
     path = _decoded(listing)
     if path is None:
         try:
@@ -77,17 +97,35 @@ def prepare(
             raise UserError(
                 f"cannot write to the cache {root} ({error}); set NINEFOLD_CACHE to another folder"
             ) from None
-        with FileLock(listing.with_suffix(".lock")):  # else the workers of a machine would decode side by side
+        with _alone(listing.with_suffix(".lock")):  # else the workers of a machine would decode side by side
             path = _decoded(listing)
             if path is None:
-                path, skipped = _decode(name, source, root, size, fit, progress)
-                write_json(UPath(listing), {"folder": path.name, "skipped": skipped})
+                path, skipped, paged = _decode(name, source, root, size, fit, progress, group_by, twins, listing.stem)
+                write_json(UPath(listing), {"folder": path.name, "skipped": skipped, "paged": paged})
     return open_data(path)
 
 
-def listing_of(root: Path, name: str, size: int | None, fit: Fit, source: Source) -> Path:
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait for a lock, with a word where that takes long."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=QUIET_S)
+    except Timeout:
+        print("another process prepares these images; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def listing_of(
+    root: Path, name: str, size: int | None, fit: Fit, source: Source, group_by: str | None = None, twins: bool = True
+) -> Path:
     """The file that says what a source was decoded to."""
-    key = hashlib.sha256(f"{FORMAT} {name} {size} {fit} {source.key}".encode()).hexdigest()[:24]
+    text = f"{LISTING} {name} {size} {fit} {group_by!r} {twins} {source.key}"
+    key = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]
     return root / "listings" / f"{key}.json"
 
 
@@ -98,39 +136,63 @@ def _decoded(listing: Path) -> Path | None:
     return path if (path / "meta.json").exists() else None
 
 
-def find_source(name: str, data_dir: Path | None, downloads: Path) -> Source:
-    if name not in DATASETS:
+def find_source(
+    name: str, data_dir: Path | None, downloads: Path, labels: str | None = None, group_by: str | None = None
+) -> Source:
+    """What the arguments name, see `prepare`; raises UserError when it is not there."""
+    by_name = name.partition(":")[0] in KINDS
+    if name not in DATASETS and not by_name:
         near = difflib.get_close_matches(name, DATASETS, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(DATASETS)}"
-        raise UserError(f"unknown data set {name!r}; {hint} (images of your own: folder, with --data-dir)")
+        own = "images of your own: folder, with --data-dir; sets by name: torchvision:NAME, hf:NAME"
+        raise UserError(f"unknown data set {name!r}; {hint} ({own})")
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"data folder {data_dir} does not exist; expected a folder with train/<class>/* in it")
+    if labels is not None:
+        if name != "folder":
+            raise UserError(f"--labels is a table of images of your own; add --data folder (it is {name})")
+        return table(labels, data_dir, downloads, group_by)
+    if by_name:
+        return named(name, data_dir, downloads)
     if name == "digits":
         if data_dir is not None:
             raise UserError("digits takes no --data-dir; to read images of your own add --data folder")
         return digits()
-    if name != "folder":
-        return cifar(name, data_dir, downloads)
-    if data_dir is None:
-        raise UserError("data set folder needs --data-dir ROOT, with images in ROOT/train/<class>/ or ROOT/<class>/")
-    return folder(data_dir)
+    try:
+        if name != "folder":
+            return cifar(name, data_dir, downloads)
+        if data_dir is None:
+            raise UserError(
+                "data set folder needs --data-dir ROOT, with images in ROOT/train/<class>/ or ROOT/<class>/"
+            )
+        return folder(data_dir)
+    except OSError as error:
+        raise UserError(f"{data_dir} cannot be listed ({error}); check what lies there and who may read it") from None
 
 
 def _decode(
-    name: str, source: Source, root: Path, size: int | None, fit: Fit, progress: bool
-) -> tuple[Path, list[str]]:
-    """Decode a source into a folder below `root`; returns that and the images that were left out, with the reasons.
+    name: str,
+    source: Source,
+    root: Path,
+    size: int | None,
+    fit: Fit,
+    progress: bool,
+    group_by: str | None = None,
+    twins: bool = True,
+    listing: str = "images",
+) -> tuple[Path, list[str], list[str]]:
+    """Decode a source into a folder below `root`, which appears whole or not at all; go on where an earlier process was
+    killed over the same `listing`.
 
-    The folder appears whole or not at all.
+    Returns it, the images that were left out, with the reasons, and those that have more pages than the one read.
     """
     contents = source.load()
     classes = contents.classes
-    train, test = train_and_test(contents)
-    _check_counts(classes, train.labels)
-    items = [*train.items, *test.items]
+    groups = _groups(contents, group_by)
+    items = [item for part in _parts(contents) for item in part.items]
     canvas = _canvas(items, size, fit)
-    digest = hashlib.sha256(json.dumps([FORMAT, classes, dataclasses.astuple(canvas)]).encode())
     skipped: list[str] = []
+    paged: list[str] = []
 
     def skip(item: Item, reason: str) -> None:
         skipped.append(f"{item} ({reason})")
@@ -141,59 +203,167 @@ def _decode(
             )
 
     _remove_stale(root)
-    temporary = root / f"{uuid.uuid4().hex}.tmp"
-    temporary.mkdir()
+    temporary = _begin(root, listing)
+    log = Log(temporary, canvas, len(items))
     try:
         with _progress_bar(progress) as bar:
             task = bar.add_task(f"decoding {name}", total=len(items))
-            for part, prefix in ((train, ""), (test, "test_")):
-                _write_part(part, temporary, prefix, canvas, digest, skip, lambda: bar.advance(task))
-        labels = np.load(temporary / "labels.npy", allow_pickle=False)
-        _check_counts(classes, labels)  # again, now that unreadable images are out
-        mean, std = _channel_statistics(np.load(temporary / "images.npy", mmap_mode="r", allow_pickle=False))
+            seen = [part for part in (contents.train, contents.held_out) if part is not None]
+            test = contents.test or contents.train.take(np.empty(0, np.int64))
+            written, tested = (
+                write_parts(parts, temporary, prefix, canvas, log, skip, paged, lambda: bar.advance(task))
+                for parts, prefix in ((seen, ""), ([test], "test_"))
+            )
+            found = _find_twins(temporary, bar) if twins else []
+        held_out = int((written.rows >= len(contents.train)).sum())
+        n = len(written.labels)
+        units = unit_of_each([own for group in found if (own := _within(group, n))], groups[written.rows], n)
+        is_cut, is_plainly_cut = _draw_test(contents, written, units)
+        content = _digest(classes, canvas, written, tested, is_plainly_cut, len(contents.train))
+        fingerprint = content
+        if held_out or units is not None:
+            kept = [part.tobytes() for part in (units, is_cut) if part is not None]
+            notes = "".join(f"{label} {note}\n" for label, note in zip(written.labels, written.notes, strict=True))
+            fingerprint = hashlib.sha256(b"".join([f"{content} {held_out}\n{notes}".encode(), *kept])).hexdigest()
+        log.close()
+        if is_cut.any():
+            tested = cut_test(temporary, written, is_cut, canvas)
+            np.save(temporary / "cut.npy", np.flatnonzero(is_cut), allow_pickle=False)
+            units = None if units is None else units[~is_cut]
+            written = written.take(~is_cut)
+        np.save(temporary / "labels.npy", written.labels, allow_pickle=False)
+        np.save(temporary / "test_labels.npy", tested.labels, allow_pickle=False)
+        if units is not None and len(np.unique(units)) < len(units):
+            np.save(temporary / "units.npy", units, allow_pickle=False)
+        _check_counts(classes, written.labels)
+        mean, std = channel_statistics(np.load(temporary / "images.npy", mmap_mode="r", allow_pickle=False))
         meta = {
             "format": FORMAT,
-            "name": name,
+            "name": plain_name(name),
             "classes": list(classes),
             "fit": fit,
-            "images": len(labels),
-            "test_images": len(np.load(temporary / "test_labels.npy", allow_pickle=False)),
+            "images": len(written.labels),
+            "test_images": len(tested.labels),
             "mean": mean,
             "std": std,
             "skipped": skipped,
-            "fingerprint": digest.hexdigest()[:16],
+            "fingerprint": fingerprint[:16],
+            "white": canvas.white,
+            "held_out": held_out,
+            "content": content[:16],
+            "twins": sum(len(own.rows) for group in found if (own := _within(group, n))),
+            "test_twins": _test_twins(found, n),
+            "grouped_by": group_by or "",
         }
         write_json(UPath(temporary / "meta.json"), meta)
-        path = _publish(temporary, root / f"{name}-{meta['fingerprint']}")
-    finally:
+        path = _publish(temporary, root / f"{meta['name']}-{meta['fingerprint']}")
+    except Exception:  # not KeyboardInterrupt: what was decoded is there for the next time
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(temporary, ignore_errors=True)
+    for note in source.notes:
+        print(note, file=sys.stderr)
+    if paged:
+        print(note_on_pages(paged), file=sys.stderr)
     if skipped:
         print(f"left out {len(skipped)} of {len(items):,} images: {_few(skipped)}", file=sys.stderr)
-    return path, skipped
+    return path, skipped, paged
 
 
-def train_and_test(contents: Contents) -> tuple[Part, Part]:
-    if contents.test is not None:
-        return contents.train, contents.test
-    train = contents.train
-    is_test = np.zeros(len(train.labels), bool)
-    if contents.test_fraction > 0:
-        is_test[draw(train.labels, [contents.test_fraction], seed=0)[0]] = True
-    return _take(train, ~is_test), _take(train, is_test)
+def _begin(root: Path, listing: str) -> Path:
+    """A folder to decode into: that of an earlier process that was killed over the same listing, or a new one."""
+    for earlier in root.glob(f"{listing}-*.tmp"):
+        if is_abandoned(earlier):
+            return earlier
+    temporary = root / f"{listing}-{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir()
+    return temporary
 
 
-def _take(part: Part, where: np.ndarray) -> Part:
-    if isinstance(part.items, np.ndarray):
-        return Part(part.items[where], part.labels[where])
-    return Part([part.items[i] for i in np.flatnonzero(where)], part.labels[where])
+def note_on_pages(paged: Sequence[str]) -> str:
+    return f"of {len(paged)} files with several pages or frames the first is used: {_few(paged)}"
+
+
+def plain_name(name: str) -> str:
+    """The name of a data set as a part of folder names: "hf:org/name" as "hf_org_name"."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower())[:40]
+
+
+def _parts(contents: Contents) -> list[Part]:
+    """The parts in the order in which their images are listed."""
+    return [part for part in (contents.train, contents.held_out, contents.test) if part is not None]
+
+
+def _groups(contents: Contents, group_by: str | None) -> np.ndarray:
+    """The group of each image of train and held-out part, int64 (N,); -1 for none."""
+    seen = [part for part in (contents.train, contents.held_out) if part is not None]
+    if any(part.groups is not None for part in seen):
+        keys = [key for part in seen for key in part.groups or [""] * len(part)]
+        return number_groups(keys, group_by or "group")
+    if group_by is None:
+        return np.full(sum(map(len, seen)), -1)
+    if any(part.names is None for part in seen):
+        raise UserError(f"--group-by {group_by!r} looks at paths, and these images are no files of their own")
+    return group_numbers([name for part in seen for name in part.names or ()], group_by)
+
+
+def _draw_test(contents: Contents, written: Written, units: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the readable images become the test part, bool (N,): in whole units, and as if there were none."""
+    labels = contents.train.labels
+    none = np.zeros(len(written.labels), bool)
+    if contents.test is not None or contents.test_fraction == 0:
+        return none, none
+    plain = np.zeros(len(labels), bool)  # of all that are listed: what cannot be read must not move the others
+    plain[draw(labels, [contents.test_fraction], seed=0)[0]] = True
+    if units is None:
+        return plain[written.rows], plain[written.rows]
+    every = np.arange(len(labels)) + len(labels)
+    every[written.rows] = units
+    whole = np.zeros(len(labels), bool)
+    whole[draw(labels, [contents.test_fraction], 0, every)[0]] = True
+    return whole[written.rows], plain[written.rows]
+
+
+def _digest(
+    classes: Sequence[str], canvas: Canvas, written: Written, tested: Written, is_cut: np.ndarray, train: int
+) -> str:
+    """SHA-256 of the content, without regard to units and to a held-out part, as it was before these were kept."""
+    form: list[Any] = [canvas.height, canvas.width, canvas.fit]
+    if canvas.white is not None:
+        form.append(canvas.white)
+    digest = hashlib.sha256(json.dumps([FORMAT, classes, form]).encode())
+    is_train = written.rows < train
+    for part, prefix in ((written.take(is_train & ~is_cut), ""), (written.take(is_cut), "test_"), (tested, "test_")):
+        for label, note in zip(part.labels, part.notes, strict=True):
+            digest.update(f"{prefix}{label} {note}\n".encode())
+    return digest.hexdigest()
+
+
+def _find_twins(folder: Path, bar: Progress) -> list[Group]:
+    """Groups of images that are one picture, as rows of the train part's array and behind them the test part's."""
+    parts = [np.load(folder / f"{prefix}images.npy", mmap_mode="r", allow_pickle=False) for prefix in ("", "test_")]
+    task = bar.add_task("looking for twins", total=2 * sum(map(len, parts)))
+    signatures = [sign(part, lambda done: bar.advance(task, done)) for part in parts]
+    return find_groups(signatures[0] + signatures[1], lambda done: bar.advance(task, done))
+
+
+def _within(group: Group, n: int) -> Group | None:
+    """What a group has among the first `n` rows; None unless that is two images or more."""
+    rows = tuple(row for row in group.rows if row < n)
+    return Group(rows, group.kind) if len(rows) > 1 else None
+
+
+def _test_twins(groups: Sequence[Group], n: int) -> int:
+    """Images of a test part, rows `n` and above, that have a twin below."""
+    return sum(sum(row >= n for row in group.rows) for group in groups if group.rows[0] < n)
 
 
 def _check_counts(classes: Sequence[str], labels: np.ndarray) -> None:
     counts = np.bincount(labels, minlength=len(classes))
-    if counts.min() < FEWEST_PER_CLASS:
+    if counts.min() == 0:
         raise UserError(
-            f"class {classes[int(counts.argmin())]!r} has {counts.min()} readable train images, expected at least "
-            f"{FEWEST_PER_CLASS} to train and validate on; add images or remove the class"
+            f"class {classes[int(counts.argmin())]!r} has 0 readable train images, expected at least 1; "
+            "add images or remove the class"
         )
 
 
@@ -203,59 +373,16 @@ def _canvas(items: Sequence[Item], size: int | None, fit: Fit) -> Canvas:
     shapes = [shape for shape in map(measure, sample) if shape is not None]
     if not shapes:
         raise UserError(f"none of the images can be read, the first being {items[0]}; expected {', '.join(FORMATS)}")
+    white = find_white(sample)
     if size is None and len(set(shapes)) == 1 and max(shapes[0]) <= LARGEST_DEFAULT_SIDE:
-        return Canvas(*shapes[0], fit)
+        return Canvas(*shapes[0], fit, white)
     shorter = round(float(np.median([min(shape) for shape in shapes])))
     side = min(size or LARGEST_DEFAULT_SIDE, shorter) if size is None or shorter < size else size
     proportion = float(np.exp(np.median([math.log(height / width) for height, width in shapes])))
     proportion = min(max(proportion, 1 / MOST_OBLONG), MOST_OBLONG)
     if proportion >= 1:
-        return Canvas(round(side * proportion), side, fit)
-    return Canvas(side, round(side / proportion), fit)
-
-
-def _write_part(
-    part: Part,
-    folder: Path,
-    prefix: str,
-    canvas: Canvas,
-    digest: "hashlib._Hash",
-    skip: Callable[[Item, str], None],
-    tick: Callable[[], None],
-) -> None:
-    """Write <prefix>images.npy and <prefix>labels.npy of the readable images, and add them to the digest."""
-    kept = []
-    with open(folder / f"{prefix}images.npy", "wb") as file:
-        _write_header(file, (len(part.items), *canvas.shape))
-        for item, label, (image, note) in zip(part.items, part.labels, read_items(part.items, canvas), strict=True):
-            tick()
-            if image is None:
-                skip(item, note)
-                continue
-            file.write(image.tobytes())
-            digest.update(f"{prefix}{label} {note}\n".encode())
-            kept.append(label)
-        file.seek(0)  # the count is known only now; numpy pads the header so that it may change
-        _write_header(file, (len(kept), *canvas.shape))
-    np.save(folder / f"{prefix}labels.npy", np.array(kept, np.int64), allow_pickle=False)
-
-
-def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-
-def _channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 (N, H, W, 3), scaled to 0..1; exact, from histograms."""
-    counts = np.zeros((3, 256), np.int64)
-    for start in range(0, len(images), 128):
-        pixels = images[start : start + 128].reshape(-1, 3)
-        for channel in range(3):
-            counts[channel] += np.bincount(pixels[:, channel], minlength=256)
-    share = counts / counts.sum(1, keepdims=True)
-    values = np.arange(256) / 255
-    mean = share @ values
-    variance = (share * (values - mean[:, None]) ** 2).sum(1)
-    return mean.tolist(), np.sqrt(variance).clip(1 / 255).tolist()  # training divides by it, so never 0
+        return Canvas(round(side * proportion), side, fit, white)
+    return Canvas(side, round(side / proportion), fit, white)
 
 
 def _publish(temporary: Path, path: Path) -> Path:

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.progress import Progress
 from upath import UPath
 
-from trainables.data.dataset import open_test_images
+from trainables.data.dataset import open_test_images, read_meta
 from trainables.data.decode import Fit, measure
 from trainables.data.duplicates import Group, Signatures, find_groups, sign, twins_across
 from trainables.data.origin import find_origin, unnamed
 from trainables.data.prepare import prepare
 from trainables.data.share import open_run_data
-from trainables.data.splits import Splits, held_out, load_splits, make_splits
+from trainables.data.splits import Splits, load_splits, notes_on, split_data
 from trainables.errors import UserError
 from trainables.explore import fiftyone
 from trainables.explore.images import Images
@@ -45,6 +45,12 @@ class Explore:
     """Data set, as for search.run; default: the run's, as it was prepared, else digits."""
     data_dir: Path | None = None
     """Where its images lie; of a run's, too, to show the files' names."""
+    labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Table of its images, as for search.run."""
+    group_by: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
+    """Which images stay on one side of a split, as for search.run."""
+    ignore_twins: bool = False
+    """Split without regard to twins, as for search.run."""
     stored_size: int | None = None
     """Shorter side in pixels at which images are kept, as for search.run."""
     fit: Fit = "squash"
@@ -82,8 +88,10 @@ def explore(args: Explore) -> dict[str, Any]:
         "splits": {name: int((images.split == s).sum()) for s, name in enumerate(images.splits)},
         "counts": _counts(images),
         "size": [int(side) for side in images.data.images.shape[1:3]],
+        "stored_bytes": int(images.data.images.nbytes + images.test.nbytes),
         "original_sizes": _sizes(images),
         "unreadable": images.unreadable,
+        "notes": images.notes,
         "leaks": [
             {"split": later, "twin_in": earlier, "images": n}
             for (later, earlier), n in twins_across(groups, images.split, images.splits).items()
@@ -115,26 +123,39 @@ def explore(args: Explore) -> dict[str, Any]:
 
 def _open(args: Explore, run: UPath | None) -> Images:
     """The data set that the arguments or the run name, with the splits that a sweep uses, or that the run used."""
-    if run is not None and args.data is None and args.data_dir is None:
-        data, splits = open_run_data(run)  # as it was prepared: where its files lie is not for run.json to say
-        test = open_test_images(data.path)
-        origin = unnamed(data, len(test))
+    if run is not None and args.data is None and args.data_dir is None and args.labels is None:
+        return _opened(run)  # as it was prepared: where its files lie is not for run.json to say
+    name = args.data or ("folder" if args.data_dir or args.labels else "digits")
+    twins = not args.ignore_twins
+    data = prepare(
+        name, args.data_dir, size=args.stored_size, fit=args.fit, group_by=args.group_by, twins=twins,
+        labels=args.labels,
+    )  # fmt: skip
+    if run is None:
+        splits = split_data(data, args.split_seed)
+        notes = notes_on(data, splits, args.split_seed)
     else:
-        name = args.data or ("folder" if args.data_dir else "digits")
-        data = prepare(name, args.data_dir, size=args.stored_size, fit=args.fit)
-        if run is None:
-            splits = make_splits(data.labels, data.fingerprint, args.split_seed, *held_out(name))
-        else:
-            splits = load_splits(run)
-        expected = "" if run is None else read_run(run).data.fingerprint
+        splits, notes = load_splits(run), []
+        expected = read_run(run).data.fingerprint
+        if expected == read_meta(data.path).content != data.fingerprint:
+            return _opened(run)  # it began when twins were not kept apart, and may have another test part
         if expected and data.fingerprint != expected:
             raise UserError(f"{run} is a run on other images than these; name those with --data and --data-dir")
-        test = open_test_images(data.path)
-        origin = find_origin(name, args.data_dir, size=args.stored_size, fit=args.fit)
+    test = open_test_images(data.path)
+    origin = find_origin(name, args.data_dir, None, args.stored_size, args.fit, args.group_by, twins, args.labels)
     names, split = _split_of_each(splits, len(data.labels), len(test))
-    is_files = "/" in origin.train[0]
-    root = args.data_dir if is_files else None
-    return Images(data, test, origin.train + origin.test, root, names, split, origin.unreadable)
+    root = origin.root
+    every = origin.train + origin.test
+    return Images(data, test, every, root, names, split, origin.unreadable, [*origin.notes, *notes])
+
+
+def _opened(run: UPath) -> Images:
+    """The data set of a run, as it was prepared for it, without the names of its files."""
+    data, splits = open_run_data(run)
+    test = open_test_images(data.path)
+    origin = unnamed(data, len(test))
+    names, split = _split_of_each(splits, len(data.labels), len(test))
+    return Images(data, test, origin.train + origin.test, None, names, split, origin.unreadable, [])
 
 
 def _split_of_each(splits: Splits, images: int, test: int) -> tuple[list[str], np.ndarray]:
@@ -221,6 +242,16 @@ def summary(found: dict[str, Any]) -> list[str]:
     lines = [f"{found['data']['name']}: {len(found['classes'])} classes, {splits} images"]
     lines += [f"{leak['images']} {leak['split']} images have a twin in {leak['twin_in']}" for leak in found["leaks"]]
     lines.append(f"{len(found['groups'])} groups of duplicates, {len(found['unreadable'])} unreadable files")
+    height, width = found["size"]
+    lines.append(
+        f"kept at {width} x {height} pixels ({found['stored_bytes'] / 2**20:,.0f} MiB); files have "
+        + ", ".join(f"{w} x {h} ({n:,})" for w, h, n in found["original_sizes"][:3])
+        + (f" and {len(found['original_sizes']) - 3:,} other sizes" if len(found["original_sizes"]) > 3 else "")
+    )
+    few = min(found["counts"].items(), key=lambda one: sum(one[1].values()))
+    many = max(found["counts"].items(), key=lambda one: sum(one[1].values()))
+    lines.append(f"classes have {sum(few[1].values()):,} ({few[0]}) to {sum(many[1].values()):,} ({many[0]}) images")
+    lines += found["notes"]
     if found["suspects"]:
         suspects = found["suspects"]
         lines.append(

@@ -20,6 +20,7 @@ class Images:
         splits: names of the splits, in the order in which they are used.
         split: int64 (N + T,), of each image, as an index into `splits`.
         unreadable: files that were left out, each as "path (reason)".
+        notes: what a person should know of the data set and its splits, a line each.
     """
 
     data: Data
@@ -29,6 +30,7 @@ class Images:
     splits: list[str]
     split: np.ndarray
     unreadable: list[str]
+    notes: list[str]
 
     def __len__(self) -> int:
         return len(self.split)

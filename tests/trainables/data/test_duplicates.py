@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainables.data.duplicates import Group, find_groups, sign, twins_across
+from trainables.data.duplicates import Group, _blocks, find_groups, sign, twins_across
 
 
 def pictures(n: int, side: int = 32, seed: int = 0) -> np.ndarray:
@@ -108,3 +108,23 @@ def test_twins_are_counted_from_the_later_split():
     assert twins_across(groups, splits, ["train", "tune", "select"]) == {
         ("tune", "train"): 2, ("select", "train"): 1, ("select", "tune"): 1,
     }  # fmt: skip
+
+
+def test_a_large_set_is_searched_in_cells_and_the_same_is_found() -> None:
+    """Above 100,000 images comparing all with all would take hours."""
+    images = pictures(1500)
+    twins = [change(images[50 * i + j]) for i, change in enumerate(CHANGES.values()) for j in range(50)]
+    signatures = sign(np.concatenate([images, np.stack(twins)]))
+    everything = find_groups(signatures)
+    ticks: list[int] = []
+    in_cells = find_groups(signatures, ticks.append, all_below=100)
+    assert len(everything) == 500
+    assert in_cells == everything
+    assert sum(ticks) >= 1500
+
+
+def test_cells_are_compared_far_less_often_than_all_with_all() -> None:
+    vectors = np.random.default_rng(0).normal(size=(40_000, 64)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    compared = sum(len(some) * len(others) for some, others, _ in _blocks(vectors, vectors, all_below=0))
+    assert compared < 0.2 * len(vectors) ** 2

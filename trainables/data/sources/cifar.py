@@ -1,42 +1,13 @@
-"""Where a data set's images lie: found by listing, not yet read."""
+"""CIFAR-10 and CIFAR-100: class folders, torchvision's files, or the binary files, which are downloaded."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from trainables.data.decode import suffixes
+from trainables.data.sources import Contents, Part, Source, folder
 from trainables.errors import UserError
-
-
-@dataclass(frozen=True)
-class Part:
-    """The images of one part of a data set, unread, with labels int64 (N,)."""
-
-    items: list[Path] | np.ndarray
-    labels: np.ndarray
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a data set consists of; without a `test` part, a `test_fraction` of the train part becomes one."""
-
-    classes: tuple[str, ...]
-    train: Part
-    test: Part | None = None
-    test_fraction: float = 0.0
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set that was found. `key` changes whenever one of its files does; `load` may read them."""
-
-    key: str
-    load: Callable[[], Contents]
-
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz"
 
@@ -82,100 +53,6 @@ CIFAR = {
 }
 
 
-def digits() -> Source:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, of which 40 % become the test part."""
-
-    def load() -> Contents:
-        from sklearn.datasets import load_digits
-
-        bunch = load_digits()
-        grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-        train = Part(np.repeat(grey[..., None], 3, axis=3), bunch.target.astype(np.int64))
-        return Contents(tuple(str(name) for name in bunch.target_names), train, test_fraction=0.4)
-
-    return Source(f"digits of scikit-learn {version('scikit-learn')}", load)
-
-
-def folder(root: Path) -> Source:
-    """Class folders: ROOT/train/<class>/* with or without ROOT/test/<class>/*, or ROOT/<class>/* alone.
-
-    The first form without a test folder has no test part; of the second, 10 % become it. Images may lie deeper in
-    a class folder. Raises UserError on a class folder without images, and on different classes in train and test.
-    """
-    if not (root / "train").is_dir():
-        classes, files, labels = _list_classes(root)
-        key = f"{root.resolve()!r} {classes} {files}"
-        return Source(key, lambda: Contents(classes, _part(root, files, labels), test_fraction=0.1))
-    classes, files, labels = _list_classes(root / "train")
-    key = f"{root.resolve()!r} train {classes} {files}"
-    if not (root / "test").is_dir():
-        return Source(key, lambda: Contents(classes, _part(root / "train", files, labels)))
-    test_classes, test_files, test_labels = _list_classes(root / "test")
-    if test_classes != classes:
-        only = sorted(set(classes) ^ set(test_classes))
-        raise UserError(
-            f"train and test of {root} have different classes ({', '.join(only[:5])} only in one of them); "
-            "expected the same class folders in both"
-        )
-
-    def load() -> Contents:
-        return Contents(classes, _part(root / "train", files, labels), _part(root / "test", test_files, test_labels))
-
-    return Source(f"{key} test {test_files}", load)
-
-
-Listed = list[tuple[str, int, int]]  # path relative to the root, bytes, modification time in ns
-
-
-def _list_classes(root: Path) -> tuple[tuple[str, ...], Listed, list[int]]:
-    """Class names (sorted), the image files of all classes in a fixed order, and their labels."""
-    names = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith((".", "__")))
-    if len(names) < 2:
-        raise UserError(
-            f"{root} has {len(names)} class folder{'' if names else 's'}, expected at least 2: "
-            "one folder of images per class, in ROOT/train or in ROOT itself"
-        )
-    files: Listed = []
-    labels: list[int] = []
-    empty = []
-    for label, name in enumerate(names):
-        found = list_images(root / name, f"{name}/")
-        files += found
-        labels += [label] * len(found)
-        if not found:
-            empty.append(name)
-    if len(files) < len(names):
-        raise UserError(f"{root} has {len(files)} images for {len(names)} classes; expected at least 3 of each")
-    if empty:
-        raise UserError(
-            f"no images in class folder {root / empty[0]}"
-            f"{f' and {len(empty) - 1} others' if len(empty) > 1 else ''} (looked for "
-            f"{', '.join(sorted(suffixes())[:8])}, ...); add images or remove the folder"
-        )
-    return tuple(names), files, labels
-
-
-def list_images(folder: Path, prefix: str = "") -> Listed:
-    """Every image file (by suffix) in `folder` and below, sorted; hidden files and folders are passed over.
-
-    Paths are relative to `folder`, with `/` between their parts, behind `prefix`.
-    """
-    found: Listed = []
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            found += list_images(Path(entry), f"{prefix}{entry.name}/")
-        elif os.path.splitext(entry.name)[1].lower() in suffixes():
-            stat = entry.stat() if entry.is_file() else entry.stat(follow_symlinks=False)  # a broken link
-            found.append((prefix + entry.name, stat.st_size, stat.st_mtime_ns))
-    return sorted(found)
-
-
-def _part(root: Path, files: Listed, labels: list[int]) -> Part:
-    return Part([root / path for path, _, _ in files], np.array(labels, np.int64))
-
-
 def cifar(name: str, data_dir: Path | None, downloads: Path) -> Source:
     """`name` "cifar10" or "cifar100" in `data_dir`; None downloads the binary files, which hold no pickles.
 
@@ -206,7 +83,7 @@ def cifar(name: str, data_dir: Path | None, downloads: Path) -> Source:
             )
         return contents
 
-    return Source(source.key, load)
+    return Source(source.key, load, source.notes)
 
 
 def _found(folder: Path, load: Callable[[], Contents]) -> Source:

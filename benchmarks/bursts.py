@@ -102,10 +102,15 @@ def claim(
     names = find_origin("folder", root, cache, group_by=group_by, twins=twins).train
     scenes = group_numbers(names, SCENE)
     features = data.images.reshape(len(data.images), -1) / 255
-    model = LogisticRegression(C=1.0, max_iter=1000).fit(features[splits.train], data.labels[splits.train])
-    right = model.predict(features[splits.select]) == data.labels[splits.select]
+    model = LogisticRegression(C=1.0, max_iter=1000)
+    parts = [(splits.train, splits.select)]
+    if splits.folds:
+        parts = [(splits.without(number).train, held) for number, held in enumerate(splits.folds)]
+    predicted = [model.fit(features[train], data.labels[train]).predict(features[held]) for train, held in parts]
+    right = np.concatenate([found == data.labels[held] for found, (_, held) in zip(predicted, parts, strict=True)])
+    model.fit(features[splits.train], data.labels[splits.train])
     true = float((model.predict(unseen.reshape(len(unseen), -1) / 255) == truth).mean())
-    leaked = count_leaks(scenes, splits.train, splits.select) / len(right)
+    leaked = sum(count_leaks(scenes, train, held) for train, held in parts) / len(right)
     holds = []
     for n in (len(right), len(np.unique(scenes[splits.select]))):
         low, high = wilson(round(float(right.mean()) * n), n)

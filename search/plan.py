@@ -98,7 +98,7 @@ def make_plan(config: SearchConfig) -> Plan:
     info = read_run(run) if exists(run / "run.json") else None
     if info is not None and _is_of_before(info, data, config):
         data, splits = open_run_data(run, info)
-        notes = ["this run began before twins, groups and held-out parts were kept apart, and keeps the splits it has"]
+        notes = ["this run began when images were split by other rules, and keeps the splits that it has"]
     else:
         splits = split_data(data, config.split_seed)
         notes = notes_on(data, splits, config.split_seed)
@@ -128,13 +128,14 @@ def make_plan(config: SearchConfig) -> Plan:
 
 
 def _is_of_before(info: RunInfo, data: Data, config: SearchConfig) -> bool:
-    """Whether a run began on these images before their twins, groups and held-out part were kept apart.
-
-    It goes on with the splits that it has.
-    """
+    """Whether a run began on these images when they were split by other rules: it goes on with the splits that it has."""
+    if info.search.get("split_seed", 0) != config.split_seed:
+        return False
+    if info.data.fingerprint == read_meta(data.path).content != data.fingerprint:
+        return True
     return (
-        info.data.fingerprint == read_meta(data.path).content != data.fingerprint
-        and info.search.get("split_seed", 0) == config.split_seed
+        info.data.fingerprint == data.fingerprint
+        and info.split_fingerprint != split_data(data, config.split_seed).fingerprint
     )
 
 

@@ -86,7 +86,7 @@ def explored(out: Path, *args: str) -> dict:
 def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, run: Path, *args: str) -> str:
     """The one line of a search.run that must end with exit code 2 and leave neither a run nor a prepared data set."""
     monkeypatch.setattr(sys, "argv", ["search.run", *args, "--run", str(run)])
-    monkeypatch.setattr(search_run, "connected", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(search_run, "Lanes", lambda *args: pytest.fail("Ray was started"))
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         search_run.main()

@@ -11,7 +11,7 @@ from tests.data.command import COLOURS, explored, learned, paint, paint_folder, 
 from trainables.data.dataset import open_units
 from trainables.data.duplicates import Group
 from trainables.data.groups import LARGEST_TWINS, count_leaks, draw_units, group_numbers, unit_of_each
-from trainables.data.splits import draw, make_splits
+from trainables.data.splits import Splits, draw, make_splits
 from trainables.errors import UserError
 
 
@@ -39,10 +39,15 @@ def test_no_unit_is_on_two_sides_and_the_shares_are_kept(seed: int) -> None:
     units = np.repeat(np.arange(300), rng.integers(1, 12, 300))
     labels = rng.integers(0, 4, 300)[units]
     splits = make_splits(labels, "abc", seed, units=units)
-    assert count_leaks(units, splits.train, splits.select) == 0
+    assert count_leaks(units, splits.train, splits.select) == count_leaks(units, splits.tune, splits.select) == 0
     for c in range(4):
-        share = (labels[splits.select] == c).mean() * len(splits.select) / (labels == c).sum()
-        assert share == pytest.approx(0.2, abs=0.02)
+        for split in (splits.tune, splits.select):
+            assert (labels[split] == c).sum() / (labels == c).sum() == pytest.approx(0.1, abs=0.02)
+
+
+def leaks(units: np.ndarray, splits: Splits) -> int:
+    """Images that are predicted by a network that was trained on others of their unit."""
+    return sum(count_leaks(units, splits.without(fold).train, held) for fold, held in enumerate(splits.folds))
 
 
 def test_units_of_many_classes_are_drawn_by_their_rarest() -> None:
@@ -50,27 +55,33 @@ def test_units_of_many_classes_are_drawn_by_their_rarest() -> None:
     units = np.repeat(np.arange(40), 10)
     labels = np.zeros(400, int)
     labels[units < 10] = np.tile([0] * 9 + [1], 10)
-    splits = make_splits(labels, "abc", units=units)
-    assert (labels[splits.select] == 1).sum() == 2
-    assert (labels[splits.train] == 1).sum() == 8
+    [held] = draw(labels, [0.2], 0, units)
+    assert (labels[held] == 1).sum() == 2
 
 
 def test_a_huge_unit_is_learned_from_and_the_rest_held_out() -> None:
     units = np.concatenate([np.zeros(90, int), np.arange(1, 11), np.arange(11, 111)])
     labels = np.repeat([0, 1], 100)
-    select = make_splits(labels, "abc", units=units).select
+    [select] = draw(labels, [0.2], 0, units)
     assert not (units[select] == 0).any()
     assert (labels[select] == 0).sum() == 10, "all others, which is as near to 20 as whole units come"
 
 
 def test_a_class_of_one_group_is_trained_on() -> None:
-    units = np.concatenate([np.zeros(50, int), np.arange(1, 101)])
-    labels = np.repeat([0, 1, 2], 50)
+    units = np.concatenate([np.zeros(500, int), np.arange(1, 1001)])
+    labels = np.repeat([0, 1, 2], 500)
     splits = make_splits(labels, "abc", units=units)
-    assert np.isin(np.arange(50), splits.train).all()
+    assert np.isin(np.arange(500), splits.train).all()
     assert sorted(set(labels[splits.select])) == [1, 2]
     with pytest.raises(UserError, match="fewer than two classes"):
-        make_splits(labels[:100], "abc", units=units[:100])
+        make_splits(labels[:1000], "abc", units=units[:1000])
+
+
+def test_cross_fitted_units_are_predicted_by_networks_that_have_seen_none_of_them() -> None:
+    units = np.repeat(np.arange(40), 5)
+    splits = make_splits(np.repeat([0, 1], 100), "abc", units=units)
+    assert [len(fold) for fold in splits.folds] == [40] * 5
+    assert leaks(units, splits) == 0
 
 
 def test_held_out_images_with_a_twin_in_train_are_trained_on() -> None:
@@ -79,7 +90,7 @@ def test_held_out_images_with_a_twin_in_train_are_trained_on() -> None:
     units[100:110] = units[:10]
     splits = make_splits(labels, "abc", units=units, held_out=30)
     assert np.array_equal(splits.train, np.concatenate([np.arange(90), np.arange(100, 110)]))
-    assert len(splits.select) == 20
+    assert len(splits.tune) + len(splits.select) == 20
 
 
 def test_look_alikes_by_the_hundred_are_no_twins() -> None:
@@ -112,9 +123,8 @@ def test_a_pattern_on_the_paths_makes_groups(tmp_path: Path) -> None:
     names = explored(tmp_path / "page.html", "--data", "folder", "--data-dir", str(root), "--group-by", pattern)
     units = open_units(plan.data)
     assert units is not None
-    assert count_leaks(units, plan.splits.train, plan.splits.select) == 0
+    assert leaks(units, plan.splits) == 0
     assert plan.data.test_images == 12, "one patient of each class"
-    assert len(plan.splits.select) == 12
     [note] = plan.notes
     assert "groups by (\\w+/patient_\\d+)_ (84 images) stay on one side" in note
     assert note in names["notes"]
@@ -127,7 +137,7 @@ def test_a_pattern_on_the_paths_makes_groups(tmp_path: Path) -> None:
         ("(", "is no regular expression"),
         ("nothing", "gives no group"),
         ("png", "gives one group of all images"),
-        (r"(\w+)/", "fewer than two classes can be held out"),
+        (r"(\w+)/", "96 images of 3 groups are too few"),
     ],
 )
 def test_patterns_that_make_no_groups(
@@ -157,12 +167,12 @@ def test_twins_stay_on_one_side_unless_they_are_to_be_ignored(tmp_path: Path) ->
     units = open_units(plan.data)
     assert units is not None
     assert len(plan.data.labels) - len(np.unique(units)) == 30
-    assert count_leaks(units, plan.splits.train, plan.splits.select) == 0
+    assert leaks(units, plan.splits) == 0
     [note] = plan.notes
     assert "twins (60 images) stay on one side; otherwise" in note
     without = planned(tmp_path / "other", "--data", "folder", "--data-dir", str(root), "--ignore-twins")[1]
     assert open_units(without.data) is None
-    assert count_leaks(units, without.splits.train, without.splits.select) > 5
+    assert leaks(units, without.splits) > 5
     found = explored(tmp_path / "page.html", "--data", "folder", "--data-dir", str(root))
     assert found["leaks"] == []
     assert note in found["notes"]

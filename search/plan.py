@@ -128,7 +128,7 @@ def make_plan(config: SearchConfig) -> Plan:
 
 
 def _is_of_before(info: RunInfo, data: Data, config: SearchConfig) -> bool:
-    """Whether a run began on these images when they were split by other rules: it goes on with the splits that it has."""
+    """Whether a run began on these images when they were split by other rules; it keeps the splits that it has."""
     if info.search.get("split_seed", 0) != config.split_seed:
         return False
     if info.data.fingerprint == read_meta(data.path).content != data.fingerprint:

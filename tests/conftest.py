@@ -63,6 +63,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pictures_with_val(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with as many held-out images beside them, so that candidates are trained once, and not cross-fitted."""
+    return draw_folder(tmp_path_factory.mktemp("pictures"), parts=("train", "test", "val"))
+
+
+@pytest.fixture(scope="session")
 def data(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Data:
     """`pictures`, prepared in a cache of their own."""
     return prepare("folder", pictures, cache_dir=tmp_path_factory.mktemp("pictures-cache"))

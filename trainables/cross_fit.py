@@ -17,6 +17,7 @@ from trainables.data.dataset import Data
 from trainables.data.splits import Splits
 from trainables.inference import scores
 from trainables.job import Metrics, Outcome
+from trainables.storage import exists
 from trainables.train import Report, Trained, train
 from trainables.training.checkpoint import read_checkpoint, write_checkpoint
 
@@ -38,6 +39,7 @@ def cross_fit(
     trainings, is_first = splits.trainings, not dist.is_initialized() or dist.get_rank() == 0
     probs = np.zeros((len(splits.train), len(data.classes)), np.float32)
     seconds, cut, told, stopped = 0.0, False, 0, False
+    resumed: list[int] = []
 
     def run(number: int, part: Splits) -> Trained:
         share = None if deadline is None else time.time() + max(0.0, deadline - time.time()) / (trainings - number)
@@ -52,6 +54,7 @@ def cross_fit(
 
         state = None if checkpoint is None else checkpoint.with_name(f"state-{number}.safetensors")
         trained = train(config, data, part, progress, checkpoint=state, deadline=share, **options)
+        resumed.extend((number * config.all_epochs + epoch) // trainings for epoch in trained.resumed)
         return dataclasses.replace(trained, outcome=Outcome.PRUNED) if stopped else trained
 
     for number, held in enumerate(splits.folds):
@@ -68,20 +71,22 @@ def cross_fit(
             }  # fmt: skip
             if path is not None and is_first:
                 write_checkpoint(path, known)
+        elif path is not None and not exists(path.with_name(f"fold-{number + 1}.safetensors")):
+            resumed.append((number + 1) * config.all_epochs // trainings)
         probs[rows] = known["probs"].numpy()
         seconds, cut = seconds + known["seconds"], cut or known["cut"]
     kept = run(len(splits.folds), splits.undivided())
     if kept.outcome is Outcome.PRUNED:
         return kept
     seconds += kept.seconds
-    labels, slower = data.labels[splits.train], seconds / kept.seconds
+    labels, slower = data.labels[splits.train], seconds / max(kept.seconds, 1e-3)
     tune, select = scores(probs, labels, "tune"), scores(probs, labels, "select")
     curve = [{**row, "seconds": round(slower * row["seconds"], 3)} for row in kept.curve]
     curve[-1] |= tune
     report(curve[-1])
     return dataclasses.replace(
         kept, probs={"tune": probs, "select": probs}, metrics={**tune, **select}, curve=curve, seconds=seconds,
-        outcome=Outcome.TIME if cut or kept.outcome is Outcome.TIME else kept.outcome, refitted=True,
+        outcome=Outcome.TIME if cut or kept.outcome is Outcome.TIME else kept.outcome, resumed=resumed, refitted=True,
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.bursts import measure
 from tests.data.command import COLOURS, explored, learned, paint, paint_folder, planned, refused
 from trainables.data.dataset import open_units
 from trainables.data.duplicates import Group
@@ -185,18 +184,3 @@ def test_twins_of_a_test_part_that_was_given_are_told(tmp_path: Path) -> None:
     plan = planned(tmp_path / "run", "--data", "folder", "--data-dir", str(root))[1]
     assert plan.data.test_images == 13
     assert plan.notes == ["1 images of the test part have a twin in the train part: its score is flattered"]
-
-
-# --- what it is worth -------------------------------------------------------------------------------------------------
-
-
-def test_with_bursts_the_claim_is_too_high_without_groups_and_holds_with_them(tmp_path: Path) -> None:
-    """Printed by `python -m benchmarks.bursts`; here smaller."""
-    rows = measure(tmp_path, scenes=60, frames=6, draws=6)
-    ignored, kept = rows["without regard to bursts"], rows["bursts on one side"]
-    assert ignored.leaked > 0.9
-    assert kept.leaked == 0
-    assert ignored.claim - ignored.truth > 0.1
-    assert ignored.holds_by_scene == 0
-    assert abs(kept.claim - kept.truth) < 0.06
-    assert kept.holds_by_scene >= 5 / 6

@@ -38,7 +38,7 @@ def test_a_set_of_torchvision_with_three_parts(tmp_path: Path) -> None:
     plan = learned(tmp_path / "run", tmp_path, "--data", "torchvision:dtd", "--data-dir", str(root))
     assert plan.data.name == "torchvision_dtd"
     assert plan.data.classes == tuple(COLOURS)
-    assert (len(plan.splits.train), len(plan.splits.select), plan.data.test_images) == (72, 24, 24)
+    assert (len(plan.splits.train), len(plan.splits.select), plan.data.test_images) == (72, 12, 24)
     again = prepare("torchvision:dtd", root)
     assert again.path == plan.data.path
     assert open_test(again.path)[1].tolist() == [0] * 8 + [1] * 8 + [2] * 8

@@ -62,7 +62,8 @@ def test_a_table_with_splits_and_groups(ending: str, tmp_path: Path, capsys: pyt
     assert "column weight" in capsys.readouterr().err
     counts = rows.split.value_counts()
     assert (plan.data.held_out, plan.data.test_images) == (counts["val"], counts["test"])
-    assert len(plan.splits.select) == counts["val"] - 8, "a patient of val that is in train as well is trained on"
+    held = len(plan.splits.tune) + len(plan.splits.select)
+    assert held == counts["val"] - 8, "a patient of val that is in train as well is trained on"
     units = open_units(plan.data)
     assert units is not None
     assert not np.isin(units[plan.splits.select], units[plan.splits.train]).any()
@@ -79,12 +80,11 @@ def test_a_column_makes_groups(tmp_path: Path) -> None:
     assert len(np.unique(units)) == 9
     names = find_origin("folder", labels=args[3], group_by="person")
     people = rows.set_index("path").person
-    train = {people[names.train[row]] for row in plan.splits.train}
-    select = {people[names.train[row]] for row in plan.splits.select}
     test = {people[name] for name in names.test}
-    assert not train & select
-    assert not train & test
-    assert not select & test
+    for fold, held in enumerate(plan.splits.folds):
+        train = {people[names.train[row]] for row in plan.splits.without(fold).train}
+        assert not train & {people[names.train[row]] for row in held}
+        assert not train & test
 
 
 def test_rows_keep_their_pixels_labels_and_names(tmp_path: Path) -> None:

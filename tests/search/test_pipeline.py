@@ -53,6 +53,11 @@ class SearchProcess:
         return Path(self.log.name).read_text()
 
 
+@pytest.fixture(scope="session")
+def pictures(pictures_with_val: Path) -> Path:
+    return pictures_with_val
+
+
 def arguments(run: Path, pictures: Path, space: Path) -> list[str]:
     return [
         "--data", "folder", "--data-dir", str(pictures), "--space", str(space), "--run", str(run),

@@ -207,10 +207,8 @@ def _deal(labels: np.ndarray, units: np.ndarray, parts: int, seed: int) -> list[
     Raises UserError where there are too few units for that.
     """
     _, first, unit = np.unique(units, return_index=True, return_inverse=True)
-    if len(first) < 2 * parts:
-        raise UserError(
-            f"{len(labels)} images of {len(first)} groups are too few; expected at least {2 * parts} groups"
-        )
+    if len(first) < parts:
+        raise UserError(f"{len(labels)} images of {len(first)} groups are too few; expected at least {parts} groups")
     shuffled = np.random.RandomState(seed).permutation(len(first))
     by_class = shuffled[np.argsort(labels[first[shuffled]], kind="stable")]
     return [np.flatnonzero(np.isin(unit, by_class[part::parts])).astype(np.int64) for part in range(parts)]

@@ -11,6 +11,7 @@ from urllib.parse import urlparse
 import msgspec
 import timm
 import torch
+from huggingface_hub import model_info, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file
@@ -130,7 +131,15 @@ def _load_hub(name: str) -> dict[str, Tensor]:
 
         weights = torchvision.models.get_model_weights(name).DEFAULT
         return torch.hub.load_state_dict_from_url(weights.url, check_hash=True, weights_only=True, progress=False)
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.hf_hub_id and not _in_hub_cache(config.hf_hub_id):
+        model_info(config.hf_hub_id, timeout=10)  # before a network is built that then has no weights
     return timm.create_model(name, pretrained=True).state_dict()
+
+
+def _in_hub_cache(repository: str) -> bool:
+    names = ("model.safetensors", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
 
 
 def _load_file(path: str) -> dict[str, Tensor]:

@@ -203,7 +203,7 @@ def test_after_a_sweep_with_an_export_for_fiftyone(trained, tmp_path):
     found = explore(args)
     assert found["data"]["folder"] == str(pictures)
     assert found["suspects"]["models"] == 2
-    assert found["suspects"]["checked"] == 18
+    assert found["suspects"]["checked"] == 90
     suspects = found["suspects"]["images"]
     assert suspects[0]["row"] == load_splits(run).select[0]
     assert all(suspect["label"] != suspect["suggested"] for suspect in suspects)

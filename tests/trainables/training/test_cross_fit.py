@@ -75,6 +75,7 @@ def test_a_cut_trial_goes_on_with_the_folds_that_it_has(
     trained.clear()
     found = cross_fit(SMALL, data, dealt, checkpoint=checkpoint)
     assert len(trained) == 3  # two folds, and all images
+    assert found.resumed == [1]  # half of the six trainings were done
     assert np.array_equal(found.probs["select"], expected.probs["select"])
 
 

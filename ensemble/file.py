@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -181,6 +182,8 @@ class Ensemble:
         try:
             found = parse({**values, "name": name}, _File, f"ensemble {name}")
             stack = None if found.stack is None else _stack(found.stack, len(found.members))
+            for score in found.scores.values():
+                _check_score(score)
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"ensemble {name} is damaged ({error}); select again") from None
         total = sum(member.weight for member in found.members)
@@ -205,6 +208,27 @@ class _File:
     frontier: tuple[dict[str, float], ...] = ()
     insight: dict[str, Any] = field(default_factory=dict)
     created: float = 0.0
+
+
+def _check_score(score: dict[str, Any]) -> None:
+    """Raise ValueError for a score whose numbers are none: what shows them need not ask again."""
+    for key, value in score.items():
+        if key in ("id", "run", "split", "named_by"):
+            is_fine = isinstance(value, str)
+        elif key == "interval":
+            is_fine = isinstance(value, list) and len(value) == 2 and all(_is_number(end) for end in value)
+        elif key == "gain":
+            is_fine = isinstance(value, dict)
+            if is_fine:
+                _check_score(value)
+        else:
+            is_fine = _is_number(value) or isinstance(value, bool | dict | list) or value is None
+        if not is_fine:
+            raise ValueError(f"scores have {key} {str(value)[:40]!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _PLAIN = tuple(part.name for part in dataclasses.fields(_File) if part.name != "stack")

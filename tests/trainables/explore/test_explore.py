@@ -216,7 +216,7 @@ def test_after_a_sweep_with_an_export_for_fiftyone(trained, tmp_path):
     entry = labels["labels"]["train-0000000"]
     assert entry["label"] == "across"
     assert entry["attributes"]["source"].startswith("train/across/")
-    assert entry["attributes"]["split"] in ("train", "tune and select")
+    assert entry["attributes"]["split"] in ("train, tune and select, cross-fitted",)
     assert np.array_equal(Image.open(files["train-0000000"]), Image.open(pictures / entry["attributes"]["source"]))
     test = labels["labels"]["test-0000000"]
     assert test["label"] is None, "test labels are the report's"

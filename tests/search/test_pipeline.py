@@ -73,7 +73,7 @@ def in_training(run: Path) -> bool:
 
 def test_killed_twice_and_interrupted_once_nothing_is_lost_or_repeated(tmp_path: Path, pictures: Path) -> None:
     run, space, log = tmp_path / "run", tmp_path / "tiny.py", tmp_path / "log"
-    write_space(space, trials=3, epochs=30)
+    write_space(space, trials=3, epochs=30, batch_size=16)
     args = arguments(run, pictures, space)
     candidate_times: dict[str, float] = {}
 

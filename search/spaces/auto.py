@@ -32,7 +32,7 @@ BACKBONES = {
     "tf_efficientnet_lite1": "if found",
     "tf_efficientnet_lite2": "if found",
 }
-SMALL, FEWEST = 96, 1000  # sides in pixels up to which so many images are learned from scratch, too
+SMALL, FEWEST = 96, 1000  # largest side in pixels, and fewest images, for nets from scratch
 QUICK = 0.05  # share of the time left up to which a probe comes before everything else
 SHARES = (1.0, 0.86, 0.71, 0.57, 0.43, 0.29)  # of its native side, at which a backbone may be used
 PROBE_SHARE, TUNED_SHARE = 0.2, 0.35  # of the time left, that one trial may take

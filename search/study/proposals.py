@@ -17,8 +17,8 @@ from trainables.run_directory import trial_id
 MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
 MOST_TOO_SLOW = 20  # proposals in a row that do not fit into the time left
 
-# Makes the TrialConfig of an Optuna trial, with so many seconds left (inf: no limit). Raises UserError for parameters
-# that cannot be trained: then the proposal counts as invalid, and there is another.
+# Makes the TrialConfig of an Optuna trial, given the seconds that are left (inf: no limit). Raises UserError for
+# parameters that cannot be trained: then the proposal counts as invalid, and there is another.
 Suggest = Callable[[Trial, float], TrialConfig]
 
 

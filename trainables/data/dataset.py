@@ -43,7 +43,7 @@ class Data:
         mean, std: of the three channels of `images` scaled to 0..1.
         fit: how images of other proportions were brought to the size of the stored ones; see `Canvas`.
         white: of 16-bit and float images, see `Canvas`.
-        held_out: so many images at the end are the held-out part that the data set came with (`val`).
+        held_out: number of images, at the end, that are the held-out part that the data set came with (`val`).
     """
 
     name: str

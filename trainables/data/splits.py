@@ -202,7 +202,7 @@ def _indices(array: np.ndarray) -> np.ndarray:
 
 
 def _deal(labels: np.ndarray, units: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
-    """All indices in so many parts with equal numbers of units, and of those of every class, each sorted.
+    """All indices, dealt into `parts` of equally many units, in all and of every class; each sorted.
 
     Raises UserError where there are too few units for that.
     """

@@ -15,7 +15,7 @@ check: lint             ## lint and the fast tests, without Ray: two minutes
 	$(VENV)/bin/python -m pytest -q --durations=0 -m fast
 
 test: lint              ## everything that takes seconds, with real Ray
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup        ## fault tests that take minutes
 	$(VENV)/bin/python -m pytest -m slow

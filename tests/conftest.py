@@ -36,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(getattr(pytest.mark, suite))
         elif path.as_posix() not in HEAVY and not any(item.get_closest_marker(name) for name in SUITES.values()):
             item.add_marker(pytest.mark.fast)
+    # `make test` runs two files at a time: what takes minutes comes first, so that it is not waited for at the end
+    items.sort(key=lambda item: item.path.relative_to(Path(__file__).parent).as_posix() not in HEAVY)
 
 
 def draw_folder(root: Path, per_class: int = 30, size: int = 12, parts: tuple[str, ...] = ("train", "test")) -> Path:

@@ -12,7 +12,7 @@ dry-run: setup          ## the main job: sweep the embedded digits, end in an en
 	$(VENV)/bin/python -m search.run
 
 check: lint             ## lint and the fast tests, without Ray: two minutes
-	$(VENV)/bin/python -m pytest -q --durations=0 -m fast
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m fast
 
 test: lint              ## everything that takes seconds, with real Ray
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -21,9 +21,9 @@ from benchmarks.curves import EPOCHS, GRID, POINTS, Curves, config_of
 from search.budget import Budget
 from search.config import Objective, Pruner
 from search.study.objective import Contribution
-from search.study.open import open_study
 from search.sweep import Sweep
 from trainables.job import DataSource, Outcome, Result
+from trainables.records import Records
 from trainables.run_directory import CandidateInfo, write_candidate
 
 ORDERED = ("lr",)  # levels that a sampler may take for a scale; the others are categories
@@ -93,10 +93,10 @@ class Ours:
         self.done: dict[str, int] = {}
         self.index: dict[str, int] = {}
         labels = np.zeros(curves.true_probs["tune"].shape[1], int)  # two classes will do: the true one, and the rest
-        study = open_study(None, "replay", objective, "tpe", pruner, seed)
+        run = UPath(self.folder.name)
         self.sweep = Sweep(
-            study, UPath(self.folder.name), DataSource("", "curves"), Budget(), {},
-            lambda trial, left: config_of(suggest(trial)), promote=pruner == "promote",
+            Records(run), run, DataSource("", "curves"), Budget(), {}, lambda trial, left: config_of(suggest(trial)),
+            "tpe", seed, objective, pruner,
             contribution=Contribution(labels, 9) if objective == "ensemble" else None, clock=lambda: self.now,
         )  # fmt: skip
 
@@ -124,7 +124,8 @@ class Ours:
         }
         true = self.curves.true_probs["tune"][index]
         probs = np.stack([true, 1 - true], axis=1)
-        write_candidate(self.sweep.run, CandidateInfo(name, metrics=metrics, outcome="finished"), probs[:1], probs)
+        info = CandidateInfo(name, self.sweep.records[name].config, metrics=metrics, outcome="finished")
+        write_candidate(self.sweep.run, info, probs[:1], probs)
         self.sweep.finish(name, Result(Outcome.FINISHED, metrics))
 
 

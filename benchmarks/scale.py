@@ -37,11 +37,12 @@ from ensemble.show import make_console
 from search.board import WatchedSweep
 from search.budget import Budget
 from search.config import Sampler
-from search.study.open import open_study
+from search.study.mirror import open_mirror
 from search.sweep import Sweep
 from trainables.config import TrialConfig
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import DataSource, Job, Outcome, Reporter, Result
+from trainables.records import Records
 from trainables.run_directory import CandidateInfo, write_candidate
 from trainables.storage import write_array, write_json
 
@@ -161,11 +162,13 @@ def measure(options: Scale) -> list[Row]:
         run = UPath(folder)
         write_array(run / "select_labels.npy", np.random.default_rng(0).integers(0, CLASSES, IMAGES))
         write_json(run / "run.json", {"classes": [str(c) for c in range(CLASSES)], "split_fingerprint": "none"})
-        study = open_study(f"sqlite:///{run}/study.db", "scale", "accuracy", options.sampler, "asha", 0)
-        for name in ("before_trial", "infer_relative_search_space", "sample_relative", "sample_independent"):
-            setattr(study.sampler, name, meter.timed("sampler", getattr(study.sampler, name)))
-        live = EnsembleSoFar(run, 9)
-        sweep = Sweep(study, run, DataSource("", "none"), Budget(options.trials), {}, suggest, live=live)
+        live, records = EnsembleSoFar(run, 9), Records(run)
+        sweep = Sweep(
+            records, run, DataSource("", "none"), Budget(options.trials), {}, suggest, options.sampler, pruner="asha",
+            live=live, mirror=open_mirror(run, None, "scale", True, records),
+        )  # fmt: skip
+        sampling = sweep.proposals.sampling
+        sampling.ask = meter.timed("sampler", sampling.ask)  # type: ignore[method-assign]
         for name, part in {"next": "next", "has_more": "rest", "report": "rest", "finish": "rest"}.items():
             setattr(sweep, name, meter.timed(part, getattr(sweep, name)))
         connect(cpus=options.lanes)

@@ -45,10 +45,12 @@ TUNE_ENVIRONMENT = {
 
 
 class Numbered(Protocol):
-    """A job: cluster.ranks.Work with a name."""
+    """A job: cluster.ranks.Work with a name, and the time.time() after which it need not begin."""
 
     @property
     def id(self) -> str: ...
+    @property
+    def deadline(self) -> float | None: ...
 
 
 class JobSource(Protocol):
@@ -224,6 +226,10 @@ class _Bridge:
         if time.monotonic() - self.ticked > TICK_S:
             self.ticked = time.monotonic()
             self._ask(self.source.tick)
+            late = [job for job in self.again if job.deadline is not None and time.time() > job.deadline]
+            for job in late:  # no machine had room for it in time
+                self.again.remove(job)
+                self._ask(self.source.finish, job.id, Result(Outcome.INTERRUPTED))
         self._count_lanes()  # also while all of them are busy: it notices that Ray has died
         if self.source.stopping and not (self.warned or self.error):
             self.warned = True

@@ -10,7 +10,7 @@ from search.budget import parse_keep
 from trainables.errors import UserError
 from trainables.job import LaneRequest, WeightSource
 
-Sampler = Literal["tpe", "gp", "random", "qmc"]
+Sampler = Literal["tpe", "gp", "random"]
 Pruner = Literal["asha", "hyperband", "median", "promote", "wilcoxon", "none"]
 Objective = Literal["accuracy", "log_loss", "ensemble"]
 Fit = Literal["squash", "crop", "pad"]

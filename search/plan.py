@@ -123,7 +123,7 @@ def make_plan(config: SearchConfig) -> Plan:
     def propose(trial: optuna.Trial) -> TrialConfig:
         return space.suggest(trial, task)
 
-    earlier = [t for old in config.warm_start for t in read_earlier(old, metric, propose, config.storage)]
+    earlier = [t for old in config.warm_start for t in read_earlier(old, metric, propose)]
     return Plan(run, data, splits, space, backbones, trials, study, missing, earlier, costs, left_out, notes)
 
 

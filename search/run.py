@@ -9,9 +9,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +32,18 @@ from search.budget import Budget, WeightStore, parse_keep
 from search.config import SearchConfig, Task
 from search.plan import Plan, checked, make_plan, make_task, with_budget
 from search.show import describe_lanes, print_first, print_leaderboard, print_missing, print_start, short_path
+from search.study.mirror import Mirror, open_mirror
 from search.study.objective import Contribution
-from search.study.open import fetch_study, open_study, store_study
-from search.study.warm_start import add_earlier, enqueue_first
+from search.study.proposals import with_backbones
 from search.sweep import Sweep
-from search.timing import SECONDS_USED
 from trainables.config import TrialConfig
 from trainables.data.share import share_data
 from trainables.data.splits import save_splits
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import DataSource
+from trainables.records import Records, Spent
 from trainables.run_directory import (
+    FORMAT,
     DataInfo,
     RunInfo,
     SplitSizes,
@@ -77,7 +76,7 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
         console.print(f"no budget was given, so this sweep takes {config.minutes:g} minutes in all; see --minutes")
     print_missing(console, plan)
     opened = _open(plan, config)
-    budget = _make_budget(plan, config, opened.study, began)
+    budget = _make_budget(plan, config, opened.records.spent, began)
     live = EnsembleSoFar(plan.run, config.top_k)
     lanes = Lanes(config.lane_request(), console.print)
 
@@ -93,22 +92,22 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
 
     tune_labels = np.asarray(plan.data.labels)[plan.splits.tune]
     sweep = Sweep(
-        opened.study, plan.run, _source(plan, config), budget, plan.backbones, suggest, plan.costs,
-        promote=config.pruner == "promote", live=live,
+        opened.records, plan.run, _source(plan, config), budget, plan.backbones, suggest,
+        config.sampler, config.seed, config.objective, config.pruner, plan.earlier, plan.costs, live,
         contribution=Contribution(tune_labels, config.top_k) if config.objective == "ensemble" else None,
         store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
-        save=opened.save,
+        mirror=opened.mirror,
     )  # fmt: skip
     if sweep.has_more():
         print_start(console, plan, config, sweep)
         with lanes:
             first = task(sweep.time.left())
-            enqueue_first(opened.study, plan.space.first(first), list(plan.backbones))
+            sweep.proposals.enqueue(with_backbones(plan.space.first(first), list(plan.backbones)))
             links = [f"Ray dashboard {lanes.dashboard}"] if lanes.dashboard else []
-            links.append(f"study: optuna-dashboard {'(as in --storage)' if config.storage else opened.url}")
+            links.append(f"study: optuna-dashboard {'(as in --storage)' if config.storage else opened.mirror.url}")
             console.print("\n".join([describe_lanes(lanes), *links]), markup=False)
             print_first(console, plan, first, sweep)
-            earlier = len(sweep.tried) - len(sweep.waiting)
+            earlier = len(sweep.tried) - len(sweep.waiting())
             metrics = SweepMetrics(plan.run.name)
             board = LiveBoard(live, plan.trials, budget.deadline, plan.splits.shared, earlier, links, metrics)
 
@@ -131,57 +130,41 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A run directory that this process alone works in, and its study.
+    """A run directory that this process alone works in.
 
     Attributes:
-        study: with the trials of --warm-start.
-        url: of the study's storage.
-        save: puts the study where the next process finds it.
+        records: of its trials.
+        mirror: shows them to Optuna's tools.
         lock: on the run directory; None where there can be none.
     """
 
-    study: optuna.Study
-    url: str
-    save: Callable[[], None]
+    records: Records
+    mirror: Mirror
     lock: FileLock | None
 
 
 def _open(plan: Plan, config: SearchConfig) -> _Opened:
-    """Open the run directory and the study; raises UserError before anything is written."""
+    """Open the run directory and its study; raises UserError before anything is written."""
+    maximise = config.objective == "accuracy"
     if config.storage:  # one that cannot be opened is told before anything is written
-        _open_study(config.storage, plan, config)
+        open_mirror(plan.run, config.storage, plan.study, maximise, ())
     try:
         _open_run(plan, config)
         lock = lock_run(plan.run)
     except OSError as error:
         raise UserError(f"run directory {plan.run} cannot be written ({error}); name another with --run") from error
     remove_temporaries(plan.run)
-    if config.storage:
-        url, save = config.storage, _save_nothing
-    else:
-        file = fetch_study(plan.run)
-        url, save = f"sqlite:///{file}", _save_nothing if is_local(plan.run) else partial(store_study, plan.run, file)
-    study = _open_study(url, plan, config)
-    add_earlier(study, plan.earlier)
-    return _Opened(study, url, save, lock)
+    records = Records(plan.run)
+    return _Opened(records, open_mirror(plan.run, config.storage, plan.study, maximise, records), lock)
 
 
-def _open_study(url: str, plan: Plan, config: SearchConfig) -> optuna.Study:
-    return open_study(url, plan.study, config.objective, config.sampler, config.pruner, config.seed)
-
-
-def _save_nothing() -> None:
-    """The study lies already where the next process finds it."""
-
-
-def _make_budget(plan: Plan, config: SearchConfig, study: optuna.Study, began: float) -> Budget:
+def _make_budget(plan: Plan, config: SearchConfig, spent: Spent, began: float) -> Budget:
     """What is left of the budget for trials, after what earlier processes used and what the end will take."""
     deadline = None
     if config.minutes is not None:
         share, most = RESERVES[plan.data.test_images > 0]
         reserve = min(share * 60 * config.minutes, most)
-        used = float(study.user_attrs.get(SECONDS_USED, 0.0))
-        deadline = began + 60 * config.minutes - used - reserve
+        deadline = began + 60 * config.minutes - spent.seconds - reserve
     return Budget(
         trials=plan.trials, began=began, deadline=deadline,
         device_seconds=None if config.device_hours is None else 3600 * config.device_hours,
@@ -215,6 +198,7 @@ def _open_run(plan: Plan, config: SearchConfig) -> None:
     options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     info = RunInfo(
         classes=data.classes,
+        format=FORMAT,
         split_fingerprint=splits.fingerprint,
         splits=SplitSizes(
             len(splits.train), len(splits.tune), len(splits.select), test=data.test_images, shared=splits.shared
@@ -244,14 +228,24 @@ def _open_run(plan: Plan, config: SearchConfig) -> None:
 
 
 def _check_continues(plan: Plan, config: SearchConfig, begun: RunInfo) -> None:
-    """Raise UserError unless the run that is there already is of the same data, backbones and space."""
+    """Raise UserError unless the run that is there already is of the same data, backbones, space and objective."""
     if begun.split_fingerprint != plan.splits.fingerprint:
         raise UserError(f"{plan.run} holds a run on other data or splits ({begun.data.name}); name another with --run")
+    if begun.format < FORMAT:
+        raise UserError(
+            f"{plan.run} was made by an earlier version, and its sweep cannot go on; its candidates can be selected "
+            "from as before; name another run with --run"
+        )
     asked = sorted(plan.backbones)
     if begun.backbones and sorted(begun.backbones) != asked:
         raise UserError(
             f"{plan.run} is a sweep over {', '.join(begun.backbones)}, not over {', '.join(asked)}; "
             "ask for the same backbones (and have their weights), or name another with --run"
+        )
+    objective = begun.search.get("objective", config.objective)
+    if objective != config.objective:
+        raise UserError(
+            f"this run's objective is {objective}, not {config.objective}; use --objective {objective} or another --run"
         )
     was = (begun.space or plan.space.name, begun.search.get("scale", config.scale))
     if was != (plan.space.name, config.scale):
@@ -264,9 +258,9 @@ def _check_continues(plan: Plan, config: SearchConfig, begun: RunInfo) -> None:
 def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, began: float) -> Ensemble | None:
     """Leaderboard, ensemble, test summary, and what to do next."""
     print_leaderboard(console, plan.run)
-    for id, error, trace in sweep.failures():
-        console.print(f"{id} failed: {error}", style="yellow", markup=False)
-        for line in trace.strip().splitlines()[-TRACEBACK_LINES:]:
+    for failed in sweep.failures():
+        console.print(f"{failed.id} failed: {failed.outcome}: {failed.error}", style="yellow", markup=False)
+        for line in failed.traceback.strip().splitlines()[-TRACEBACK_LINES:]:
             console.print(f"    {line}", style="dim", markup=False)
     command = f"python -m search.run {shlex.join(sys.argv[1:])}".strip()
     if sweep.stopping:
@@ -284,7 +278,7 @@ def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, 
     if sweep.stopping:
         console.print("the test part stays unread until the sweep is complete")
     else:
-        found = write_report([plan.run], ensemble, sweep.study)
+        found = write_report([plan.run], ensemble)
         if "test" not in found:
             why = found["missing"].get("test", "the data set has no test part")
             console.print(f"{why}, so nothing is said about unseen images beyond the select split", markup=False)
@@ -306,9 +300,6 @@ def main() -> None:
         except KeyboardInterrupt:  # the second Ctrl-C, or one before anything ran
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
-        except optuna.exceptions.StorageInternalError as error:
-            reason = hide_password(str(error.__cause__ or error).splitlines()[0])
-            raise UserError(f"the study's storage failed: {reason}; the same command goes on") from None
 
 
 if __name__ == "__main__":

@@ -7,15 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import optuna
-
 from search.budget import Budget
 from search.costs import Costs
 from trainables.config import TrialConfig
+from trainables.records import Spent
 from trainables.run_directory import Candidate
-
-SECONDS_USED, DEVICE_SECONDS = "seconds_used", "device_seconds"  # study attributes: spent by earlier processes
-SAVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -30,23 +26,21 @@ class Timing:
     """Counts a sweep's seconds over all processes that work on it, and learns from candidates what an epoch takes.
 
     Args:
-        study: keeps what was spent.
+        used: what earlier processes have spent.
         budget: its `began`, `deadline` and `device_seconds`.
         clock: time.time(), or a simulation's.
     """
 
-    def __init__(self, study: optuna.Study, budget: Budget, clock: Callable[[], float] = time.time) -> None:
-        self.study, self.budget, self.clock = study, budget, clock
+    def __init__(self, used: Spent, budget: Budget, clock: Callable[[], float] = time.time) -> None:
+        self.used, self.budget, self.clock = used, budget, clock
         self.lanes, self.devices = 1, 1.0
         self.began: dict[str, float] = {}  # of every running trial
         self.speeds: dict[tuple[str, str], Speed] = {}  # by what decides them, see _speed_key
         self.costs: Costs | None = None  # of backbones that nothing was trained with yet
         self.seconds_of_trials: list[float] = []  # that were trained to the end
         self.candidates: list[Candidate] = []
-        self._saved = clock()
-        self._started = self._saved if budget.began is None else budget.began
-        self._used = float(study.user_attrs.get(SECONDS_USED, 0.0))
-        self._device_seconds = float(study.user_attrs.get(DEVICE_SECONDS, 0.0))
+        self._started = clock() if budget.began is None else budget.began
+        self._device_seconds = used.device_seconds
 
     def place(self, lanes: int, devices: float) -> None:
         """How many trials run at a time, and on how many devices each: what device-seconds are counted by."""
@@ -75,19 +69,15 @@ class Timing:
         """How much of the time is used, 0 to 1: of whichever limit is nearest."""
         shares = [0.0]
         if self.budget.deadline is not None:
-            start = self._started - self._used
+            start = self._started - self.used.seconds
             shares.append((self.clock() - start) / (self.budget.deadline - start))
         if self.budget.device_seconds:
             shares.append(self.device_seconds() / self.budget.device_seconds)
         return max(shares)
 
-    def save(self) -> None:
-        """Keep what was spent with the study; cheap to call often, for it writes every few seconds alone."""
-        now = self.clock()
-        if now - self._saved > SAVE_SECONDS:
-            self._saved = now
-            self.study.set_user_attr(SECONDS_USED, self._used + now - self._started)
-            self.study.set_user_attr(DEVICE_SECONDS, self.device_seconds())
+    def spent(self) -> Spent:
+        """By all processes so far."""
+        return Spent(self.used.seconds + self.clock() - self._started, self.device_seconds())
 
     # how long trials take
 

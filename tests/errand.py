@@ -17,6 +17,7 @@ class Errand:
     stops_at: tuple[int, ...] = ()
     gpus: float = 0.0
     node: str = ""
+    deadline: float | None = None
 
 
 def errand(id: str = "", hang_s: float = 1800.0, stops_at: tuple[int, ...] = (), **options: Any) -> Errand:

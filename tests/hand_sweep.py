@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.trial import FrozenTrial
 from upath import UPath
 
 from ensemble.running import EnsembleSoFar
 from search.budget import Budget, WeightStore, parse_keep
+from search.study.mirror import open_mirror
 from search.study.objective import Contribution
-from search.study.open import open_study
 from search.study.proposals import Suggest
 from search.sweep import Sweep
 from trainables.config import TrialConfig
 from trainables.job import DataSource, Job, Outcome, Result
+from trainables.records import Records
 from trainables.run_directory import CandidateInfo, write_candidate
 from trainables.storage import write_array, write_json
 
@@ -30,21 +32,21 @@ LABELS = np.array([0, 1, 0, 1])  # of the tune and of the select split
 
 def sweep(
     run: Path, trials: int | None = 4, deadline: float | None = None, keep: str = "", suggest: Suggest = suggest,
-    **options: Any,
+    storage: str | None = None, name: str = "test", **options: Any,
 ) -> Sweep:  # fmt: skip
-    """A sweep with its live ensemble; options are those of the study or of the budget."""
-    asked = {"objective": "accuracy", "sampler": "random", "pruner": "none", "seed": 0} | options
-    study = {name: asked.pop(name) for name in ("objective", "sampler", "pruner", "seed")}
-    opened = open_study(f"sqlite:///{run}/study.db", "test", **study)
+    """A sweep with its live ensemble; options are the sweep's or those of the budget."""
+    asked = {"objective": "accuracy", "sampler": "random", "pruner": "none", "seed": 0, "warm": ()} | options
+    own = {name: asked.pop(name) for name in ("objective", "sampler", "pruner", "seed", "warm")}
     if not (run / "run.json").exists():
         write_array(UPath(run / "select_labels.npy"), LABELS)
         write_json(UPath(run / "run.json"), {"classes": ["a", "b"], "split_fingerprint": "f"})
+    records = Records(UPath(run))
     return Sweep(
-        opened, UPath(run), DataSource("/nowhere/x-0123456789abcdef", "folder"), Budget(trials, deadline, **asked),
-        {}, suggest,
-        promote=study["pruner"] == "promote", live=EnsembleSoFar(UPath(run), 2),
-        contribution=Contribution(LABELS, 2) if study["objective"] == "ensemble" else None,
+        records, UPath(run), DataSource("/nowhere/x-0123456789abcdef", "folder"), Budget(trials, deadline, **asked),
+        {}, suggest, **own, live=EnsembleSoFar(UPath(run), 2),
+        contribution=Contribution(LABELS, 2) if own["objective"] == "ensemble" else None,
         store=WeightStore(UPath(run), parse_keep(keep)) if keep else None,
+        mirror=open_mirror(UPath(run), storage, name, own["objective"] == "accuracy", records),
     )  # fmt: skip
 
 
@@ -67,7 +69,13 @@ def finish(s: Sweep, job: Job, accuracy: float = 0.5, seconds: float = 6.0, true
 
 
 def states(s: Sweep) -> list[str]:
-    return [trial.state.name for trial in s.study.trials]
+    """Of every trial: its outcome, or where it stands."""
+    return [str(record.outcome or record.stage) for record in s.records]
+
+
+def told(s: Sweep) -> list[FrozenTrial]:
+    """The trials as the sampler sees them."""
+    return s.values.told(s.records)
 
 
 def take(s: Sweep) -> Job:

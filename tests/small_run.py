@@ -1,5 +1,7 @@
-"""A real run without Ray: a few tiny nets trained in this process, their study, and the ensemble."""
+"""A real run without Ray: a few tiny nets trained in this process, their records, and the ensemble."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,10 @@ from ensemble.select import Select, choose
 from search import run as search_run
 from search.config import SearchConfig
 from search.plan import make_plan
-from search.study.open import open_study
 from tests.errand import Hear
 from trainables.config import TrialConfig
-from trainables.job import DataSource, Job
+from trainables.job import DataSource, Job, Outcome
+from trainables.records import Records, TrialRecord
 from trainables.run_directory import list_candidates
 from trainables.storage import write_array
 from trainables.trial import run_trial
@@ -25,45 +27,45 @@ def train_run(path: Path, data_dir: Path, trials: int = 3, epochs: int = 4) -> t
     config = SearchConfig(data="folder", data_dir=data_dir, space="auto", backbones=("speednet",), run=str(path))
     plan = make_plan(config)
     search_run._open_run(plan, config)
-    study = open_study(f"sqlite:///{path}/study.db", plan.study, "accuracy", "tpe", "none", 0)
+    records, random = Records(plan.run), np.random.default_rng(0)
     source = DataSource(str(plan.data.path), "folder", str(data_dir))
-    for number in range(trials):
-        trial = study.ask()
-        config = TrialConfig(
-            backbone="speednet", width=0.25, image_size=16, epochs=epochs, batch_size=8, weight_decay=0.0,
-            lr=trial.suggest_float("lr", 3e-3, 3e-2, log=True), seed=number, precision="fp32",
-        )  # fmt: skip
-        trial.set_user_attr("config", config.to_dict())
+    for _ in range(trials):
+        record = _proposed(records, random, epochs)
+        assert record.config is not None
 
-        def report(metrics: dict, trial: optuna.Trial = trial) -> bool:
+        def report(metrics: dict, id: str = record.id) -> bool:
             if "tune_accuracy" in metrics:
-                trial.report(metrics["tune_accuracy"], metrics["epoch"])
+                records.note(records[id].scored(metrics["epoch"], metrics["tune_accuracy"]))
             return False
 
-        result = run_trial(Job(f"{trial.number:04d}", config, str(plan.run), source), Hear(report))
-        trial.set_user_attr("outcome", result.outcome.value)
-        study.tell(trial, result.metrics["tune_accuracy"])
-    _failed(study, "diverged", "loss is nan in epoch 1, step 3")
-    _failed(study, "bug", "ValueError: <script>alert(1)</script>", traceback="Traceback ...\n  in <module>")
-    pruned = study.ask()
-    pruned.suggest_float("lr", 3e-3, 3e-2, log=True)
-    pruned.set_user_attr("config", config.to_dict())
-    pruned.set_user_attr("outcome", "pruned")
-    pruned.report(0.4, 1)
-    study.tell(pruned, state=optuna.trial.TrialState.PRUNED)
-    study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)  # proposed when too little time was left
+        result = run_trial(Job(record.id, record.config, str(plan.run), source), Hear(report))
+        value = result.metrics["tune_accuracy"]
+        records.put(records[record.id].ends(result.outcome, value=value, ended=time.time()))
+    error = "ValueError: <script>alert(1)</script>"
+    records.put(_proposed(records, random, epochs).ends(Outcome.DIVERGED, error="loss is nan in epoch 1, step 3"))
+    records.put(
+        _proposed(records, random, epochs).ends(Outcome.BUG, error=error, traceback="Traceback ...\n  in <module>")
+    )
+    records.put(_proposed(records, random, epochs).scored(1, 0.4).ends(Outcome.PRUNED))
+    records.put(replace(_proposed(records, random, epochs), config=None).ends(Outcome.NOT_STARTED))
     ensemble = choose(Select(run=(str(plan.run),), selector="greedy"))
     write_ensemble(plan.run, ensemble)
     return plan.run, ensemble
 
 
-def _failed(study: optuna.Study, outcome: str, error: str, traceback: str = "") -> None:
-    trial = study.ask()
-    trial.suggest_float("lr", 3e-3, 3e-2, log=True)
-    trial.set_user_attr("outcome", outcome)
-    trial.set_user_attr("error", error)
-    trial.set_user_attr("traceback", traceback)
-    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+def _proposed(records: Records, random: np.random.Generator, epochs: int) -> TrialRecord:
+    lr = float(10 ** random.uniform(-2.5, -1.5))
+    config = TrialConfig(
+        backbone="speednet", width=0.25, image_size=16, epochs=epochs, batch_size=8, weight_decay=0.0,
+        lr=lr, seed=records.next_number, precision="fp32",
+    )  # fmt: skip
+    distribution = optuna.distributions.FloatDistribution(10**-2.5, 10**-1.5, log=True)
+    return records.put(
+        TrialRecord(
+            records.next_number, {"lr": lr}, {"lr": optuna.distributions.distribution_to_json(distribution)},
+            config=config, began=time.time(),
+        )
+    )  # fmt: skip
 
 
 def doubt_first(run: UPath) -> None:

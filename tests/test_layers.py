@@ -23,7 +23,7 @@ LIBRARIES = {  # which places may import them
     "timm": ("trainables/",),
 }
 TORCH = ("trainables/", "cluster/ranks.py", "ensemble/export.py", "ensemble/soup.py", "search/plan.py")
-PRIVATE = ("ray._private", "_CachedStorage", "study._storage", "._get_trials")
+PRIVATE = ("ray._private", "optuna.storages._", "study._storage", "._get_trials", "._trial_id", "._study_id")
 FILES = sorted(path for package in ALLOWED for path in (ROOT / package).rglob("*.py"))
 MOST_FILES = 13  # of a folder, __init__.py among them
 
@@ -64,6 +64,12 @@ def test_one_package_knows_a_library(path: Path) -> None:
     assert "torch" not in names or place(path).startswith(TORCH)
 
 
+@pytest.mark.parametrize("path", FILES, ids=place)
+def test_no_librarys_private_parts_are_used(path: Path) -> None:
+    text = path.read_text()
+    assert [name for name in PRIVATE if name in text] == []
+
+
 @pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=place)
 def test_a_folder_holds_at_most_a_dozen_files(folder: Path) -> None:
     assert len(list(folder.glob("*.py"))) <= MOST_FILES
@@ -80,7 +86,7 @@ def test_a_folder_holds_at_most_a_dozen_files(folder: Path) -> None:
         ("ensemble.predict", {"ray"}),
         ("search.config", {"torch", "rich", "ray", "optuna"}),
         ("search.spaces.auto", {"torch", "rich", "ray"}),
-        ("search.study.open", {"ray", "torch"}),
+        ("search.study.mirror", {"ray", "torch"}),
         ("search.sweep", {"ray", "torch"}),
     ],
 )

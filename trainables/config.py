@@ -4,7 +4,7 @@ Standard library only, so that a search space, a test or another tool can build 
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trainables.errors import UserError
@@ -116,6 +116,10 @@ class TrialConfig:
     def all_epochs(self) -> int:
         """Epochs of the head alone and of the whole network together: what a trial reports."""
         return self.freeze_epochs + self.epochs
+
+    def is_same(self, other: "TrialConfig | None") -> bool:
+        """Whether the same is trained: in how many micro-batches, memory decides."""
+        return other is not None and replace(self, accumulate=1) == replace(other, accumulate=1)
 
     @property
     def is_probe(self) -> bool:

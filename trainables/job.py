@@ -27,6 +27,7 @@ class Outcome(StrEnum):
     INVALID = "invalid"
     BUG = "bug"
     LOST_NODE = "lost node"
+    NOT_STARTED = "not started"
     STORAGE_LOST = "storage lost"
 
     @property
@@ -70,6 +71,7 @@ _TEXTS = {
     Outcome.INVALID: "could not be trained as configured",
     Outcome.BUG: "failed with an error",
     Outcome.LOST_NODE: "lost with its machine",
+    Outcome.NOT_STARTED: "proposed, but did not fit into the time left",
     Outcome.STORAGE_LOST: "could not reach the run directory",
 }
 

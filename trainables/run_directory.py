@@ -2,7 +2,8 @@
 
     runs/<name>/
       run.json                  data set, class names, split fingerprint, ... (needs `classes`, `split_fingerprint`)
-      study.db                  the Optuna study in SQLite, unless it lies in a database (--storage)
+      trials/                   the record of every trial of the sweep, see records.py
+      study.db                  the same for Optuna's tools, and for them alone; unless --storage names another place
       splits.npz                train / tune / select indices, int64
       select_labels.npy         int64 (N,)
       candidates/<id>/
@@ -55,6 +56,7 @@ from trainables.storage import (
 )
 
 RUNS = "runs"
+FORMAT = 2  # of run directories that are made now; 1: of before trials/, which can be selected from but not continued
 OWN = ("candidates", "checkpoints", "ensembles", "data", "trials", "study.db", ".lock")  # what commands write into
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _DATA_FOLDER = re.compile(r"[a-z0-9_]{1,40}-[0-9a-f]{16}")
@@ -125,6 +127,7 @@ class RunInfo:
         classes: C names; a label is an index into them.
         split_fingerprint: of the splits; runs with the same one can be merged.
         splits, data: what they are of.
+        format: see FORMAT.
         search: the command's options, as JSON (see search/config.py): a record, of which no path is ever opened.
         space, backbones, study: of the sweep; the study's name in its storage.
         command, versions, created: how and when it was made.
@@ -135,6 +138,7 @@ class RunInfo:
     split_fingerprint: str
     splits: SplitSizes = SplitSizes()
     data: DataInfo = DataInfo()
+    format: int = 1
     search: dict[str, Any] = field(default_factory=dict)
     space: str = ""
     backbones: tuple[str, ...] = ()
@@ -346,7 +350,7 @@ def read_candidate(path: UPath) -> Candidate:
     if is_link(path):
         raise Damaged(f"{path} is a symbolic link, which is not followed")
     values = read_json(path / "candidate.json")
-    config = _config(values.pop("config", None), path / "candidate.json")
+    config = parse_config(values.pop("config", None), path / "candidate.json")
     info = parse({**values, "id": id}, CandidateInfo, path / "candidate.json")
     return Candidate(id, path, dataclasses.replace(info, config=config))
 
@@ -402,8 +406,8 @@ def to_json(info: Any) -> dict[str, Any]:
     return values
 
 
-def _config(values: object, where: UPath) -> TrialConfig | None:
-    """The hyperparameters in a candidate.json; raises UserError for those of another version of Ninefold."""
+def parse_config(values: object, where: UPath) -> TrialConfig | None:
+    """The hyperparameters in a file; raises UserError for those of another version of Ninefold."""
     if values is None:
         return None
     parse(values, TrialConfig, where)  # of which types they are

@@ -52,6 +52,8 @@ def _run_trial(job: Job, report: Reporter) -> Result:
     written = run / "candidates" / job.id
     if exists(written / "candidate.json"):  # an earlier process got that far and died before it was heard
         info = read_candidate(written).info
+        if not job.config.is_same(info.config):
+            return Result(Outcome.INVALID, error=f"candidates/{job.id} is of another configuration than this trial's")
         return Result(Outcome(info.outcome), info.metrics, info.seconds)
     try:
         trained = _train_within_memory(job, data, splits, report)

@@ -177,4 +177,4 @@ def _trial(trial: Trial) -> dict[str, Any]:
 def _foreign(pool: Pool) -> dict[str, Any]:
     """Candidates of other runs than the ensemble's own, under run/id."""
     foreign = [(m, c) for m, c in enumerate(pool.candidates) if pool.run_of(m)]
-    return {f"{pool.run_of(m)}/{c.id}": _trial(list_trials(None, [c])[0]) for m, c in foreign}
+    return {f"{pool.run_of(m)}/{c.id}": _trial(list_trials((), [c])[0]) for m, c in foreign}

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import optuna
 from upath import UPath
 
 from ensemble.file import Ensemble, run_of
@@ -18,26 +17,28 @@ from ensemble.pool import Pool, load_pool
 from ensemble.predict import candidate_predictor
 from ensemble.report.numbers import Evidence, findings, test_scores
 from ensemble.report.page import report_page
-from ensemble.report.trials import list_trials, read_study
+from ensemble.report.study import as_study
+from ensemble.report.trials import list_trials
 from ensemble.select import best_single
 from ensemble.selection.blend import Blend
 from trainables.data.dataset import Data, open_test
 from trainables.data.share import open_run_data, select_images
 from trainables.data.splits import Splits
 from trainables.errors import UserError
+from trainables.records import read_records
 from trainables.run_directory import Candidate, RunInfo, read_run
 from trainables.storage import write_bytes, write_json
 
 PAGE, NUMBERS = "report.html", "report.json"
 
 
-def write_report(runs: Sequence[UPath], ensemble: Ensemble, study: optuna.Study | None = None) -> dict[str, Any]:
+def write_report(runs: Sequence[UPath], ensemble: Ensemble) -> dict[str, Any]:
     """Write report.html and report.json, and return what the latter holds: `test` only where there is a test part.
 
     Of a refit only report.json: all its labelled images were trained on, so the test part is all there is to report on.
 
-    runs: the ensemble's own, then the others that its members come from. study: the run's; by default it is read from
-    study.db. Raises UserError when the ensemble's members are not usable.
+    runs: the ensemble's own, then the others that its members come from. Raises UserError when the ensemble's members
+    are not usable.
     """
     run, info = runs[0], read_run(runs[0])
     if info.refit_of is not None:
@@ -62,12 +63,15 @@ def write_report(runs: Sequence[UPath], ensemble: Ensemble, study: optuna.Study 
         missing["test"] = missing["images"]
     if evidence is None:
         evidence = _on_select(run, pool, blend, single, data, splits, missing)
-    if study is None:
-        try:
-            study = read_study(run)
-        except UserError as error:
-            missing["study"] = str(error)
-    trials = list_trials(study, [c for c in pool.candidates if c.path.parent.parent == run])
+    records, study = [], None
+    try:
+        records = read_records(run)
+        study = as_study(records, info.search.get("objective", "accuracy") == "accuracy")
+    except UserError as error:
+        missing["study"] = str(error)
+    if not records and not missing.get("study"):
+        missing["study"] = f"{run.name} has no records of trials: an earlier version made it, or no sweep"
+    trials = list_trials(records, [c for c in pool.candidates if c.path.parent.parent == run])
     found = findings(run, info, ensemble, pool, blend, single, evidence, trials) | {"missing": missing}
     write_bytes(run / PAGE, report_page(found, evidence, pool, trials, study))
     write_json(run / NUMBERS, found)

@@ -1,18 +1,21 @@
-"""New trials: asked of the study's sampler until one can be trained in the time left; near the end, members again."""
+"""New trials: asked of the sampler until one can be trained in the time left; near the end, members again."""
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import optuna
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.distributions import distribution_to_json
+from optuna.trial import Trial
 
 from ensemble.running import EnsembleSoFar
-from search.study.sampler import Retell, ViewSampler
+from search.study.sampling import Sampling
 from search.timing import Timing
 from trainables.config import TrialConfig
 from trainables.errors import UserError
-from trainables.run_directory import trial_id
+from trainables.job import Outcome
+from trainables.records import Records, TrialRecord
 
 MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
 MOST_TOO_SLOW = 20  # proposals in a row that do not fit into the time left
@@ -22,68 +25,40 @@ MOST_TOO_SLOW = 20  # proposals in a row that do not fit into the time left
 Suggest = Callable[[Trial, float], TrialConfig]
 
 
+@dataclass(frozen=True)
+class Queued:
+    """A proposal to be made next: its parameters, or some of them; and of which trial it is a new seed."""
+
+    params: dict[str, Any]
+    seed_of: str = ""
+
+
 class Proposals:
-    """Asks the study for trials, and knows what has been proposed.
+    """Asks the sampler for trials, and knows what has been proposed.
 
     Args:
-        study: its sampler is replaced by one that sees the trials as `retell` tells them (see view.py).
+        records: of all trials so far; new ones are added.
+        sampling: the sampler.
         time: what is left, and what trials take.
         live: the ensemble so far, whose members may get new seeds.
         suggest: the space's.
     """
 
     def __init__(
-        self, study: optuna.Study, time: Timing, live: EnsembleSoFar | None, retell: Retell, suggest: Suggest
+        self, records: Records, sampling: Sampling, time: Timing, live: EnsembleSoFar | None, suggest: Suggest
     ) -> None:
-        self.study, self.time, self.live, self.suggest = study, time, live, suggest
+        self.records, self.sampling, self.time, self.live, self.suggest = records, sampling, time, live, suggest
+        self.queue: list[Queued] = []
         self.seeds: dict[str, str] = {}  # trials that are only a new seed -> whose configuration it is
         self.out_of_time = False  # too little is left for even one epoch of the next trial
         self.known: set[str] = set()  # parameters of all trials of this sweep
-        seed = len(study.get_trials(deepcopy=False))
-        self.sampler = study.sampler = ViewSampler(study.sampler, study, retell, seed)
+        for record in records:
+            self._note(record)
 
-    def note(self, trial: FrozenTrial | Trial) -> None:
-        """Take up a trial that this process or an earlier one has proposed."""
-        if "seed_of" in trial.user_attrs:
-            self.seeds[trial_id(trial.number)] = trial.user_attrs["seed_of"]
-        if "config" in trial.user_attrs:
-            self.known.add(_key(trial.params))
-
-    def ask(self) -> Trial | None:
-        """A new trial with a configuration that can be trained in the time left, or None.
-
-        Raises UserError when the space proposes nothing that can be trained.
-        """
-        reason, too_slow, repeated = "", 0, False
-        for _ in range(MOST_INVALID):
-            self.sampler.exploring = repeated
-            trial = self.study.ask()
-            try:
-                config = self.suggest(trial, self.time.left())
-                # the next proposal is a random one; a probe is the same whenever it is made
-                if (not repeated or config.is_probe) and self._tried_before(trial):
-                    repeated = True
-                    raise UserError("these parameters have been tried")
-            except UserError as error:
-                trial.set_user_attr("outcome", "invalid")
-                trial.set_user_attr("error", str(error))
-                self.study.tell(trial, state=TrialState.FAIL)
-                reason = str(error)
-                continue
-            shortened = self.time.fit(config)
-            if shortened is None:
-                self.study.tell(trial, state=TrialState.FAIL)
-                too_slow, repeated = too_slow + 1, True  # something else, which the sampler would not propose
-                if too_slow == MOST_TOO_SLOW:
-                    self.out_of_time = True
-                    return None
-                continue
-            trial.set_user_attr("config", shortened.to_dict())
-            self.note(trial)
-            return trial
-        raise UserError(
-            f"{MOST_INVALID} proposals in a row cannot be trained, the last because {reason}; fix the space"
-        )
+    def enqueue(self, first: Iterable[dict[str, Any]]) -> None:
+        """Let these be proposed next, in order; those that were in an earlier process are not again."""
+        made = {_key(record.given) for record in self.records if record.given}
+        self.queue += [Queued(params) for params in first if _key(params) not in made]
 
     def enqueue_seed(self) -> None:
         """Make the next proposal a member of the ensemble again, with another seed.
@@ -92,21 +67,75 @@ class Proposals:
         """
         weights: dict[str, float] = {}  # of a configuration: its seeds' together
         for id, weight in (self.live.members if self.live is not None else {}).items():
-            if id.isdigit():  # others were added by other tools
-                weights[self.seeds.get(id, id)] = weights.get(self.seeds.get(id, id), 0.0) + weight
-        trials = self.study.get_trials(deepcopy=False)
-        known = {id: trials[int(id)] for id in weights if int(id) < len(trials) and trials[int(id)].params}
-        if known:
+            root = self.seeds.get(id, id)
+            if root in self.records and self.records[root].params:  # others were added by other tools
+                weights[root] = weights.get(root, 0.0) + weight
+        if weights:
             taken = list(self.seeds.values())
-            root = min(known, key=lambda id: (taken.count(id), -weights[id]))
-            self.study.enqueue_trial(known[root].params, user_attrs={"seed_of": root})
+            root = min(weights, key=lambda id: (taken.count(id), -weights[id]))
+            self.queue.insert(0, Queued(self.records[root].params, root))
 
-    def _tried_before(self, trial: Trial) -> bool:
-        """Whether a sampler saw its favourite again and would pay for it again.
+    def ask(self) -> TrialRecord | None:
+        """The record of a new trial with a configuration that can be trained in the time left, or None.
 
-        Another seed is no repetition; nor is the next of a space of fixed recipes, whose number alone tells it apart.
+        Raises UserError when the space proposes nothing that can be trained.
         """
-        return bool(trial.params) and "seed_of" not in trial.user_attrs and _key(trial.params) in self.known
+        reason, too_slow, repeated = "", 0, False
+        for _ in range(MOST_INVALID):
+            queued = self.queue.pop(0) if self.queue else Queued({})
+            records = self.records
+            trial = self.sampling.ask(records.next_number, records.changes, queued.params, exploring=repeated)
+            config = None
+            try:
+                config = self.suggest(trial, self.time.left())
+                # the next proposal is a random one; a probe is the same whenever it is made
+                is_new = not trial.params or bool(queued.seed_of) or _key(trial.params) not in self.known
+                if not is_new and (not repeated or config.is_probe):
+                    repeated = True
+                    raise UserError("these parameters have been tried")
+            except UserError as error:
+                reason = str(error)
+                self._refuse(trial, queued, Outcome.INVALID, reason)
+                continue
+            shortened = self.time.fit(config)
+            if shortened is None:
+                self._refuse(trial, queued, Outcome.NOT_STARTED)
+                too_slow, repeated = too_slow + 1, True  # something else, which the sampler would not propose
+                if too_slow == MOST_TOO_SLOW:
+                    self.out_of_time = True
+                    return None
+                continue
+            record = records.put(_record(trial, queued, shortened))
+            self._note(record)
+            return record
+        raise UserError(
+            f"{MOST_INVALID} proposals in a row cannot be trained, the last because {reason}; fix the space"
+        )
+
+    def _refuse(self, trial: Trial, queued: Queued, outcome: Outcome, error: str = "") -> None:
+        self.sampling.refuse(trial)
+        record = _record(trial, queued, None)
+        self.records.note(record.ends(outcome, error=error, ended=record.began))
+
+    def _note(self, record: TrialRecord) -> None:
+        """Take up a trial that this process or an earlier one has proposed."""
+        if record.seed_of:
+            self.seeds[record.id] = record.seed_of
+        if record.config is not None:
+            self.known.add(_key(record.params))
+
+
+def with_backbones(first: Iterable[dict[str, Any]], backbones: list[str]) -> list[dict[str, Any]]:
+    """Those of a space's own first configurations whose backbones take part."""
+    return [params for params in first if params.get("backbone", backbones[0]) in backbones]
+
+
+def _record(trial: Trial, queued: Queued, config: TrialConfig | None) -> TrialRecord:
+    return TrialRecord(
+        trial.number, params=trial.params, given=queued.params, config=config, seed_of=queued.seed_of,
+        distributions={name: distribution_to_json(kind) for name, kind in trial.distributions.items()},
+        began=time.time(),
+    )  # fmt: skip
 
 
 def _key(params: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """run_trials with real Ray: Tune, lanes and faults. The sweep is a list of jobs; the targets do no training."""
 
+import dataclasses
 import os
 import signal
 import time
@@ -199,6 +200,22 @@ def test_a_lost_lane_is_not_replaced_before_its_machine_would_be_missed(monkeypa
     assert bridge.next("e") is None
     now += 31
     assert bridge.next("e") is not None
+
+
+def test_a_job_that_lost_its_lane_is_not_waited_for_beyond_its_deadline():
+    """Before: with no machine left the driver waited without end, whatever --minutes said."""
+    source, lanes = Sweep([{"epochs": 1}]), 1
+    bridge = tuner._Bridge(source, lambda: lanes)
+    job = dataclasses.replace(bridge.next("a"), deadline=time.time() - 1)
+    bridge.running["a"] = job
+    bridge.lose("a", Lost("gone"))
+    lanes, bridge.counted = 0, float("-inf")
+    assert bridge.next("b") is None
+    assert bridge.has_more()
+    bridge.ticked = float("-inf")
+    bridge.tick()
+    assert source.results == {job.id: Result(Outcome.INTERRUPTED)}
+    assert not bridge.has_more()
 
 
 def test_nothing_to_do_needs_no_lane(ray_cluster):

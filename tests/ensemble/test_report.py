@@ -174,11 +174,11 @@ def test_how_to_reproduce_hides_passwords(trained, tmp_path):
     assert "secret" not in (run / "report.html").read_text()
 
 
-def test_images_that_are_gone_and_a_study_that_is_damaged(trained, tmp_path):
+def test_images_that_are_gone_and_a_record_that_is_damaged(trained, tmp_path):
     run = copied(trained[0], tmp_path / "stripes")
     info = read_json(run / "run.json")
     write_json(run / "run.json", info | {"data": info["data"] | {"folder": "folder-0123456789abcdef"}})
-    (run / "study.db").write_bytes(b"no database at all, but a file of some length")
+    (run / "trials" / "0000.json").write_bytes(b"no JSON at all, but a file of some length")
     found = write_report([run], trained[1])
     assert "test" not in found
     assert set(found["missing"]) == {"images", "test", "study"}
@@ -187,7 +187,7 @@ def test_images_that_are_gone_and_a_study_that_is_damaged(trained, tmp_path):
     assert not page.loads
     assert "The test part could not be read" in page.words
     assert "folder-0123456789abcdef" in page.words
-    assert "is no study database" in page.words
+    assert "cannot be read as JSON" in page.words
 
 
 def test_a_study_of_a_single_recipe_has_no_importance():
@@ -206,7 +206,7 @@ def test_other_images_under_the_same_path_are_not_shown(trained, tmp_path):
     assert "holds other images" in write_report([run], trained[1])["missing"]["test"]
 
 
-def test_a_renamed_run_still_finds_its_study(trained, tmp_path):
+def test_a_renamed_run_still_has_its_trials(trained, tmp_path):
     run = copied(trained[0], tmp_path / "other-name")
     assert write_report([run], trained[1])["outcomes"]["diverged"] == 1
 
@@ -225,7 +225,7 @@ def test_a_run_written_by_hand_with_nothing_but_predictions(tmp_path):
     assert "This data set has no test part" in words
     assert "does not say which prepared data set it was made of" in words
     assert "No candidate has stored a learning curve" in words
-    assert "has no study.db" in words
+    assert "has no records of trials" in words
     assert "run.json does not say which command made this run" in words
 
 

@@ -6,7 +6,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import optuna
 import pytest
 import yaml
 from upath import UPath
@@ -15,6 +14,7 @@ from cluster.local import LocalCluster
 from ensemble.report.write import PAGE
 from tests.small_run import train_run
 from tests.tiny_space import write_space
+from trainables.records import read_records
 from trainables.run_directory import list_candidates
 from trainables.storage import read_json
 
@@ -142,9 +142,8 @@ def test_nodes_leave_and_join_and_the_head_is_replaced(cluster: LocalCluster, tm
 
 
 def epochs_told(run: Path) -> dict[str, int]:
-    """The last epoch that the study knows of every trial."""
-    study = optuna.load_study(study_name=None, storage=f"sqlite:///{run}/study.db")
-    return {f"{trial.number:04d}": trial.last_step or 0 for trial in study.trials}
+    """The last epoch that the records know of every trial."""
+    return {record.id: max((epoch for epoch, _ in record.scores), default=0) for record in read_records(UPath(run))}
 
 
 def metrics(cluster: LocalCluster) -> str:

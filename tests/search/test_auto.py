@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import optuna
 import pytest
-from optuna.trial import FixedTrial, TrialState
+from optuna.trial import FixedTrial
 from upath import UPath
 
 from search.budget import Budget
@@ -14,12 +14,12 @@ from search.config import Cost, SearchConfig, Task
 from search.costs import Costs
 from search.plan import checked, with_budget
 from search.spaces import auto
-from search.study.open import open_study
 from search.timing import Timing
-from tests.hand_sweep import finish, scores, sweep, take
+from tests.hand_sweep import finish, scores, states, sweep, take
 from trainables.config import TrialConfig
 from trainables.job import WeightSource
 from trainables.models.speed import gflops, native_size, training_rate
+from trainables.records import Spent
 from trainables.run_directory import Candidate, CandidateInfo
 
 LITES = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
@@ -134,8 +134,7 @@ def test_features_that_were_stored_already_are_no_measurement() -> None:
 
 
 def test_a_trial_whose_like_was_never_seen_is_fitted_into_the_time_left() -> None:
-    study = open_study(None, "x", "accuracy", "random", "none", 0)
-    time = Timing(study, Budget(deadline=1000.0), clock=lambda: 900.0)
+    time = Timing(Spent(), Budget(deadline=1000.0), clock=lambda: 900.0)
     config = TrialConfig(backbone=LITES[0], pretrained=True, image_size=224, epochs=50)
     assert time.fit(config) == config
     time.know(Costs({LITES[0]: 224}, {LITES[0]: 1.0}, 300.0, 1000, 800))  # 8 s an epoch, 4.4 s of features
@@ -151,8 +150,7 @@ def test_a_trial_whose_like_was_never_seen_is_fitted_into_the_time_left() -> Non
 
 
 def test_what_was_seen_before_the_costs_were_known_teaches_them() -> None:
-    study = open_study(None, "x", "accuracy", "random", "none", 0)
-    time, known = Timing(study, Budget()), costs()
+    time, known = Timing(Spent(), Budget()), costs()
     probe = TrialConfig(backbone=LITES[0], pretrained=True, image_size=224, epochs=0)
     time.learn(candidate(probe, {"epoch": 0, "seconds": 50.0}))
     time.know(known)
@@ -176,7 +174,7 @@ def test_a_probe_is_made_once(tmp_path: Path) -> None:
         return TrialConfig(backbone=LITES[0], pretrained=True, lr=trial.suggest_float("lr", 1e-4, 1e-2), epochs=2)
 
     s = sweep(tmp_path, trials=6, sampler="tpe", suggest=suggest)
-    s.study.enqueue_trial({"way": "probe"})
+    s.proposals.enqueue([{"way": "probe"}])
     probes = 0
     for _ in range(6):
         job = take(s)
@@ -197,7 +195,7 @@ def test_there_is_no_rung_where_no_others_fit_into_the_time(tmp_path: Path) -> N
     late = take(s)
     assert late.stops_at == ()
     assert not s.report(late.id, scores(0.1, 1))  # the worst so far goes on all the same
-    assert s.study.trials[int(late.id)].state == TrialState.RUNNING
+    assert states(s)[int(late.id)] == "running"
 
 
 def test_without_a_budget_the_default_space_takes_an_hour(pictures: Path) -> None:

@@ -21,6 +21,7 @@ from trainables.errors import UserError
 from trainables.job import LaneRequest
 from trainables.models.backbones import build
 from trainables.run_directory import lock_run
+from trainables.storage import read_json, write_json
 
 SPACE = """
 from trainables.config import TrialConfig
@@ -269,3 +270,16 @@ def test_sigterm_ends_even_a_shells_background_job() -> None:
 def test_a_trial_that_no_node_can_hold(machines: list[Node]) -> None:
     with pytest.raises(UserError, match="lower --cpus-per-trial"):
         lanes_for(machines, LaneRequest(cpus=4))
+
+
+def test_a_run_that_cannot_go_on_says_so(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = SearchConfig(data="folder", data_dir=pictures, space="auto", run=str(tmp_path / "run"))
+    plan = make_plan(config)
+    search_run._open_run(plan, config)
+    with pytest.raises(UserError, match="objective is accuracy, not log_loss"):
+        search_run._open_run(plan, replace(config, objective="log_loss"))
+    info = read_json(plan.run / "run.json")
+    del info["format"]
+    write_json(plan.run / "run.json", info)
+    with pytest.raises(UserError, match="earlier version"):
+        search_run._open_run(plan, config)

@@ -8,7 +8,6 @@ import contextlib
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -19,10 +18,12 @@ import numpy as np
 import optuna
 import psutil
 import pytest
+from upath import UPath
 
 from cluster.capacity import RAY_DIED
 from tests.tiny_space import write_space
 from trainables.models.weights import load_model
+from trainables.records import read_records
 from trainables.run_directory import list_candidates, open_run
 
 ROOT = Path(__file__).parents[2]
@@ -77,15 +78,9 @@ class Drivers:
         return self.log.read_text(errors="replace")[-4000:]
 
 
-def reports(database: Path) -> int:
-    """Epochs that the study knows of."""
-    if not database.exists():
-        return 0
-    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
-        try:
-            return connection.execute("select count(*) from trial_intermediate_values").fetchone()[0]
-        except sqlite3.OperationalError:  # locked
-            return 0
+def reports(run: Path) -> int:
+    """Epochs that the records know of."""
+    return sum(len(record.scores) for record in read_records(UPath(run)))
 
 
 @pytest.fixture
@@ -135,7 +130,7 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(drivers: Drivers, tmp_path
     killed = []
     for moment, victim in zip(moments, victims, strict=True):
         last, since = -1, time.time()
-        while (done := reports(run / "study.db")) < moment:
+        while (done := reports(run)) < moment:
             drivers.mind()
             last, since = (done, time.time()) if done != last else (last, since)
             assert time.time() - since < PATIENCE, f"nothing happens after {killed}:\n{drivers.tail()}"
@@ -149,20 +144,18 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(drivers: Drivers, tmp_path
     assert len(killed) == KILLS
     assert drivers.starts - drivers.slow_starts - drivers.lost_rays == 1 + killed.count("driver") == 7
 
+    records = read_records(UPath(run))
+    assert [record.outcome for record in records] == ["finished"] * TRIALS
+    finished = {record.id: record for record in records}
+    assert [record.id for record in records if record.params == {"lr": 0.01}] == ["0000"]  # it was to be the first
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{run}/study.db")
-    states = [trial.state.name for trial in study.trials]
-    assert "RUNNING" not in states
-    assert states.count("COMPLETE") == TRIALS
-    finished = {f"{trial.number:04d}": trial for trial in study.trials if trial.state.name == "COMPLETE"}
-    # a trial that was killed before it knew its configuration is a failed one without an outcome
-    assert [t for t in study.trials if "outcome" in t.user_attrs] == list(finished.values())
-    assert {"lr": 0.01} in [trial.params for trial in finished.values()]  # it was enqueued, and is not lost
+    assert {t.user_attrs["id"]: t.value for t in study.trials} == {id: record.value for id, record in finished.items()}
     candidates = list_candidates(open_run(run))
     assert [candidate.id for candidate in candidates] == sorted(finished)
     for candidate in candidates:
         trial = finished[candidate.id]
         assert [row["epoch"] for row in candidate.info.curve] == list(range(1, EPOCHS + 1))
-        assert sorted(trial.intermediate_values) == list(range(1, EPOCHS + 1))
+        assert [epoch for epoch, _ in trial.scores] == list(range(1, EPOCHS + 1))
         assert trial.value == pytest.approx(candidate.info.metrics["tune_accuracy"])
         load_model(candidate)
         for split in ("tune", "select"):

@@ -6,19 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 from moto.server import ThreadedMotoServer
 from upath import UPath
 
-from search.study.open import fetch_study, open_study, store_study
+from search.study.mirror import open_mirror
 from tests.errand import Hear
 from trainables import storage
+from trainables.config import TrialConfig
 from trainables.data.dataset import default_cache, open_data
 from trainables.data.share import open_prepared, share_data
 from trainables.errors import UserError
-from trainables.job import Alone, DataSource, Job
+from trainables.job import Alone, DataSource, Job, Outcome
+from trainables.records import PACKED, Records, TrialRecord
 from trainables.run_directory import list_candidates, open_run, read_run
-from trainables.storage import StorageLost, read_json, write_bytes
+from trainables.storage import StorageLost, list_folder, read_json, write_bytes
 from trainables.trial import run_trial
 
 ROOT = Path(__file__).parents[2]
@@ -119,17 +122,20 @@ def test_an_outage_that_does_not_end_is_told_and_the_trial_goes_on_later(
     assert read_json(run / "candidates/0009/candidate.json")["resumed_after_epochs"] == [2]
 
 
-def test_a_study_goes_to_the_store_and_comes_back(store: Store) -> None:
+def test_records_and_the_study_are_in_the_store(store: Store, tmp_path: Path) -> None:
     run = UPath("s3://bucket/study")
-    copy = fetch_study(run)
-    study = open_study(f"sqlite:///{copy}", "study", "accuracy", "random", "none", 0)
-    study.tell(study.ask(), 0.5)
-    store_study(run, copy)
-    study.tell(study.ask(), 0.7)  # in the copy alone
-    copy.with_name(f"{copy.name}-journal").write_bytes(b"of a transaction that a kill cut")
-    again = open_study(f"sqlite:///{fetch_study(run)}", "study", "accuracy", "random", "none", 0)
-    assert [trial.value for trial in again.trials] == [0.5]
-    assert not copy.with_name(f"{copy.name}-journal").exists()
+    records = Records(run)
+    for number in range(PACKED + 2):
+        records.put(TrialRecord(number, config=TrialConfig()).ends(Outcome.FINISHED, value=number / 100))
+    records.put(TrialRecord(records.next_number, config=TrialConfig()))
+    mirror = open_mirror(run, None, "study", True, records)
+    mirror.close()
+    again = Records(run)
+    assert list(again) == list(records)
+    assert len(list_folder(run / "trials")) == 4  # one of many, and three of their own
+    (tmp_path / "study.db").write_bytes((run / "study.db").read_bytes())
+    there = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path}/study.db")
+    assert [trial.value for trial in there.trials] == [number / 100 for number in range(PACKED + 2)]
 
 
 def test_a_node_copies_the_prepared_data_once(

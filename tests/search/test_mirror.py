@@ -1,4 +1,4 @@
-"""The study in a database: SQLite, and a real PostgreSQL (marked `storage`) that the tests start for themselves."""
+"""The study that Optuna's tools look at: in SQLite, and in a real PostgreSQL (marked `storage`) that tests start."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ import pwd
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -16,19 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pytest
 from upath import UPath
 
-from ensemble.running import EnsembleSoFar
-from search.budget import Budget
-from search.study.open import open_study
+from search.study.mirror import open_mirror
 from search.sweep import Sweep
-from tests.hand_sweep import climb, finish, suggest, take
+from tests.hand_sweep import climb, finish, sweep, take
 from trainables.errors import UserError
-from trainables.job import DataSource, Outcome, Result
-from trainables.storage import write_array, write_json
+from trainables.job import Outcome, Result
 
 PATIENCE = 60  # seconds for a server to start or end
 
@@ -110,62 +107,113 @@ def postgresql(server: PostgreSQL) -> str:
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.storage)])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A database with somebody else's study in it, so that a trial's id is not its number."""
-    where = f"sqlite:///{tmp_path}/study.db" if request.param == "sqlite" else request.getfixturevalue("postgresql")
-    other = open_study(where, f"another of {tmp_path.name}", "accuracy", "random", "none", 0)
+    where = f"sqlite:///{tmp_path}/shared.db" if request.param == "sqlite" else request.getfixturevalue("postgresql")
+    other = optuna.create_study(study_name=f"another of {tmp_path.name}", storage=where)
     for _ in range(3):
         other.ask()
     return where
 
 
-def open_sweep(url: str, run: Path, name: str) -> Sweep:
-    if not (run / "run.json").exists():
-        write_array(UPath(run / "select_labels.npy"), np.array([0, 1, 0, 1]))
-        write_json(UPath(run / "run.json"), {"classes": ["a", "b"], "split_fingerprint": "f"})
-    study = open_study(url, name, "accuracy", "tpe", "promote", 0)
-    live = EnsembleSoFar(UPath(run), 2)
-    data = DataSource("/nowhere/x-0123456789abcdef", "folder")
-    return Sweep(study, UPath(run), data, Budget(trials=12), {}, suggest, promote=True, live=live)
+def in_database(url: str, name: str) -> dict[str, tuple[str, float | None]]:
+    """The state and the value of every trial there, by its id in the sweep."""
+    trials = optuna.load_study(study_name=name, storage=url).trials
+    assert len({trial.user_attrs["id"] for trial in trials}) == len(trials)
+    return {trial.user_attrs["id"]: (trial.state.name, trial.value) for trial in trials}
 
 
-def test_what_a_sweep_remembers_is_what_the_database_holds(url: str, tmp_path: Path) -> None:
-    name = tmp_path.name  # the server is the same for all tests
-    sweep = open_sweep(url, tmp_path, name)
+def mixed(s: Sweep) -> None:
+    """Trials of every end, one that runs and two that wait at their rung."""
+    for accuracy in (0.5, 0.3, 0.2):
+        climb(s, take(s), accuracy)
+    for outcome in ("diverged", "bug", "bug", "pruned"):
+        s.finish(take(s).id, Result(Outcome(outcome), error="why", traceback="where"))
+    finish(s, take(s), 0.8)
+    take(s)
 
-    def same(sweep: Sweep) -> bool:
-        return sweep.study.get_trials(deepcopy=False) == optuna.load_study(study_name=name, storage=url).trials
 
-    sweep.study.enqueue_trial({"lr": 0.01}, user_attrs={"why": "a guess", "pair": (1, 2)})
-    assert same(sweep)
-    for accuracy in (0.5, 0.3, 0.2):  # the last two wait at their rung
-        climb(sweep, take(sweep), accuracy)
-        assert same(sweep)
-    for outcome in ("diverged", "bug", "pruned"):
-        sweep.finish(take(sweep).id, Result(Outcome(outcome), error="why", traceback="where"))
-        assert same(sweep)
-    finish(sweep, take(sweep), 0.8)
-    cut = take(sweep)
-    assert same(sweep)
-    assert {trial.state.name for trial in sweep.study.get_trials()} == {"COMPLETE", "PRUNED", "RUNNING"}
+ENDED = {"0000": ("COMPLETE", 0.5), "0003": ("COMPLETE", 0.2), "0004": ("FAIL", None), "0005": ("PRUNED", None),
+         "0006": ("COMPLETE", 0.8)}  # fmt: skip
 
-    again = open_sweep(url, tmp_path, name)  # what a process after a kill sees
-    assert same(again)
-    assert again.rungs is not None
-    assert again.rungs.waiting == sweep.rungs.waiting == {"0001": 1, "0002": 1}  # type: ignore[union-attr]
-    assert again.counted == sweep.counted
-    assert take(again).id == cut.id
+
+def test_the_study_holds_what_has_ended_and_goes_on(url: str, tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=12, pruner="promote", storage=url, name=tmp_path.name)
+    mixed(s)
+    assert s.mirror is not None
+    s.mirror.close()
+    assert in_database(url, tmp_path.name) == ENDED
+    s = sweep(tmp_path, trials=12, pruner="promote", storage=url, name=tmp_path.name)  # after a kill
+    finish(s, take(s), 0.7)
+    assert s.mirror is not None
+    s.mirror.close()
+    assert in_database(url, tmp_path.name) == ENDED | {"0007": ("COMPLETE", 0.7)}
+    assert len(optuna.load_study(study_name=f"another of {tmp_path.name}", storage=url).trials) == 3
+
+
+def test_a_study_that_disagrees_is_made_anew(url: str, tmp_path: Path) -> None:
+    """Before: a trial ended at once with the score that another study had under its number."""
+    foreign = optuna.create_study(study_name=tmp_path.name, storage=url, direction="maximize")
+    foreign.add_trial(optuna.trial.create_trial(value=0.99, user_attrs={"id": "0000"}))
+    s = sweep(tmp_path, trials=12, pruner="promote", storage=url, name=tmp_path.name)
+    mixed(s)
+    assert s.mirror is not None
+    s.mirror.close()
+    assert in_database(url, tmp_path.name) == ENDED
+    optuna.delete_study(study_name=tmp_path.name, storage=url)  # and one that is gone
+    s = sweep(tmp_path, trials=12, pruner="promote", storage=url, name=tmp_path.name)
+    assert take(s).id == "0007"
+    assert s.mirror is not None
+    s.mirror.close()
+    assert in_database(url, tmp_path.name) == ENDED
+
+
+@pytest.mark.parametrize("content", [b"", b"no database at all, but a file of some length", b"half-made"])
+def test_a_damaged_study_of_a_run_is_made_anew(tmp_path: Path, content: bytes) -> None:
+    s = sweep(tmp_path, pruner="promote", trials=12)
+    mixed(s)
+    s.close()
+    if content == b"half-made":  # killed between SQLite's tables and the index of study names, by an earlier version
+        with sqlite3.connect(tmp_path / "study.db") as database:
+            database.execute("DROP INDEX ix_studies_study_name")
+            database.execute("INSERT INTO studies (study_name) VALUES ('test')")
+    else:
+        (tmp_path / "study.db").write_bytes(content)
+    s = sweep(tmp_path, pruner="promote", trials=12)
+    assert s.mirror is not None
+    s.mirror.close()
+    ended = {record.id for record in s.records if record.outcome is not None}
+    assert in_database(s.mirror.url, "test").keys() == ended
 
 
 def test_a_storage_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be opened in .*; check --storage") as told:
-        open_study(f"sqlite:///{tmp_path}/no/such/folder/study.db", "x", "accuracy", "tpe", "none", 0)
+        open_mirror(UPath(tmp_path), f"sqlite:///{tmp_path}/no/such/folder/study.db", "x", True, ())
     assert "\n" not in str(told.value)
+
+
+def test_a_storage_that_fails_does_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "away").mkdir()
+    url = f"sqlite:///{tmp_path}/away/study.db"
+    s = sweep(tmp_path, trials=4, storage=url)
+    finish(s, take(s), 0.5)
+    (tmp_path / "away").rename(tmp_path / "gone")
+    (tmp_path / "away").write_text("in its place")
+    finish(s, take(s), 0.6)
+    s.tick()
+    s.tick()
+    assert capsys.readouterr().err.count("the sweep goes on") == 1
+    (tmp_path / "away").unlink()
+    (tmp_path / "gone").rename(tmp_path / "away")
+    for accuracy in (0.7, 0.8):
+        finish(s, take(s), accuracy)
+    s.close()
+    assert in_database(url, "test") == {f"000{i}": ("COMPLETE", value) for i, value in enumerate((0.5, 0.6, 0.7, 0.8))}
 
 
 @pytest.fixture
 def dashboard(postgresql: str, tmp_path: Path) -> Iterator[str]:
     """optuna-dashboard on the server; its address."""
     pytest.importorskip("optuna_dashboard", reason="no optuna-dashboard: pip install -e '.[storage]'")
-    open_study(postgresql, "another one", "accuracy", "random", "none", 0).ask()  # it wants to find Optuna's tables
+    optuna.create_study(study_name="another one", storage=postgresql, load_if_exists=True)  # it wants Optuna's tables
     port = free_port()
     with open(tmp_path / "dashboard.log", "wb") as log:
         process = subprocess.Popen(

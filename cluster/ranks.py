@@ -21,7 +21,7 @@ from trainables.job import Metrics, Outcome, Reporter, Result
 
 # torch and ray.train are imported where they are used: the mailbox's process imports this module and needs neither.
 
-ALONE_S = 20.0  # a rank that raised waits this long for the others: they are probably stuck in a collective
+ALONE_S = 20.0  # a rank that has ended early waits so long for the others: they are probably stuck in a collective
 BEAT_S = 1.0
 
 
@@ -94,6 +94,15 @@ class Silence:
     seconds: float
 
 
+def _early_end(event: Reported | Returned | Raised) -> Result | None:
+    """How a rank has ended before its time: it raised, or has no use for the trial (no weights on its machine, its
+    storage is away). One that has trained to the end waits for rank 0, which still predicts and writes."""
+    if isinstance(event, Reported):
+        return None
+    whole = event.result.outcome.leaves_candidate or event.result.outcome is Outcome.PRUNED
+    return None if isinstance(event, Returned) and whole else event.result
+
+
 GO_ON, ABANDON, BREAK = "go on", "abandon", "broken"  # what ranks that meet are told
 
 
@@ -129,8 +138,8 @@ class Mailbox:
                 of, event = await asyncio.wait_for(self.events.get(), wait_s)
             except TimeoutError:
                 silence = time.monotonic() - self.heard
-                raised = [event.result for event in self.arrived.values() if isinstance(event, Raised)]
-                return Broken(raised[0]) if raised and silence > ALONE_S else Silence(silence)
+                left = next((result for event in self.arrived.values() if (result := _early_end(event))), None)
+                return Broken(left) if left and silence > ALONE_S else Silence(silence)
             if of == number or isinstance(event, Joined):
                 return event
 

@@ -88,7 +88,7 @@ class SearchConfig:
     workers_per_trial: int = 1
     """Ray Train workers (DDP ranks) of one trial."""
     gpus_per_trial: float | None = None
-    """GPUs of one worker, fractions allowed; default: 1 when the cluster has any, else 0."""
+    """GPUs of one worker, 0 to 1; default: 1 when the cluster has any, else 0."""
     cpus_per_trial: float | None = None
     """CPUs of one worker; default: the cluster's, spread over its GPUs, or over at most 8 trials without any."""
     run: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
@@ -122,8 +122,16 @@ class SearchConfig:
         if self.cpus_per_trial is not None and not self.cpus_per_trial > 0:
             raise UserError(f"--cpus-per-trial is {self.cpus_per_trial:g}, expected more than 0")
         gpus = self.gpus_per_trial
-        if gpus is not None and (gpus < 0 or (gpus > 1 and gpus != int(gpus))):
-            raise UserError(f"--gpus-per-trial is {gpus:g}, expected 0 to 1, or a whole number")
+        if gpus is not None and not 0 <= gpus <= 1:
+            raise UserError(
+                f"--gpus-per-trial is {gpus:g}, expected 0 to 1: a worker uses one GPU; for a trial on several, raise "
+                "--workers-per-trial"
+            )
+        if gpus is not None and 0 < gpus < 1 and self.workers_per_trial > 1:
+            raise UserError(
+                f"--gpus-per-trial is {gpus:g} with {self.workers_per_trial} workers, expected 1: two ranks of a trial "
+                "cannot share a GPU"
+            )
 
     def lane_request(self) -> LaneRequest:
         """What a trial asks of the cluster."""

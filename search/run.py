@@ -96,7 +96,7 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
         config.sampler, config.seed, config.objective, config.pruner, plan.earlier, plan.costs, live,
         contribution=Contribution(tune_labels, config.top_k) if config.objective == "ensemble" else None,
         store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
-        mirror=opened.mirror,
+        mirror=opened.mirror, workers=config.workers_per_trial,
     )  # fmt: skip
     if sweep.has_more():
         print_start(console, plan, config, sweep)
@@ -220,7 +220,7 @@ def _open_run(plan: Plan, config: SearchConfig) -> None:
         space=plan.space.name,
         backbones=tuple(sorted(plan.backbones)),
         study=plan.study,
-        command=hide_password(shlex.join(sys.argv)),
+        command=hide_password(shlex.join(["python", "-m", "search.run", *sys.argv[1:]])),
         versions={name: importlib.metadata.version(name) for name in LIBRARIES},
         created=time.time(),
     )

@@ -59,6 +59,7 @@ class Sweep:
         contribution: values candidates by what they add to an ensemble; None: by their own score.
         store: deletes weights beyond the disk budget.
         mirror: shows the trials to Optuna's tools.
+        workers: of a trial.
         clock: time.time(), or a simulation's.
 
     `close` must be called when nothing is left to run.
@@ -70,10 +71,11 @@ class Sweep:
         sampler: Sampler = "tpe", seed: int = 0, objective: Objective = "accuracy", pruner: Pruner = "promote",
         warm: Iterable[FrozenTrial] = (), costs: Costs | None = None, live: EnsembleSoFar | None = None,
         contribution: Contribution | None = None, store: WeightStore | None = None, mirror: Mirror | None = None,
-        clock: Callable[[], float] = time.time,
+        workers: int = 1, clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self.records, self.run, self.data, self.budget, self.weights = records, run, data, budget, weights
         self.live, self.contribution, self.store, self.mirror = live, contribution, store, mirror
+        self.workers = workers
         self.time, self.goal = Timing(records.spent, budget, clock), Goal(budget, live)
         self.time.know(costs)
         self.saved = clock()
@@ -263,6 +265,10 @@ class Sweep:
         if outcome is Outcome.STORAGE_LOST:  # there is nothing that could be continued
             self.interrupted.append(id)
             raise StorageLost(result.error)
+        if outcome is Outcome.OUT_OF_MEMORY and self.workers > 1 and (smaller := _halved(record)) is not None:
+            # alone a trial halves its micro-batch by itself; ranks cannot, because the others wait in a collective
+            self.interrupted.append(self.records.put(smaller).id)
+            return Outcome.INTERRUPTED
         if outcome.continues or record.retries < outcome.retries:
             self.records.put(record if outcome.continues else record.retried())
             self.interrupted.append(id)
@@ -357,6 +363,14 @@ class Sweep:
         if self.store is not None:
             self.store.add(candidate)
         self.time.learn(candidate)
+
+
+def _halved(record: TrialRecord) -> TrialRecord | None:
+    """The trial with half the micro-batch, or None where that is one image already."""
+    config = record.config
+    if config is None or config.accumulate >= config.batch_size:
+        return None
+    return replace(record, config=replace(config, accumulate=2 * config.accumulate))
 
 
 def _rungs(config: TrialConfig) -> tuple[int, ...]:

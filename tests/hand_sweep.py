@@ -35,8 +35,15 @@ def sweep(
     storage: str | None = None, name: str = "test", **options: Any,
 ) -> Sweep:  # fmt: skip
     """A sweep with its live ensemble; options are the sweep's or those of the budget."""
-    asked = {"objective": "accuracy", "sampler": "random", "pruner": "none", "seed": 0, "warm": ()} | options
-    own = {name: asked.pop(name) for name in ("objective", "sampler", "pruner", "seed", "warm")}
+    asked = {
+        "objective": "accuracy",
+        "sampler": "random",
+        "pruner": "none",
+        "seed": 0,
+        "warm": (),
+        "workers": 1,
+    } | options
+    own = {name: asked.pop(name) for name in ("objective", "sampler", "pruner", "seed", "warm", "workers")}
     if not (run / "run.json").exists():
         write_array(UPath(run / "select_labels.npy"), LABELS)
         write_json(UPath(run / "run.json"), {"classes": ["a", "b"], "split_fingerprint": "f"})

@@ -6,6 +6,7 @@ those of the folds' networks, which had a fifth fewer images to learn from, so t
 
 import dataclasses
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from trainables.job import Metrics, Outcome
 from trainables.storage import exists
 from trainables.train import Report, Trained, train
 from trainables.training.checkpoint import read_checkpoint, write_checkpoint
+from trainables.training.ranks import from_first
 
 
 def cross_fit(
@@ -60,7 +62,7 @@ def cross_fit(
     for number, held in enumerate(splits.folds):
         rows = np.searchsorted(splits.train, held)
         path = None if checkpoint is None else checkpoint.with_name(f"fold-{number}.safetensors")
-        known = None if path is None else read_checkpoint(path, torch.device("cpu"))
+        known = None if path is None else from_first(partial(read_checkpoint, path, torch.device("cpu")))
         if known is None:
             trained = run(number, splits.without(number))
             if trained.outcome is Outcome.PRUNED:
@@ -71,7 +73,7 @@ def cross_fit(
             }  # fmt: skip
             if path is not None and is_first:
                 write_checkpoint(path, known)
-        elif path is not None and not exists(path.with_name(f"fold-{number + 1}.safetensors")):
+        elif path is not None and not from_first(partial(exists, path.with_name(f"fold-{number + 1}.safetensors"))):
             resumed.append((number + 1) * config.all_epochs // trainings)
         probs[rows] = known["probs"].numpy()
         seconds, cut = seconds + known["seconds"], cut or known["cut"]

@@ -25,6 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data
 from trainables.inference import autocast, eval_batch
+from trainables.memory import halved
 from trainables.models.backbones import head_of
 from trainables.training.augment import Pixels, flips
 
@@ -130,11 +131,8 @@ class Features:
                 try:
                     x = self._pixels(images[start : start + size])
                     vectors = {view: self._vectors(x.flip(3) if view else x).cpu().numpy() for view in paths}
-                except torch.OutOfMemoryError:
-                    if size == 1:
-                        raise
-                    torch.cuda.empty_cache()
-                    size //= 2
+                except RuntimeError as error:
+                    size = halved(self.pixels.mean.device, self.config.image_size, size, error)
                     continue
                 for view, part in vectors.items():
                     if view not in files:

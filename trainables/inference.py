@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainables.config import TestTimeAugmentation
 from trainables.errors import UserError
+from trainables.memory import fitting, halved
 from trainables.training.augment import Pixels
 
 EVAL_BATCH = 500
@@ -41,7 +42,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 def eval_batch(device: torch.device, image_size: int) -> int:
     """Images of one forward pass."""
-    return max(4, min(EVAL_BATCH, EVAL_PIXELS_CPU // image_size**2)) if device.type == "cpu" else EVAL_BATCH
+    batch = max(4, min(EVAL_BATCH, EVAL_PIXELS_CPU // image_size**2)) if device.type == "cpu" else EVAL_BATCH
+    return fitting(device, image_size, batch)
 
 
 @torch.no_grad()
@@ -74,11 +76,8 @@ def predict_probs(
             batch = torch.from_numpy(np.ascontiguousarray(images[chunk])).to(device)
             with autocast(device, precision):
                 logits = view_logits(model, batch, pixels, image_size, tta)
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-            torch.cuda.empty_cache()
-            batch_size = max(1, batch_size // 2)
+        except RuntimeError as error:
+            batch_size = halved(device, image_size, batch_size, error)
             continue
         probs.append(F.softmax(logits.cpu().double(), dim=1).float().numpy())  # mps has no float64
         start += len(chunk)

@@ -26,6 +26,7 @@ from trainables.training.augment import Pixels
 from trainables.training.averaging import WeightAverage
 from trainables.training.checkpoint import read_checkpoint, write_checkpoint
 from trainables.training.learner import Learner
+from trainables.training.ranks import from_first
 
 PLATEAU_EPOCHS = 2
 EXPLODED = 10.0  # an epoch's mean loss of that many times ln(classes) is not going to come back
@@ -175,7 +176,7 @@ def train(
     before anything is trained, for weights, a batch or an image size that do not fit.
     """
     started = time.perf_counter()
-    state = None if checkpoint is None else read_checkpoint(checkpoint, torch.device("cpu"))
+    state = None if checkpoint is None else from_first(lambda: read_checkpoint(checkpoint, torch.device("cpu")))
     progress = Progress()
     try:
         learner = Learner(config, data, splits, weights, device, deadline, tick, state and state["learner"])

@@ -24,10 +24,11 @@ from trainables.data.splits import Splits, load_splits
 from trainables.errors import UserError
 from trainables.features import OutOfTime
 from trainables.job import DataSource, Job, Outcome, Reporter, Result
-from trainables.models.backbones import is_out_of_memory
+from trainables.memory import is_out_of_memory
 from trainables.run_directory import CandidateInfo, read_candidate, remove_checkpoint, write_candidate
 from trainables.storage import Damaged, StorageLost, exists
 from trainables.train import Diverged, Trained, train
+from trainables.training.ranks import from_first
 
 LATENCY_REPEATS = 5
 
@@ -36,8 +37,8 @@ def run_trial(job: Job, report: Reporter) -> Result:
     """Train one candidate and write it; called on every rank of a lane with the same job.
 
     Outcomes are finished, time (cut at the deadline, still a candidate), pruned, interrupted (no time left to begin),
-    storage lost (the run directory cannot be reached), out of memory, diverged or invalid. Any other exception is a
-    bug, and the lane's matter; so is the MemoryError of one rank among several.
+    storage lost (the run directory or its images cannot be reached), out of memory, diverged or invalid. Any other
+    exception is a bug, and the lane's matter; so is the MemoryError of one rank among several.
     """
     try:
         return _run_trial(job, report)
@@ -47,10 +48,15 @@ def run_trial(job: Job, report: Reporter) -> Result:
 
 def _run_trial(job: Job, report: Reporter) -> Result:
     run = UPath(job.run)
-    data, splits = _open(job.run, job.data)
+    try:
+        data, splits = _open(job.run, job.data)
+    except UserError as error:  # the images are no longer the run's, or cannot be had: it is the same for all trials
+        raise StorageLost(str(error)) from error
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     written = run / "candidates" / job.id
-    if exists(written / "candidate.json"):  # an earlier process got that far and died before it was heard
+    if from_first(
+        lambda: exists(written / "candidate.json")
+    ):  # an earlier process got that far and died before it was heard
         info = read_candidate(written).info
         if not job.config.is_same(info.config):
             return Result(Outcome.INVALID, error=f"candidates/{job.id} is of another configuration than this trial's")
@@ -68,7 +74,9 @@ def _run_trial(job: Job, report: Reporter) -> Result:
         result = Result(Outcome.INVALID, error=str(error))
     except OutOfTime as error:
         return Result(Outcome.INTERRUPTED, error=str(error))
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if world > 1:  # the other ranks wait in a collective: only the lane can end them, and name the outcome
             raise MemoryError(reason) from error
@@ -93,6 +101,7 @@ def _train_within_memory(job: Job, data: Data, splits: Splits, report: Reporter)
         except Damaged:  # the trial starts anew; on every rank, because all of them read the same file
             remove_checkpoint(run, job.id)
         except (torch.OutOfMemoryError, RuntimeError) as error:
+            # of one rank among several: the sweep has the trial run again, see Sweep.finish
             if not is_out_of_memory(error) or (dist.is_initialized() and dist.get_world_size() > 1):
                 raise
             if config.accumulate >= config.batch_size:

@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from cluster.ranks import Broken, Mailbox, Raised, Reported, Returned
+from cluster import ranks
+from cluster.ranks import Broken, Mailbox, Raised, Reported, Returned, Silence
 from tests.errand import errand
 from trainables.job import Outcome, Result
 
@@ -41,6 +42,34 @@ def test_ranks_that_disagree_break_the_lane():
         return answers, await mailbox.next_event(number, 1)
 
     assert in_mailbox(2, conversation) == (["broken", "broken"], Broken(BUG))
+
+
+@pytest.mark.parametrize(
+    ("event", "broken"),
+    [
+        (Raised(BUG), True),
+        (Returned(Result(Outcome.INVALID, error="no weights here")), True),
+        (Returned(Result(Outcome.INTERRUPTED, error="no time")), True),
+        (Returned(Result(Outcome.FINISHED)), False),  # rank 0 still predicts
+        (Returned(Result(Outcome.PRUNED)), False),
+    ],
+)
+def test_a_rank_that_has_left_is_not_waited_for(event, broken, monkeypatch):
+    """Before: one that returned early left the others in a collective for half an hour."""
+    monkeypatch.setattr(ranks, "ALONE_S", 0.05)
+
+    async def conversation(mailbox):
+        number = await mailbox.submit(errand())
+        await asyncio.gather(mailbox.take(0), mailbox.take(1))
+        waiting = asyncio.create_task(mailbox.meet(1, number, event))
+        await asyncio.sleep(0.1)
+        told = await mailbox.next_event(number, 0.01)
+        waiting.cancel()
+        return told
+
+    told = in_mailbox(2, conversation)
+    assert (told == Broken(event.result)) == broken
+    assert isinstance(told, Silence) != broken
 
 
 def test_out_of_memory_on_any_rank_is_what_the_lane_reports():

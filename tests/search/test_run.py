@@ -69,6 +69,8 @@ def refused(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, run:
         (["--workers-per-trial", "0"], "--workers-per-trial is 0"),
         (["--cpus-per-trial", "0"], "--cpus-per-trial is 0"),
         (["--gpus-per-trial", "1.5"], "--gpus-per-trial is 1.5"),
+        (["--gpus-per-trial", "2"], "raise --workers-per-trial"),
+        (["--gpus-per-trial", "0.5", "--workers-per-trial", "2"], "cannot share a GPU"),
     ],
 )
 def test_mistakes_on_the_command_line(
@@ -233,7 +235,6 @@ def test_weights_by_name_from_a_folder(tmp_path: Path) -> None:
         ([Node(32, 4)], {}, (1, 8.0, 1.0, 4)),
         ([Node(32, 4)], {"gpus_per_trial": 0.5}, (1, 4.0, 0.5, 8)),
         ([Node(32, 2)], {"gpus_per_trial": 0.6}, (1, 16.0, 0.6, 2)),  # no trial gets parts of two GPUs
-        ([Node(32, 4)], {"gpus_per_trial": 2.0}, (1, 16.0, 2.0, 2)),
         ([Node(32, 4)], {"workers_per_trial": 2}, (2, 8.0, 1.0, 2)),
         ([Node(2)], {"cpus_per_trial": 2.0}, (1, 2.0, 0.0, 1)),
         ([Node(2)], {"workers_per_trial": 2}, (2, 1.0, 0.0, 1)),

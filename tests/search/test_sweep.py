@@ -68,6 +68,22 @@ def test_a_bug_is_run_again_once_and_a_lost_node_several_times(tmp_path: Path) -
     assert s.records["0000"].traceback == "lines"
 
 
+def test_ranks_that_run_out_of_memory_try_smaller_micro_batches(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=1, workers=2)
+    full = Result(Outcome.OUT_OF_MEMORY, error="CUDA out of memory")
+    tried = []
+    while s.has_more():
+        job = take(s)
+        tried.append(job.config.accumulate)
+        s.finish(job.id, full)
+    assert tried == [1, 2, 4, 8, 16, 32, 64, 128]  # the batch size is 128
+    assert states(s) == ["out of memory"]
+    assert sweep(tmp_path, trials=1, workers=2).records["0000"].config.accumulate == 128  # type: ignore[union-attr]
+    s = sweep(tmp_path, trials=2)  # alone a trial has tried that itself
+    s.finish(take(s).id, full)
+    assert states(s) == ["out of memory"] * 2
+
+
 def test_interrupted_trials_are_taken_up_by_the_next_process_under_their_number(tmp_path: Path) -> None:
     first = sweep(tmp_path, trials=3)
     done, cut, killed = first.next(), first.next(), first.next()

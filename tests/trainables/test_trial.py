@@ -1,6 +1,7 @@
 """One job of a sweep, in this process: what it is given to train on, and what it writes."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,7 @@ from upath import UPath
 from trainables.config import TrialConfig
 from trainables.data.prepare import prepare
 from trainables.data.splits import make_splits, save_splits
-from trainables.errors import UserError
-from trainables.job import Alone, DataSource, Job
+from trainables.job import Alone, DataSource, Job, Outcome
 from trainables.models.weights import load_model
 from trainables.run_directory import list_candidates
 from trainables.trial import _cost, run_trial
@@ -39,8 +39,19 @@ def test_images_that_have_changed_are_not_trained_on(
     job = job_on(folder, UPath(tmp_path / "run"), SMALL)
     shutil.rmtree(tmp_path / "lost")
     Image.new("RGB", (12, 12), "red").save(folder / "train/grid/0.png")
-    with pytest.raises(UserError, match=r"the images have changed since .* began: .*, or start a new run"):
-        run_trial(job, Alone())
+    result = run_trial(job, Alone())  # before: a bug of the trial, and of the next one
+    assert result.outcome is Outcome.STORAGE_LOST
+    assert re.match(r"the images have changed since .* began: .*, or start a new run", result.error)
+
+
+def test_another_configurations_candidate_is_not_this_trials(pictures: Path, tmp_path: Path) -> None:
+    run = UPath(tmp_path / "run")
+    job = job_on(pictures, run, SMALL)
+    assert run_trial(job, Alone()).outcome is Outcome.FINISHED
+    assert run_trial(job, Alone()).outcome is Outcome.FINISHED  # its own, which nobody had heard of
+    other = dataclasses.replace(job, config=dataclasses.replace(SMALL, lr=SMALL.lr / 2))
+    result = run_trial(other, Alone())
+    assert (result.outcome, result.metrics) == (Outcome.INVALID, {})
 
 
 def test_the_cost_is_that_of_the_size_predicted_at(pictures: Path, tmp_path: Path) -> None:

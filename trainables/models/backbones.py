@@ -14,17 +14,13 @@ from torch import Tensor, nn
 
 from trainables.config import Stem, TrialConfig
 from trainables.errors import UserError
+from trainables.memory import is_out_of_memory
 from trainables.models.classic import NETWORKS, build_classic
 
 SQUEEZENETS = ("squeezenet1_0", "squeezenet1_1")  # timm has none
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # attribute paths of the first strided convolution and of the pooling behind it, by family
 _STEMS = (("conv1", "maxpool"), ("features.conv0", "features.pool0"))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out, on a GPU or on a CPU, where PyTorch raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def check_backbone(name: str) -> None:

@@ -1,0 +1,73 @@
+"""Memory that runs out: recognised however it is said, and the batch that fitted is remembered."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from trainables import inference, memory
+from trainables.inference import eval_batch, predict_probs
+from trainables.memory import is_out_of_memory
+from trainables.training.augment import Pixels
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory: 9 bytes"
+        ),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_it_is_recognised(error: BaseException) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")]
+)
+def test_other_errors_are_not(error: BaseException) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_a_real_one_of_the_cpu() -> None:
+    with pytest.raises(RuntimeError) as told:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(told.value)
+
+
+def test_the_batch_that_fits_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before: only PyTorch's own class was caught, and the next prediction ran out of memory again."""
+    monkeypatch.setattr(memory, "_fitting", {})
+    monkeypatch.setattr(inference, "EVAL_BATCH", 32)
+    sizes: list[int] = []
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(x))
+            if len(x) > 10:
+                raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+            return x.mean((2, 3)) * self.weight
+
+    pixels = Pixels(torch.full((1, 3, 1, 1), 0.5), torch.full((1, 3, 1, 1), 0.5))
+    images = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
+    probs = predict_probs(Narrow(), images, None, pixels, 8)
+    assert probs.shape == (20, 3)
+    assert sizes == [20, 16, 8, 8, 4]
+    sizes.clear()
+    predict_probs(Narrow(), images, None, pixels, 8)
+    assert sizes == [8, 8, 4]
+    assert eval_batch(torch.device("cpu"), 8) == 8
+    assert eval_batch(torch.device("cpu"), 16) == 32, "of other images nothing is known"

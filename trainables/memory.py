@@ -1,0 +1,35 @@
+"""When memory runs out: how PyTorch says so, and the batches that still fit."""
+
+import torch
+
+# CUDA's own error, those of the libraries below it when they find no room for a workspace or a handle (NCCL's and
+# cuBLAS's among them), and what PyTorch says on a CPU; most come as a plain RuntimeError
+SAYINGS = (
+    "out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED", "CUFFT_ALLOC_FAILED",
+)  # fmt: skip
+_fitting: dict[tuple[str, int], int] = {}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out, on a GPU or on a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(saying.lower() in str(error).lower() for saying in SAYINGS)
+
+
+def fitting(device: torch.device, image_size: int, batch: int) -> int:
+    """The largest batch up to `batch` that has not run out of memory in this process."""
+    return min(batch, _fitting.get((str(device), image_size), batch))
+
+
+def halved(device: torch.device, image_size: int, batch: int, error: RuntimeError) -> int:
+    """Half of a batch that ran out of memory with `error`, also for the batches to come; raises any other error, and
+    this one for a batch of one."""
+    if not is_out_of_memory(error) or batch == 1:
+        raise error
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    _fitting[str(device), image_size] = max(1, batch // 2)
+    return max(1, batch // 2)

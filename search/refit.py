@@ -33,6 +33,7 @@ from trainables.data.share import open_run_data, share_data
 from trainables.data.splits import load_splits, save_splits
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import DataSource, Job, Metrics, Outcome, Result
+from trainables.lease import Lease
 from trainables.models.weights import find_weights
 from trainables.run_directory import (
     RefitOf,
@@ -115,7 +116,7 @@ def refit(args: Refit) -> tuple[UPath, Ensemble]:
     target = UPath(f"{source}-refit").absolute()
     jobs = [_job(runs, target, info, member, args) for member in _to_train(ensemble)]
     _open_target(target, source, info, ensemble)
-    lock = lock_run(target)
+    lock = lock_run(target) if is_local(target) else Lease(target)
     remove_temporaries(target)
     missing = [job for job in jobs if not (target / "candidates" / job.id / "candidate.json").exists()]
     console = make_console()

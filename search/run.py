@@ -41,6 +41,7 @@ from trainables.data.share import share_data
 from trainables.data.splits import save_splits
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import DataSource
+from trainables.lease import Lease
 from trainables.records import Records, Spent
 from trainables.run_directory import (
     FORMAT,
@@ -112,6 +113,8 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
             board = LiveBoard(live, plan.trials, budget.deadline, plan.splits.shared, earlier, links, metrics)
 
             def count_lanes() -> int:
+                if isinstance(opened.lock, Lease):
+                    opened.lock.check()
                 count = lanes.now(wanted=plan.trials and plan.trials - len(sweep.tried))
                 sweep.time.place(max(1, count), devices=lanes.spec.workers * (lanes.spec.gpus or 1))
                 return count
@@ -123,8 +126,7 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
     if not sweep.stopping:
         sweep.close()
     ensemble = _conclude(console, plan, config, sweep, began)
-    if opened.lock is not None:
-        opened.lock.release()
+    opened.lock.release()
     return ensemble
 
 
@@ -135,12 +137,12 @@ class _Opened:
     Attributes:
         records: of its trials.
         mirror: shows them to Optuna's tools.
-        lock: on the run directory; None where there can be none.
+        lock: on the run directory.
     """
 
     records: Records
     mirror: Mirror
-    lock: FileLock | None
+    lock: FileLock | Lease
 
 
 def _open(plan: Plan, config: SearchConfig) -> _Opened:
@@ -150,7 +152,7 @@ def _open(plan: Plan, config: SearchConfig) -> _Opened:
         open_mirror(plan.run, config.storage, plan.study, maximise, ())
     try:
         _open_run(plan, config)
-        lock = lock_run(plan.run)
+        lock = lock_run(plan.run) if is_local(plan.run) else Lease(plan.run)
     except OSError as error:
         raise UserError(f"run directory {plan.run} cannot be written ({error}); name another with --run") from error
     remove_temporaries(plan.run)

@@ -15,7 +15,7 @@
       checkpoints/<id>/         latest checkpoint of a trial that has not finished
       ensembles/<name>.json
       report.html, report.json  of the ensemble written last
-      .lock                     held by the one search.run or search.refit that is at work here
+      .lock, lease.json         held by the one search.run or search.refit that is at work here
       data/<name>-<fingerprint>/  of a run on a cluster or an object store: the prepared data set, see share.py
 
 A run directory may lie on an object store (s3://bucket/run, with s3fs installed).
@@ -275,13 +275,11 @@ def refuse_links(run: UPath) -> None:
         )
 
 
-def lock_run(run: UPath) -> FileLock | None:
-    """Return a lock that is held until this process ends: two in one run directory would train the same trials.
+def lock_run(run: UPath) -> FileLock:
+    """Return a lock on a local run that is held until this process ends: two would train the same trials.
 
-    None for a remote run, because object stores have no locks. Raises UserError when another process holds it.
+    Raises UserError when another process holds it. For a remote run see lease.py.
     """
-    if not is_local(run):
-        return None
     lock = FileLock(str(run / ".lock"))
     try:
         lock.acquire(timeout=0)

@@ -3,6 +3,7 @@
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,16 @@ from upath import UPath
 
 from search.study.mirror import open_mirror
 from tests.errand import Hear
-from trainables import storage
+from trainables import lease, storage
 from trainables.config import TrialConfig
 from trainables.data.dataset import default_cache, open_data
 from trainables.data.share import open_prepared, share_data
 from trainables.errors import UserError
 from trainables.job import Alone, DataSource, Job, Outcome
+from trainables.lease import Lease
 from trainables.records import PACKED, Records, TrialRecord
 from trainables.run_directory import list_candidates, open_run, read_run
-from trainables.storage import StorageLost, list_folder, read_json, write_bytes
+from trainables.storage import StorageLost, list_folder, read_json, write_bytes, write_json
 from trainables.trial import run_trial
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +138,44 @@ def test_records_and_the_study_are_in_the_store(store: Store, tmp_path: Path) ->
     (tmp_path / "study.db").write_bytes((run / "study.db").read_bytes())
     there = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path}/study.db")
     assert [trial.value for trial in there.trials] == [number / 100 for number in range(PACKED + 2)]
+
+
+def test_two_drivers_do_not_share_a_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before: on an object store the second one overwrote what the first one wrote."""
+    monkeypatch.setattr(lease, "RENEW_S", 0.2)
+    monkeypatch.setattr(lease, "STALE_S", 2.0)
+    monkeypatch.setattr(lease, "LOOK_S", 0.1)
+    run = UPath("s3://bucket/leased")
+    first = Lease(run)
+    with pytest.raises(UserError, match="another search is at work in s3://bucket/leased"):
+        Lease(run)
+    first.check()
+    first.release()
+    assert list_folder(run) == []
+
+    killed = Lease(run)
+    killed._ended.set()  # never renewed again
+    third = Lease(run)
+    killed._ended.clear()
+    killed._renew()  # it was not dead, but away
+    with pytest.raises(UserError, match="another search has taken over"):
+        killed.check()
+    killed.release()
+    third.check()
+    third.release()
+
+
+def test_of_two_that_find_a_lease_stale_one_gets_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_S", 0.2)
+    monkeypatch.setattr(lease, "STALE_S", 3.0)
+    run = UPath("s3://bucket/contended")
+    write_json(run / "lease.json", {"owner": "gone"})
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(Lease, run) for _ in range(4)]
+    held = [future.result() for future in found if future.exception() is None]
+    assert len(held) == 1
+    assert all(isinstance(future.exception(), UserError) for future in found if future.exception())
+    held[0].release()
 
 
 def test_a_node_copies_the_prepared_data_once(

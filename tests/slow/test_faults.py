@@ -18,6 +18,7 @@ import numpy as np
 import optuna
 import psutil
 import pytest
+import torch
 from upath import UPath
 
 from cluster.capacity import RAY_DIED
@@ -25,6 +26,7 @@ from tests.tiny_space import write_space
 from trainables.models.weights import load_model
 from trainables.records import read_records
 from trainables.run_directory import list_candidates, open_run
+from trainables.training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TRIALS, EPOCHS, KILLS = 8, 16, 20
@@ -79,8 +81,14 @@ class Drivers:
 
 
 def reports(run: Path) -> int:
-    """Epochs that the records know of."""
-    return sum(len(record.scores) for record in read_records(UPath(run)))
+    """Epochs that are done: as the records know those of trials that have ended, and checkpoints those of others."""
+    epochs = {record.id: len(record.scores) for record in read_records(UPath(run))}
+    for path in run.glob("checkpoints/*/state.safetensors"):
+        with contextlib.suppress(OSError):  # the trial has just ended
+            state = read_checkpoint(UPath(path), torch.device("cpu"))
+            if state is not None:
+                epochs[path.parent.name] = max(epochs.get(path.parent.name, 0), state["progress"]["epoch"])
+    return sum(epochs.values())
 
 
 @pytest.fixture

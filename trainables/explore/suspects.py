@@ -15,7 +15,7 @@ from upath import UPath
 from trainables.data.dataset import Data
 from trainables.data.splits import load_splits
 from trainables.errors import UserError
-from trainables.run_directory import list_candidates
+from trainables.run_directory import list_candidates, read_run
 from trainables.storage import Damaged
 
 MODELS = 9  # the best candidates, whose predictions are averaged
@@ -77,18 +77,25 @@ def _predictions(run: UPath) -> tuple[np.ndarray, list[np.ndarray]]:
     """The rows of the tune and select splits, and what each candidate that predicted both of them says, (N, C)."""
     splits = load_splits(run)
     parts = {"select": splits.select} if splits.shared else {"tune": splits.tune, "select": splits.select}
-    usable = []
+    usable, classes = [], len(read_run(run).classes)
     for candidate in list_candidates(run):
+        if candidate.info.split_fingerprint not in (None, splits.fingerprint):  # it predicted other images
+            continue
         try:
             own = [np.asarray(candidate.probs(split), np.float64) for split in parts]
         except (OSError, Damaged):  # a candidate that only brings predictions of the select split
             continue
-        if all(len(probs) == len(rows) for probs, rows in zip(own, parts.values(), strict=True)):
+        if all(_are_probabilities(probs, len(rows), classes) for probs, rows in zip(own, parts.values(), strict=True)):
             usable.append(np.concatenate(own))
-    usable = [probs for probs in usable if np.isfinite(probs).all()]
     if not usable:
         raise UserError(f"no candidate of {run} has predictions of its tune and select splits; label errors need some")
     return np.concatenate(list(parts.values())), usable
+
+
+def _are_probabilities(probs: np.ndarray, rows: int, classes: int) -> bool:
+    if probs.shape != (rows, classes) or not np.isfinite(probs).all():
+        return False
+    return bool((probs >= 0).all() and np.allclose(probs.sum(axis=1), 1, atol=1e-2))
 
 
 def _average(predictions: Sequence[np.ndarray], labels: np.ndarray) -> tuple[np.ndarray, int]:

@@ -163,10 +163,15 @@ def open_run_dir(path: Path, data, splits, labels) -> UPath:
 def test_planted_label_errors_are_among_the_suspects(tmp_path):
     run, data, wrong = learnable_run(tmp_path / "run", flips=20)
     write_candidate(run, CandidateInfo("short"), np.full((3, 10), 0.1))  # left out
+    # and so is what the pool of an ensemble would leave out; before, models like these had a say
+    sure = np.eye(10, dtype=np.float32)[(data.labels[load_splits(run).select] + 1) % 10]
+    write_candidate(run, CandidateInfo("other", split_fingerprint="of other images"), sure, sure)
+    write_candidate(run, CandidateInfo("logits"), 9 * sure, 9 * sure)
     suspects = find_suspects(run, data, most=40)
     assert np.isin(wrong, suspects.rows).mean() >= 0.9
     assert (np.diff(suspects.quality) >= 0).all()
     assert suspects.checked == len(load_splits(run).select)
+    assert suspects.models <= 3
     assert 10 <= suspects.estimate <= 60
     found = dict(zip(suspects.rows.tolist(), suspects.suggested.tolist(), strict=True))
     truth = prepare("digits").labels

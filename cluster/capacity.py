@@ -12,6 +12,9 @@ from trainables.job import LaneRequest
 MOST_CPU_LANES = 8  # on a machine without GPUs; each lane is a process of its own with a copy of torch
 JOIN_S = 1800.0  # for the first machine of a cluster to come
 LOOK_S = 2.0
+CPUS_ALONE = (
+    "no machine of the cluster has a GPU now, so all trials of this sweep use CPUs; --gpus-per-trial 1 waits for a GPU"
+)
 RAY_DIED = "Ray has died on this machine: one of its processes was killed, or memory ran out"
 
 
@@ -55,7 +58,10 @@ class Lanes:
         request, end, said = self.request, time.time() + JOIN_S, False
         while True:
             try:
-                return lanes_for(nodes(), request)
+                spec, count = lanes_for(nodes(), request)
+                if not spec.gpus and request.gpus is None and in_cluster():
+                    self.say(CPUS_ALONE)
+                return spec, count
             except UserError as error:
                 if not in_cluster() or time.time() > end:
                     raise

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cluster import capacity
 from cluster.capacity import Lanes, lanes_for
 from cluster.connect import Node, _like_ctrl_c, free_port
 from search import run as search_run
@@ -271,6 +272,25 @@ def test_sigterm_ends_even_a_shells_background_job() -> None:
 def test_a_trial_that_no_node_can_hold(machines: list[Node]) -> None:
     with pytest.raises(UserError, match="lower --cpus-per-trial"):
         lanes_for(machines, LaneRequest(cpus=4))
+
+
+@pytest.mark.parametrize(
+    ("machines", "asked", "said"),
+    [
+        ([Node(8)], None, [capacity.CPUS_ALONE]),
+        ([Node(8)], 0.0, []),
+        ([Node(8), Node(8, 1)], None, []),
+    ],
+)
+def test_a_cluster_without_gpus_at_the_start_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, machines: list[Node], asked: float | None, said: list[str]
+) -> None:
+    """Before: a CPU machine that joined first decided for CPUs, and nobody heard of it."""
+    monkeypatch.setattr(capacity, "nodes", lambda: machines)
+    monkeypatch.setattr(capacity, "in_cluster", lambda: True)
+    heard: list[str] = []
+    Lanes(LaneRequest(gpus=asked), heard.append)._first()
+    assert heard == said
 
 
 def test_a_run_that_cannot_go_on_says_so(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

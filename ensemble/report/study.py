@@ -21,9 +21,8 @@ def as_trial(record: TrialRecord, value: float | None = None) -> FrozenTrial:
     """
     value = record.value if value is None else value
     state = _state(record)
-    config = record.config.to_dict() if record.config else {}
     attrs = {
-        "id": record.id, "outcome": str(record.outcome or record.stage), "config": config, "seed_of": record.seed_of,
+        "id": record.id, "outcome": str(record.outcome or record.stage), "seed_of": record.seed_of,
         "error": record.error, "seconds": record.seconds,
     }  # fmt: skip
     try:
@@ -34,7 +33,7 @@ def as_trial(record: TrialRecord, value: float | None = None) -> FrozenTrial:
             datetime_start=began, datetime_complete=datetime.fromtimestamp(record.ended or record.began)
             if state.is_finished() else None,
             params=record.params, distributions={key: parsed(text) for key, text in record.distributions.items()},
-            user_attrs={key: value for key, value in attrs.items() if value not in (None, "", {})}, system_attrs={},
+            user_attrs={key: value for key, value in attrs.items() if value not in (None, "")}, system_attrs={},
             intermediate_values=dict(record.scores),
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:

@@ -1,6 +1,7 @@
 """New trials: asked of the sampler until one can be trained in the time left; near the end, members again."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -133,7 +134,8 @@ def with_backbones(first: Iterable[dict[str, Any]], backbones: list[str]) -> lis
 def _record(trial: Trial, queued: Queued, config: TrialConfig | None) -> TrialRecord:
     return TrialRecord(
         trial.number, params=trial.params, given=queued.params, config=config, seed_of=queued.seed_of,
-        distributions={name: distribution_to_json(kind) for name, kind in trial.distributions.items()},
+        # the same few texts for all trials
+        distributions={name: sys.intern(distribution_to_json(kind)) for name, kind in trial.distributions.items()},
         began=time.time(),
     )  # fmt: skip
 

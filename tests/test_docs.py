@@ -14,7 +14,7 @@ import shlex
 import signal
 import subprocess
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 import tyro
 
-from ensemble.select import Select, choose
+from ensemble.select import SELECTORS, Select, choose
 from search.config import Task
-from search.spaces import load_space
+from search.spaces import known_spaces, load_space
 
 ROOT = next(path for path in Path(__file__).parents if (path / "pyproject.toml").exists())
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -279,6 +279,18 @@ def test_the_tree_in_the_design_is_the_houses() -> None:
     assert missing_in_tree(text) == []
 
 
+def unlisted(names: Iterable[str], text: str) -> list[str]:
+    """Names that a page does not give between backticks."""
+    return sorted(set(names) - set(spans(text)))
+
+
+def test_every_selector_space_and_extra_is_in_its_table() -> None:
+    extras = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    assert unlisted(SELECTORS, text_of(ROOT / "docs/selection.md")) == []
+    assert unlisted(known_spaces(), text_of(ROOT / "docs/search-spaces.md")) == []
+    assert unlisted(extras, text_of(ROOT / "docs/quickstart.md")) == []
+
+
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 
@@ -428,6 +440,7 @@ PLANTED: list[tuple[Callable[[str], list[str]], str, str]] = [
         "```\nsearch/   many\n  run.py, study/   it\n```",
         "```\nsearch/   many\n  run.py, no.py   it\n```",
     ),
+    (lambda text: unlisted(["greedy"], text), "`greedy` adds", "`greed` adds"),
     (unsaid, "| `has no candidates yet` | wait |", "| `has no candidates here` | wait |"),
     (unimportable, "from ensemble.pool import load_pool", "from ensemble.pool import load_pools"),
     (with_banned_words, "recommended amendments", "it was m" + "ended"),

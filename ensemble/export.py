@@ -46,6 +46,7 @@ from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import view_logits
 from trainables.models.weights import load_model
 from trainables.run_directory import Candidate, open_runs, read_run
+from trainables.storage import check_out
 from trainables.training.augment import Pixels
 
 OPSET = 20
@@ -157,8 +158,7 @@ def export(runs: Sequence[UPath], ensemble: Ensemble, out: Path, format: Literal
     is too large for one ONNX file, a member's architecture cannot be exported, or the file would not agree.
     """
     started = time.perf_counter()
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"folder {out.absolute().parent} does not exist; make it, or name another --out")
+    check_out(out, "--out")
     if format == "onnx":
         _need_onnx()
     voters = Voters.load(runs, ensemble, "cpu", precision="fp32")
@@ -292,9 +292,9 @@ def _silence() -> Iterator[None]:
         logging.disable(level)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ensemble.export") -> None:
     with exit_on_user_error():
-        args = tyro.cli(Export, description=Export.__doc__, prog="python -m ensemble.export")
+        args = tyro.cli(Export, description=Export.__doc__, prog=prog, args=arguments)
         runs = open_runs(args.run)
         ensemble = read_ensemble(runs[0], args.ensemble)
         out = args.out or Path(str(runs[0])) / f"ensemble.{'onnx' if args.format == 'onnx' else 'pt2'}"

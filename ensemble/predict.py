@@ -32,7 +32,7 @@ from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import pick_device, predict_probs
 from trainables.models.weights import load_model
 from trainables.run_directory import Candidate, open_runs, read_run
-from trainables.storage import read_json, write_json
+from trainables.storage import check_out, read_json, write_json
 from trainables.training.augment import Pixels
 
 BATCH = 500  # images between two writes to the file, at most
@@ -146,6 +146,11 @@ def stored_form(run: UPath) -> Canvas:
     return Canvas(*data.size, data.fit, data.white)
 
 
+def images_at_a_time(canvas: Canvas) -> int:
+    """How many decoded images are held in memory at a time."""
+    return max(1, min(BATCH, BATCH_BYTES // (3 * canvas.height * canvas.width)))
+
+
 def find_images(folder: Path) -> dict[str, Path]:
     """The images below a folder by id, sorted by path; raises UserError when there is none."""
     if not folder.is_dir():
@@ -173,8 +178,7 @@ def predict_folder(args: Predict) -> tuple[int, dict[str, str]]:
     tta = None if args.tta == "own" else args.tta
     voters = Voters.load(runs, ensemble, args.device, tta)
     header = ["id", "label", *(voters.classes if args.probs else [])]
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"folder {args.out.absolute().parent} does not exist; make it, or name another --out")
+    check_out(args.out, "--out")
     beside = UPath(args.out.with_name(args.out.name + ".json"))
     origin = _origin(args, run, ensemble)
     with _alone(args.out):
@@ -212,7 +216,7 @@ def _batches(
 ) -> Iterator[tuple[list[str], list[np.ndarray | None], dict[str, str]]]:
     """Ids, pixels (None: unreadable) and the unreadable's reasons; the next batch is decoded while one is worked on."""
     todo = [id for id in images if id not in done]
-    step = max(1, min(BATCH, BATCH_BYTES // (3 * canvas.height * canvas.width)))
+    step = images_at_a_time(canvas)
     parts = [todo[start : start + step] for start in range(0, len(todo), step)]
 
     def read(ids: list[str]) -> tuple[list[str], list[np.ndarray | None], dict[str, str]]:
@@ -285,9 +289,9 @@ def _rows_done(out: Path, beside: UPath, header: list[str], origin: dict[str, An
         return {row[0]: row[1] for row in rows}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ensemble.predict") -> None:
     with exit_on_user_error():
-        args = tyro.cli(Predict, description=Predict.__doc__, prog="python -m ensemble.predict")
+        args = tyro.cli(Predict, description=Predict.__doc__, prog=prog, args=arguments)
         try:
             rows, unreadable = predict_folder(args)
         except KeyboardInterrupt:

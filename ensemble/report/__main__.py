@@ -1,15 +1,19 @@
 """python -m ensemble.report : what a sweep found, as a page (report.html) and as numbers (report.json)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
+from upath import UPath
 
 from ensemble.file import read_ensemble
 from ensemble.report.trials import load_study
 from ensemble.report.write import NUMBERS, PAGE, summary, write_report
 from trainables.errors import exit_on_user_error
 from trainables.run_directory import open_runs, study_name
+from trainables.storage import check_out, write_json
 
 
 @dataclass(frozen=True)
@@ -22,17 +26,30 @@ class Report:
     """Name of an ensemble of the run; default: the one written last."""
     storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
     """Optuna storage of the study; default: study.db in the run directory."""
+    json: Path | None = None
+    """File to write the numbers to, too, wherever it lies."""
 
 
-def main() -> None:
+def report(args: Report) -> tuple[UPath, dict[str, Any]]:
+    """Write the run's report; returns its page (its numbers, where there is none), and what report.json holds.
+
+    Raises UserError as `write_report` does.
+    """
+    check_out(args.json, "--json")
+    runs = open_runs(args.run)
+    run, ensemble = runs[0], read_ensemble(runs[0], args.ensemble)
+    study = load_study(args.storage, study_name(run)) if args.storage else None
+    found = write_report(runs, ensemble, study)
+    if args.json is not None:
+        write_json(UPath(args.json), found)
+    return run / (NUMBERS if "refit_of" in found else PAGE), found
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ensemble.report") -> None:
     with exit_on_user_error():
-        args = tyro.cli(Report, description=Report.__doc__, prog="python -m ensemble.report")
-        runs = open_runs(args.run)
-        run, ensemble = runs[0], read_ensemble(runs[0], args.ensemble)
-        study = load_study(args.storage, study_name(run)) if args.storage else None
-        found = write_report(runs, ensemble, study)
+        path, found = report(tyro.cli(Report, description=Report.__doc__, prog=prog, args=arguments))
         print("\n".join(summary(found)))
-        print(f"written to {run / (NUMBERS if 'refit_of' in found else PAGE)}")
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from trainables.explore.images import Images
 from trainables.explore.page import explore_page
 from trainables.explore.suspects import find_suspects
 from trainables.run_directory import open_run, read_run
-from trainables.storage import write_bytes, write_json
+from trainables.storage import check_out, write_bytes, write_json
 
 MEASURED = 5000  # files, spread over the data set, whose size is looked up
 SUSPECTS = 200
@@ -69,8 +69,7 @@ def explore(args: Explore) -> dict[str, Any]:
     """Write the page and its .json, and return what the latter holds. Raises UserError for what the user can fix."""
     if args.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out is {args.out}, expected a name that ends in .html")
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"folder {args.out.absolute().parent} does not exist; make it, or name another --out")
+    check_out(args.out, "--out")
     run = open_run(args.run) if args.run else None
     images = _open(args, run)
     suspects = find_suspects(run, images.data, SUSPECTS) if run else None

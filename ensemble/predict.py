@@ -10,6 +10,7 @@ import contextlib
 import csv
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,6 +59,9 @@ class Predict:
     """Views that a prediction averages over; "own": those with which each member was chosen."""
     device: str | None = None
     """cuda, mps or cpu; default: the first that there is."""
+    json: Path | None = None
+    """File to write the labels to as JSON, too, once every image has its row: with their counts, and the reasons of
+    those that cannot be read."""
 
 
 Predictor = Callable[[np.ndarray], np.ndarray]
@@ -179,6 +183,7 @@ def predict_folder(args: Predict) -> tuple[int, dict[str, str]]:
     voters = Voters.load(runs, ensemble, args.device, tta)
     header = ["id", "label", *(voters.classes if args.probs else [])]
     check_out(args.out, "--out")
+    check_out(args.json, "--json")
     beside = UPath(args.out.with_name(args.out.name + ".json"))
     origin = _origin(args, run, ensemble)
     with _alone(args.out):
@@ -208,6 +213,9 @@ def predict_folder(args: Predict) -> tuple[int, dict[str, str]]:
                 file.flush()
                 os.fsync(file.fileno())
         write_json(beside, {**origin, "complete": True})
+        if args.json is not None:
+            labels = _rows_done(args.out, beside, header, origin)
+            write_json(UPath(args.json), {**origin, **_summary(args.out, labels, unreadable, voters.classes)})
     return len(images), unreadable
 
 
@@ -261,6 +269,18 @@ def _origin(args: Predict, run: UPath, ensemble: Ensemble) -> dict[str, Any]:
         "members": [[member.id, member.weight] for member in ensemble.members],
         "tta": args.tta,
         "images": str(args.images.absolute()),
+    }
+
+
+def _summary(out: Path, labels: dict[str, str], unreadable: dict[str, str], classes: Sequence[str]) -> dict[str, Any]:
+    """What --json adds to that: `labels` by id (None: unreadable), how often each came, and why some have none."""
+    counts = Counter(labels.values())
+    return {
+        "out": str(out.absolute()),
+        "images": len(labels),
+        "classes": {name: counts[name] for name in classes},
+        "labels": {id: label or None for id, label in labels.items()},
+        "unreadable": unreadable,
     }
 
 

@@ -123,6 +123,12 @@ def choose(args: Select) -> Ensemble:
 
 def open_pool(args: Select) -> Pool:
     """The usable candidates of the runs that the arguments name; refuses arguments that cannot work before it loads."""
+    check(args)
+    return load_pool([open_run(run) for run in args.run] or [open_run()])
+
+
+def check(args: Select) -> None:
+    """Raise UserError for arguments that cannot work, whatever the run."""
     if args.top_k < 1:
         raise UserError(f"--top-k is {args.top_k}, expected at least 1 member")
     if args.selector not in SELECTORS:
@@ -137,7 +143,6 @@ def open_pool(args: Select) -> Pool:
     if args.score and not selector.takes_score:
         others = ", ".join(name for name, other in SELECTORS.items() if other.takes_score)
         raise UserError(f"{args.selector} has its own score; leave --score away, or name one of {others}")
-    return load_pool([open_run(run) for run in args.run] or [open_run()])
 
 
 def choose_from(pool: Pool, args: Select) -> Ensemble:

@@ -63,6 +63,13 @@ def _export() -> Command:
     return Export, main
 
 
+def _compare() -> Command:
+    """Compare two sweeps on the same splits: claims, paired difference, members, cost."""
+    from ensemble.compare import Compare, main
+
+    return Compare, main
+
+
 def _refit() -> Command:
     """Retrain an ensemble's members on train + tune + select."""
     from search.refit import Refit, main
@@ -85,6 +92,7 @@ VERBS = {
     "predict": _predict,
     "serve": _serve,
     "export": _export,
+    "compare": _compare,
     "refit": _refit,
     "explore": _explore,
 }

@@ -40,6 +40,7 @@ from upath import UPath
 from ensemble.file import Ensemble, read_ensemble
 from ensemble.predict import Voters
 from ensemble.selection.metrics import FLOOR
+from trainables.command import progress
 from trainables.data.decode import Canvas
 from trainables.data.share import open_run_data
 from trainables.errors import UserError, exit_on_user_error
@@ -170,8 +171,10 @@ def export(runs: Sequence[UPath], ensemble: Ensemble, out: Path, format: Literal
     os.close(descriptor)
     temporary = Path(name)
     try:
-        runtime = write(module, voters.canvas, metadata, temporary)
-        worst = largest_difference(runtime, voters, images)
+        with progress(f"writing {out.name}", None):
+            runtime = write(module, voters.canvas, metadata, temporary)
+        with progress("comparing it with PyTorch", len(images)) as advance:
+            worst = largest_difference(runtime, voters, images, advance)
         if not worst <= TOLERANCE:
             raise UserError(
                 f"the exported file differs from PyTorch by up to {worst:.2g} in probability, expected at most "
@@ -198,11 +201,17 @@ def describe(runs: Sequence[UPath], ensemble: Ensemble) -> dict[str, str]:
     }
 
 
-def largest_difference(runtime: Runtime, predict: Runtime, images: np.ndarray) -> float:
+def largest_difference(
+    runtime: Runtime, predict: Runtime, images: np.ndarray, advance: Callable[[int], None] = lambda images: None
+) -> float:
     """How far the two are apart at most, over all images and classes, in batches of 1, 2, 64 and what is left."""
     starts = [0, 1, 3, *range(3 + CHECK_BATCH, len(images), CHECK_BATCH), len(images)]
     parts = [images[a:b] for a, b in itertools.pairwise(starts) if b > a]
-    return max(float(np.abs(runtime(part) - predict(part)).max()) for part in parts)
+    worst = 0.0
+    for part in parts:
+        worst = float(np.maximum(worst, np.abs(runtime(part) - predict(part)).max()))  # NaN stays NaN
+        advance(len(part))
+    return worst
 
 
 def _images_to_check(run: UPath, canvas: Canvas) -> tuple[np.ndarray, bool]:

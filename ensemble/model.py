@@ -18,6 +18,7 @@ from upath import UPath
 
 from ensemble.file import Ensemble, read_ensemble
 from ensemble.predict import Voters, find_images, images_at_a_time
+from trainables.command import progress
 from trainables.data.decode import Item, Picture, read_items
 from trainables.errors import UserError
 from trainables.run_directory import open_runs
@@ -75,13 +76,15 @@ class Model:
         step = images_at_a_time(self.voters.canvas)
         probs = np.full((len(ids), len(self.classes)), np.nan, np.float32)
         unreadable: dict[str, str] = {}
-        for start in range(0, len(ids), step):
-            read = list(read_items(items[start : start + step], self.voters.canvas))
-            readable = [place for place, one in enumerate(read) if one.pixels is not None]
-            unreadable |= {ids[start + p]: one.note for p, one in enumerate(read) if one.pixels is None}
-            if readable:
-                pixels = np.stack([one.pixels for one in read if one.pixels is not None])
-                probs[start + np.array(readable)] = self.voters(pixels)
+        with progress("predicting", len(ids)) as advance:
+            for start in range(0, len(ids), step):
+                read = list(read_items(items[start : start + step], self.voters.canvas))
+                readable = [place for place, one in enumerate(read) if one.pixels is not None]
+                unreadable |= {ids[start + p]: one.note for p, one in enumerate(read) if one.pixels is None}
+                if readable:
+                    pixels = np.stack([one.pixels for one in read if one.pixels is not None])
+                    probs[start + np.array(readable)] = self.voters(pixels)
+                advance(len(read))
         labels = ["" if np.isnan(row[0]) else self.classes[int(row.argmax())] for row in probs]
         return Predictions(tuple(ids), tuple(labels), probs, self.classes, unreadable)
 

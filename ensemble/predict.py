@@ -20,11 +20,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import Progress
 from upath import UPath
 
 from ensemble.file import Ensemble, read_ensemble
+from trainables.command import progress
 from trainables.config import TestTimeAugmentation
 from trainables.data.decode import Canvas, read_images
 from trainables.data.prepare import LARGEST_SIDE
@@ -139,6 +138,15 @@ class Voters:
         return self.ensemble.predict(self.votes(images))
 
 
+def predict_all(predictor: Predictor, images: np.ndarray, advance: Callable[[int], None]) -> np.ndarray:
+    """Probabilities, float32 (N, C), of images (N, H, W, 3), in parts, after each of which `advance` gets its size."""
+    parts = []
+    for start in range(0, len(images), BATCH):
+        parts.append(predictor(images[start : start + BATCH]))
+        advance(len(parts[-1]))
+    return np.concatenate(parts)
+
+
 def stored_form(run: UPath) -> Canvas:
     """Return the form to which a run's data set was decoded, and new images must be. Raises UserError if unknown."""
     data = read_run(run).data
@@ -233,16 +241,15 @@ def _batches(
         decoded = read_images(names, canvas, lambda path, reason: reasons.update({names[path]: reason}))
         return ids, [picture for _, picture in decoded], reasons
 
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar, ThreadPoolExecutor(1) as reader:
-        task = bar.add_task("predicting", total=len(images), completed=len(images) - len(todo))
+    before = len(images) - len(todo)
+    with progress("predicting", len(images), before) as advance, ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read, parts[0]) if parts else None
         for part in range(len(parts)):
             assert ahead is not None
             batch = ahead.result()
             ahead = reader.submit(read, parts[part + 1]) if part + 1 < len(parts) else None
             yield batch
-            bar.advance(task, len(batch[0]))
+            advance(len(batch[0]))
 
 
 @contextlib.contextmanager

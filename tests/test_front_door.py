@@ -19,6 +19,7 @@ from ensemble.predict import Predict, predict_folder
 from ensemble.select import Select
 from ninefold.__main__ import VERBS, main
 from search.config import SearchConfig, name_data
+from tests.conftest import draw_folder
 from tests.ensemble.test_predict import rows_of
 from trainables.command import make_options
 from trainables.run_directory import read_run
@@ -124,6 +125,25 @@ def test_select_and_report(run: Path, tmp_path: Path) -> None:
     assert json.loads((run / "report.json").read_text()) == json.loads((tmp_path / "report.json").read_text())
     assert (run / "report.html").exists()
     assert ninefold.load(run).ensemble == read_ensemble(UPath(run), "mine")
+
+
+def test_what_takes_long_tells_how_far_it_is(
+    run: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """On stderr, where a test has no terminal; a line after every part, for what waits here is no time."""
+    monkeypatch.setattr("trainables.command.LINE_S", 0.0)
+    monkeypatch.setattr("ensemble.predict.BATCH", 30)
+    ninefold.load(run, device="cpu").predict(pictures / "test")
+    assert capsys.readouterr().err == "predicting: 30 of 90\npredicting: 60 of 90\n"
+    ninefold.report(run)
+    assert "predicting the test part: 240 of 270\n" in capsys.readouterr().err
+    draw_folder(tmp_path / "new", per_class=10)
+    code, out, err = command(
+        monkeypatch, capsys, "explore", "--data-dir", tmp_path / "new", "--out", tmp_path / "x.html"
+    )
+    assert "decoding folder: 59 of 60\n" in err
+    assert code == 0, err
+    assert "written to" in out
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
-"""What every command has: options, which are a dataclass, for the command line and for Python alike."""
+"""What every command has: options, which are a dataclass, for the command line and for Python alike; and progress."""
 
+import contextlib
 import difflib
+import importlib.util
 import os
+import sys
+import time
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +17,7 @@ import numpy as np
 from trainables.errors import UserError
 
 T = TypeVar("T")
+LINE_S = 10.0  # between two lines of progress where there is no terminal
 
 
 def make_options(kind: type[T], values: dict[str, Any]) -> T:
@@ -57,3 +62,34 @@ def _path(kind: type, value: Any) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
     raise ValueError(f"expected a path, got {type(value).__name__}")
+
+
+@contextlib.contextmanager
+def progress(task: str, total: int | None, done: int = 0, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Tell on stderr how far a task is; yields what is to be called with every number of steps that were done.
+
+    On a terminal, and in a notebook with ipywidgets, that is a bar, which goes when the task is over. Elsewhere it is a
+    line every LINE_S seconds, so nothing for what takes less. total: steps in all, None when nobody knows, which is a
+    bar without an end, and no line. shown: False tells nothing.
+    """
+    from rich.console import Console  # not while importing: many need this module and show nothing
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not shown:
+        yield lambda steps: None
+    elif console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None):
+        with Progress(console=console, transient=True) as bar:
+            number = bar.add_task(task, total=total, completed=done)
+            yield lambda steps: bar.advance(number, steps)
+    else:
+        last = time.monotonic()
+
+        def advance(steps: int) -> None:
+            nonlocal done, last
+            done += steps
+            if time.monotonic() - last >= LINE_S and total is not None and done < total:
+                print(f"{task}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+                last = time.monotonic()
+
+        yield advance

@@ -40,12 +40,14 @@ from upath import UPath
 from ensemble.file import Ensemble, read_ensemble
 from ensemble.predict import Voters
 from ensemble.selection.metrics import FLOOR
+from trainables.command import progress
 from trainables.data.decode import Canvas
 from trainables.data.share import open_run_data
 from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import view_logits
 from trainables.models.weights import load_model
 from trainables.run_directory import Candidate, open_runs, read_run
+from trainables.storage import check_out
 from trainables.training.augment import Pixels
 
 OPSET = 20
@@ -157,8 +159,7 @@ def export(runs: Sequence[UPath], ensemble: Ensemble, out: Path, format: Literal
     is too large for one ONNX file, a member's architecture cannot be exported, or the file would not agree.
     """
     started = time.perf_counter()
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"folder {out.absolute().parent} does not exist; make it, or name another --out")
+    check_out(out, "--out")
     if format == "onnx":
         _need_onnx()
     voters = Voters.load(runs, ensemble, "cpu", precision="fp32")
@@ -170,8 +171,10 @@ def export(runs: Sequence[UPath], ensemble: Ensemble, out: Path, format: Literal
     os.close(descriptor)
     temporary = Path(name)
     try:
-        runtime = write(module, voters.canvas, metadata, temporary)
-        worst = largest_difference(runtime, voters, images)
+        with progress(f"writing {out.name}", None):
+            runtime = write(module, voters.canvas, metadata, temporary)
+        with progress("comparing it with PyTorch", len(images)) as advance:
+            worst = largest_difference(runtime, voters, images, advance)
         if not worst <= TOLERANCE:
             raise UserError(
                 f"the exported file differs from PyTorch by up to {worst:.2g} in probability, expected at most "
@@ -198,11 +201,17 @@ def describe(runs: Sequence[UPath], ensemble: Ensemble) -> dict[str, str]:
     }
 
 
-def largest_difference(runtime: Runtime, predict: Runtime, images: np.ndarray) -> float:
+def largest_difference(
+    runtime: Runtime, predict: Runtime, images: np.ndarray, advance: Callable[[int], None] = lambda images: None
+) -> float:
     """How far the two are apart at most, over all images and classes, in batches of 1, 2, 64 and what is left."""
     starts = [0, 1, 3, *range(3 + CHECK_BATCH, len(images), CHECK_BATCH), len(images)]
     parts = [images[a:b] for a, b in itertools.pairwise(starts) if b > a]
-    return max(float(np.abs(runtime(part) - predict(part)).max()) for part in parts)
+    worst = 0.0
+    for part in parts:
+        worst = float(np.maximum(worst, np.abs(runtime(part) - predict(part)).max()))  # NaN stays NaN
+        advance(len(part))
+    return worst
 
 
 def _images_to_check(run: UPath, canvas: Canvas) -> tuple[np.ndarray, bool]:
@@ -292,9 +301,9 @@ def _silence() -> Iterator[None]:
         logging.disable(level)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ensemble.export") -> None:
     with exit_on_user_error():
-        args = tyro.cli(Export, description=Export.__doc__, prog="python -m ensemble.export")
+        args = tyro.cli(Export, description=Export.__doc__, prog=prog, args=arguments)
         runs = open_runs(args.run)
         ensemble = read_ensemble(runs[0], args.ensemble)
         out = args.out or Path(str(runs[0])) / f"ensemble.{'onnx' if args.format == 'onnx' else 'pt2'}"

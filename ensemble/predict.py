@@ -10,6 +10,7 @@ import contextlib
 import csv
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,11 +20,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import Progress
 from upath import UPath
 
 from ensemble.file import Ensemble, read_ensemble
+from trainables.command import progress
 from trainables.config import TestTimeAugmentation
 from trainables.data.decode import Canvas, read_images
 from trainables.data.prepare import LARGEST_SIDE
@@ -32,7 +32,7 @@ from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import pick_device, predict_probs
 from trainables.models.weights import load_model
 from trainables.run_directory import Candidate, open_runs, read_run
-from trainables.storage import read_json, write_json
+from trainables.storage import check_out, read_json, write_json
 from trainables.training.augment import Pixels
 
 BATCH = 500  # images between two writes to the file, at most
@@ -58,6 +58,9 @@ class Predict:
     """Views that a prediction averages over; "own": those with which each member was chosen."""
     device: str | None = None
     """cuda, mps or cpu; default: the first that there is."""
+    json: Path | None = None
+    """File to write the labels to as JSON, too, once every image has its row: with their counts, and the reasons of
+    those that cannot be read."""
 
 
 Predictor = Callable[[np.ndarray], np.ndarray]
@@ -135,6 +138,15 @@ class Voters:
         return self.ensemble.predict(self.votes(images))
 
 
+def predict_all(predictor: Predictor, images: np.ndarray, advance: Callable[[int], None]) -> np.ndarray:
+    """Probabilities, float32 (N, C), of images (N, H, W, 3), in parts, after each of which `advance` gets its size."""
+    parts = []
+    for start in range(0, len(images), BATCH):
+        parts.append(predictor(images[start : start + BATCH]))
+        advance(len(parts[-1]))
+    return np.concatenate(parts)
+
+
 def stored_form(run: UPath) -> Canvas:
     """Return the form to which a run's data set was decoded, and new images must be. Raises UserError if unknown."""
     data = read_run(run).data
@@ -144,6 +156,11 @@ def stored_form(run: UPath) -> Canvas:
             f"expected data.size: [height, width], each 1 to {LARGEST_SIDE}"
         )
     return Canvas(*data.size, data.fit, data.white)
+
+
+def images_at_a_time(canvas: Canvas) -> int:
+    """How many decoded images are held in memory at a time."""
+    return max(1, min(BATCH, BATCH_BYTES // (3 * canvas.height * canvas.width)))
 
 
 def find_images(folder: Path) -> dict[str, Path]:
@@ -173,8 +190,8 @@ def predict_folder(args: Predict) -> tuple[int, dict[str, str]]:
     tta = None if args.tta == "own" else args.tta
     voters = Voters.load(runs, ensemble, args.device, tta)
     header = ["id", "label", *(voters.classes if args.probs else [])]
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"folder {args.out.absolute().parent} does not exist; make it, or name another --out")
+    check_out(args.out, "--out")
+    check_out(args.json, "--json")
     beside = UPath(args.out.with_name(args.out.name + ".json"))
     origin = _origin(args, run, ensemble)
     with _alone(args.out):
@@ -204,6 +221,9 @@ def predict_folder(args: Predict) -> tuple[int, dict[str, str]]:
                 file.flush()
                 os.fsync(file.fileno())
         write_json(beside, {**origin, "complete": True})
+        if args.json is not None:
+            labels = _rows_done(args.out, beside, header, origin)
+            write_json(UPath(args.json), {**origin, **_summary(args.out, labels, unreadable, voters.classes)})
     return len(images), unreadable
 
 
@@ -212,7 +232,7 @@ def _batches(
 ) -> Iterator[tuple[list[str], list[np.ndarray | None], dict[str, str]]]:
     """Ids, pixels (None: unreadable) and the unreadable's reasons; the next batch is decoded while one is worked on."""
     todo = [id for id in images if id not in done]
-    step = max(1, min(BATCH, BATCH_BYTES // (3 * canvas.height * canvas.width)))
+    step = images_at_a_time(canvas)
     parts = [todo[start : start + step] for start in range(0, len(todo), step)]
 
     def read(ids: list[str]) -> tuple[list[str], list[np.ndarray | None], dict[str, str]]:
@@ -221,16 +241,15 @@ def _batches(
         decoded = read_images(names, canvas, lambda path, reason: reasons.update({names[path]: reason}))
         return ids, [picture for _, picture in decoded], reasons
 
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar, ThreadPoolExecutor(1) as reader:
-        task = bar.add_task("predicting", total=len(images), completed=len(images) - len(todo))
+    before = len(images) - len(todo)
+    with progress("predicting", len(images), before) as advance, ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read, parts[0]) if parts else None
         for part in range(len(parts)):
             assert ahead is not None
             batch = ahead.result()
             ahead = reader.submit(read, parts[part + 1]) if part + 1 < len(parts) else None
             yield batch
-            bar.advance(task, len(batch[0]))
+            advance(len(batch[0]))
 
 
 @contextlib.contextmanager
@@ -260,6 +279,18 @@ def _origin(args: Predict, run: UPath, ensemble: Ensemble) -> dict[str, Any]:
     }
 
 
+def _summary(out: Path, labels: dict[str, str], unreadable: dict[str, str], classes: Sequence[str]) -> dict[str, Any]:
+    """What --json adds to that: `labels` by id (None: unreadable), how often each came, and why some have none."""
+    counts = Counter(labels.values())
+    return {
+        "out": str(out.absolute()),
+        "images": len(labels),
+        "classes": {name: counts[name] for name in classes},
+        "labels": {id: label or None for id, label in labels.items()},
+        "unreadable": unreadable,
+    }
+
+
 def _rows_done(out: Path, beside: UPath, header: list[str], origin: dict[str, Any]) -> dict[str, str]:
     """Labels that the file already holds, by id; a last line that was cut in the middle is removed from it.
 
@@ -285,9 +316,9 @@ def _rows_done(out: Path, beside: UPath, header: list[str], origin: dict[str, An
         return {row[0]: row[1] for row in rows}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ensemble.predict") -> None:
     with exit_on_user_error():
-        args = tyro.cli(Predict, description=Predict.__doc__, prog="python -m ensemble.predict")
+        args = tyro.cli(Predict, description=Predict.__doc__, prog=prog, args=arguments)
         try:
             rows, unreadable = predict_folder(args)
         except KeyboardInterrupt:

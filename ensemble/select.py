@@ -9,12 +9,14 @@ second, and can be done again with other limits as often as one likes.
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from upath import UPath
 
 from ensemble.file import Ensemble, Member, write_ensemble
 from ensemble.pool import Pool, limits_for, load_pool
@@ -32,6 +34,7 @@ from ensemble.selection.stacking import stacking
 from ensemble.show import show
 from trainables.errors import UserError, exit_on_user_error
 from trainables.run_directory import open_run
+from trainables.storage import check_out, write_json
 
 Fit = Callable[[Probs, np.ndarray, Limits, Score], np.ndarray | Blend]
 
@@ -63,12 +66,11 @@ SELECTORS = {
     "stacking": Selector(lambda probs, labels, limits, score: stacking(probs, labels, limits), scales_itself=True),
     "best_single": Selector(selectors.best_single, takes_score=True),
 }
-DESCRIPTION = "Choose the candidates of a sweep that vote best together, and write them as an ensemble."
 
 
 @dataclass(frozen=True)
 class Select:
-    """The command line.
+    """Choose the candidates of a sweep that vote best together, and write them as an ensemble.
 
     Attributes:
         run: a run directory; several (--run A --run B) merge when they share their splits. Default: the newest one.
@@ -81,6 +83,7 @@ class Select:
         temperature_scaling: give each candidate its own best temperature before anything is averaged, and then the
             average one; auto does so by itself.
         name: of the file under ensembles/. Default: the selector's name.
+        json: file to write the same as JSON to, with the path of the ensemble's own file.
     """
 
     run: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -92,6 +95,21 @@ class Select:
     max_params: float | None = None
     temperature_scaling: bool = False
     name: str = ""
+    json: Path | None = None
+
+
+def select(args: Select) -> tuple[Pool, Ensemble, UPath]:
+    """Choose the ensemble and write it to the first run; returns what it was chosen from, it, and its file.
+
+    Raises UserError as `choose` does, before anything is written.
+    """
+    check_out(args.json, "--json")
+    pool = open_pool(args)
+    ensemble = choose_from(pool, args)
+    path = write_ensemble(pool.runs[0], ensemble)
+    if args.json is not None:
+        write_json(UPath(args.json), {"path": str(path.absolute()), **ensemble.to_dict()})
+    return pool, ensemble, path
 
 
 def choose(args: Select) -> Ensemble:
@@ -105,6 +123,12 @@ def choose(args: Select) -> Ensemble:
 
 def open_pool(args: Select) -> Pool:
     """The usable candidates of the runs that the arguments name; refuses arguments that cannot work before it loads."""
+    check(args)
+    return load_pool([open_run(run) for run in args.run] or [open_run()])
+
+
+def check(args: Select) -> None:
+    """Raise UserError for arguments that cannot work, whatever the run."""
     if args.top_k < 1:
         raise UserError(f"--top-k is {args.top_k}, expected at least 1 member")
     if args.selector not in SELECTORS:
@@ -119,7 +143,6 @@ def open_pool(args: Select) -> Pool:
     if args.score and not selector.takes_score:
         others = ", ".join(name for name, other in SELECTORS.items() if other.takes_score)
         raise UserError(f"{args.selector} has its own score; leave --score away, or name one of {others}")
-    return load_pool([open_run(run) for run in args.run] or [open_run()])
 
 
 def choose_from(pool: Pool, args: Select) -> Ensemble:
@@ -137,7 +160,7 @@ def choose_from(pool: Pool, args: Select) -> Ensemble:
     insight = explain(blend, pool.probs, pool.labels, single, pool.classes)
     if choice is not None:
         insight["auto"] = choice.report()
-    asked = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("run", "selector", "name") and v}
+    asked = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("run", "selector", "name", "json") and v}
     return Ensemble(
         name=args.name or args.selector,
         members=tuple(members),
@@ -261,12 +284,9 @@ def describe(probs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ensemble.select") -> None:
     with exit_on_user_error():
-        args = tyro.cli(Select, description=DESCRIPTION, prog="python -m ensemble.select")
-        pool = open_pool(args)
-        ensemble = choose_from(pool, args)
-        path = write_ensemble(pool.runs[0], ensemble)
+        pool, ensemble, path = select(tyro.cli(Select, prog=prog, args=arguments))
         show(pool, ensemble)
         print(f"\nwritten to {path}")
 

@@ -1,5 +1,8 @@
 """SearchConfig: everything about a sweep that is not a hyperparameter. The dataclass is the command's help text."""
 
+import dataclasses
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -133,9 +136,33 @@ class SearchConfig:
                 "cannot share a GPU"
             )
 
+    def command(self) -> str:
+        """The command line of this configuration, however it was made; what is as by default is left away."""
+        parts = ["python", "-m", "search.run"]
+        for part in dataclasses.fields(self):
+            value = getattr(self, part.name)
+            if value != part.default:
+                parts.append(f"--{part.name.replace('_', '-')}")
+                if not isinstance(value, bool):
+                    parts += [str(one) for one in value] if isinstance(value, tuple) else [str(value)]
+        return shlex.join(parts)
+
     def lane_request(self) -> LaneRequest:
         """What a trial asks of the cluster."""
         return LaneRequest(self.workers_per_trial, self.cpus_per_trial, self.gpus_per_trial)
+
+
+def name_data(data: str | os.PathLike[str]) -> dict[str, str]:
+    """The options for a data set: --data for a name, or --data folder with --data-dir or --labels for a path."""
+    from trainables.data.prepare import DATASETS  # not while importing: they need what decodes images
+    from trainables.data.sources.tables import TABLES
+
+    if isinstance(data, str) and data in DATASETS:
+        return {"data": data}
+    if str(data).lower().endswith(TABLES):
+        return {"data": "folder", "labels": str(data)}
+    is_name = isinstance(data, str) and not os.path.isdir(data)
+    return {"data": str(data)} if is_name else {"data": "folder", "data_dir": str(data)}
 
 
 @dataclass(frozen=True)

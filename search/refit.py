@@ -235,9 +235,9 @@ def _lane_config(info: RunInfo) -> SearchConfig:
         raise UserError("run.json does not say what a trial takes (search.cpus_per_trial, ...)") from None
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m search.refit") -> None:
     with exit_on_user_error():
-        args = tyro.cli(Refit, description=Refit.__doc__, prog="python -m search.refit")
+        args = tyro.cli(Refit, description=Refit.__doc__, prog=prog, args=arguments)
         try:
             run, ensemble = refit(args)
         except KeyboardInterrupt:  # the second Ctrl-C, or one before anything ran

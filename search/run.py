@@ -6,9 +6,9 @@ plan (plan.py) -> open the run directory -> connect -> sweep -> leaderboard and 
 import importlib.metadata
 import inspect
 import math
-import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -222,7 +222,7 @@ def _open_run(plan: Plan, config: SearchConfig) -> None:
         space=plan.space.name,
         backbones=tuple(sorted(plan.backbones)),
         study=plan.study,
-        command=hide_password(shlex.join(["python", "-m", "search.run", *sys.argv[1:]])),
+        command=hide_password(config.command()),
         versions={name: importlib.metadata.version(name) for name in LIBRARIES},
         created=time.time(),
     )
@@ -264,9 +264,8 @@ def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, 
         console.print(f"{failed.id} failed: {failed.outcome}: {failed.error}", style="yellow", markup=False)
         for line in failed.traceback.strip().splitlines()[-TRACEBACK_LINES:]:
             console.print(f"    {line}", style="dim", markup=False)
-    command = f"python -m search.run {shlex.join(sys.argv[1:])}".strip()
     if sweep.stopping:
-        console.print(f"stopped; the same command goes on: {command}")
+        console.print(f"stopped; the same command goes on: {config.command()}", markup=False)
     elif reason := sweep.enough():
         console.print(f"ended early: {reason}")
     if not list_candidates(plan.run):
@@ -293,10 +292,10 @@ def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, 
     return ensemble
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m search.run") -> None:
     with exit_on_user_error():
         description = inspect.getdoc(SearchConfig)
-        config = tyro.cli(SearchConfig, description=description, prog="python -m search.run")
+        config = tyro.cli(SearchConfig, description=description, prog=prog, args=arguments)
         try:
             run_sweep(config)
         except KeyboardInterrupt:  # the second Ctrl-C, or one before anything ran

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from trainables.command import progress
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data
 from trainables.inference import autocast, eval_batch
@@ -122,7 +123,8 @@ class Features:
         files: dict[bool, np.memmap] = {}
         images = self.data.images
         start, size = 0, eval_batch(self.pixels.mean.device, self.config.image_size)
-        with evaluating(self.body):
+        told = progress(f"features of {self.config.backbone}", len(images))
+        with told as advance, evaluating(self.body):
             while start < len(images):
                 if self.deadline is not None and time.time() > self.deadline:
                     for path in temporary.values():
@@ -143,6 +145,7 @@ class Features:
                     files[view][start : start + len(part)] = part
                 start += len(x)
                 self.tick()
+                advance(len(x))
         for view, path in paths.items():
             files[view].flush()
             temporary[view].replace(path)

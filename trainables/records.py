@@ -139,8 +139,7 @@ class Records:
                 if not pack and record.stage is Stage.ENDED:
                     self._loose.add(record.number)
         self.next_number = max(self.by_number, default=-1) + 1
-        path = self.folder / "spent.json"
-        self.spent = parse(read_json(path), Spent, path) if exists(path) else Spent()
+        self.spent = read_spent(run)
 
     def __iter__(self) -> Iterator[TrialRecord]:
         """All records by number."""
@@ -210,6 +209,12 @@ def read_records(run: UPath) -> list[TrialRecord]:
             continue
         return [found[number] for number in sorted(found)]
     raise AssertionError("the last of three tries returns or raises")
+
+
+def read_spent(run: UPath) -> Spent:
+    """Return what a run's sweep has used; nothing where there was none. Raises Damaged for another file."""
+    path = run / FOLDER / "spent.json"
+    return parse(read_json(path), Spent, path) if exists(path) and not is_link(path) else Spent()
 
 
 def _read(run: UPath) -> Iterator[tuple[UPath, list[TrialRecord]]]:

@@ -212,6 +212,17 @@ def _reason(error: BaseException) -> str:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+def check_out(path: Path | None, option: str) -> None:
+    """Raise UserError when no file can come to lie there; None is not asked for. Called before any work is done."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"folder {folder} does not exist; make it, or name another {option}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected a file; name another {option}")
+
+
 def write_bytes(path: UPath, data: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part of it."""
     if not is_local(path):

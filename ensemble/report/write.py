@@ -14,13 +14,14 @@ from upath import UPath
 
 from ensemble.file import Ensemble, run_of
 from ensemble.pool import Pool, load_pool
-from ensemble.predict import candidate_predictor
+from ensemble.predict import candidate_predictor, predict_all
 from ensemble.report.numbers import Evidence, findings, test_scores
 from ensemble.report.page import report_page
 from ensemble.report.study import as_study
 from ensemble.report.trials import list_trials
 from ensemble.select import best_single
 from ensemble.selection.blend import Blend
+from trainables.command import progress
 from trainables.data.dataset import Data, open_test
 from trainables.data.share import open_run_data, select_images
 from trainables.data.splits import Splits
@@ -123,9 +124,10 @@ def _on_test(runs: Sequence[UPath], ensemble: Ensemble, alone: Candidate, data: 
     """The frozen ensemble and the best single model on the test part. Raises UserError when one cannot predict."""
     images, labels = open_test(data.path)
     candidates = [member.candidate(runs) for member in ensemble.members]
-    probs = {}
-    for candidate in {str(c.path): c for c in [*candidates, alone]}.values():
-        probs[str(candidate.path)] = candidate_predictor(candidate)(images)
+    probs, networks = {}, {str(c.path): c for c in [*candidates, alone]}
+    with progress("predicting the test part", len(networks) * len(images)) as advance:
+        for path, candidate in networks.items():
+            probs[path] = predict_all(candidate_predictor(candidate), images, advance)
     together = ensemble.predict([probs[str(candidate.path)] for candidate in candidates])
     return Evidence("test", False, labels, together, probs[str(alone.path)], images, np.arange(len(labels)))
 

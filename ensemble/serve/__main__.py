@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+from collections.abc import Sequence
 
 import tyro
 
@@ -9,10 +10,10 @@ from ensemble.serve.app import Serve, serve
 from trainables.errors import exit_on_user_error
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ensemble.serve") -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # ends Ray, too
     with exit_on_user_error(), contextlib.suppress(KeyboardInterrupt):
-        serve(tyro.cli(Serve, description=Serve.__doc__, prog="python -m ensemble.serve"))
+        serve(tyro.cli(Serve, description=Serve.__doc__, prog=prog, args=arguments))
 
 
 if __name__ == "__main__":

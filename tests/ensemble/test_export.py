@@ -29,6 +29,21 @@ from trainables.run_directory import read_run
 ROOT = Path(__file__).parents[2]
 
 
+def test_a_file_that_answers_nan_does_not_agree() -> None:
+    """Before: NaN in any but the first batch went unnoticed, because no number is larger than NaN."""
+    images = np.zeros((80, 2, 2, 3), np.uint8)
+    sizes: list[int] = []
+
+    def runtime(part: np.ndarray) -> np.ndarray:
+        sizes.append(len(part))
+        return np.full((len(part), 3), np.nan if len(sizes) == 3 else 1 / 3)
+
+    told: list[int] = []
+    worst = exporting.largest_difference(runtime, lambda part: np.full((len(part), 3), 1 / 3), images, told.append)
+    assert np.isnan(worst)
+    assert told == sizes == [1, 2, 64, 13]
+
+
 def variants(ensemble: Ensemble) -> dict[str, Ensemble]:
     """The ways in which members are combined."""
     members = tuple(

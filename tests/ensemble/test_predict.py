@@ -52,6 +52,24 @@ def test_every_image_has_a_row_with_its_label(small_run: UPath, folder: Path, tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "out.csv", "out.csv.json"]
 
 
+def test_the_same_as_json(small_run: UPath, folder: Path, tmp_path: Path) -> None:
+    (folder / "broken.png").write_bytes(b"no picture")
+    out, told = tmp_path / "out.csv", tmp_path / "out of.json"
+    for _ in range(2):  # the second time there is nothing left to predict
+        assert predict_folder(Predict(folder, out, (str(small_run),), json=told))[0] == 91
+        found = json.loads(told.read_text())
+        rows = rows_of(out)[1:]
+        assert found["labels"] == {id: label or None for id, label in rows}
+        assert found["classes"] == {name: sum(row[1] == name for row in rows) for name in ("across", "down", "grid")}
+        assert list(found["unreadable"]) == ["broken"]
+        assert found["images"] == 91
+        assert found["ensemble"] == "equal"
+        told.unlink()
+    with pytest.raises(UserError, match="name another --json"):
+        predict_folder(Predict(folder, tmp_path / "new.csv", (str(small_run),), json=tmp_path / "no" / "x.json"))
+    assert not (tmp_path / "new.csv").exists()
+
+
 def test_it_predicts_what_the_members_predicted(small_run: UPath) -> None:
     """On the select split, with weights, temperatures and a stacked layer: as from the stored predictions."""
     ensemble = read_ensemble(small_run)

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 from upath import UPath
 
+from ensemble import compare as comparing
 from ensemble.file import read_ensemble
 from ensemble.pool import load_pool
 from ensemble.predict import Predict, Voters, predict_folder
@@ -141,6 +142,10 @@ def commands(run: UPath, pictures: Path, out: Path) -> dict[str, Callable[[], ob
     def predict() -> None:
         predict_folder(Predict(pictures / "test" / "grid", out / "p.csv", (str(run),), probs=True, device="cpu"))
 
+    def compare() -> None:
+        told = comparing.compare(comparing.Compare(run=(str(run), str(run)), out=out / "compare.html"))
+        comparing.show(told)
+
     def resume() -> None:
         config = SearchConfig(
             data="folder", data_dir=pictures, space="auto", backbones=("speednet",), run=str(open_run(str(run)))
@@ -177,6 +182,7 @@ def commands(run: UPath, pictures: Path, out: Path) -> dict[str, Callable[[], ob
         "select": select,
         "report": lambda: write_report([open_run(str(run))], read_ensemble(run)),
         "predict": predict,
+        "compare": compare,
         "serve": serve,
         "refit": refit,
         "resume": resume,

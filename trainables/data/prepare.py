@@ -25,10 +25,9 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import Progress
 from upath import UPath
 
+from trainables.command import progress as show_progress
 from trainables.data.arrays import Log, Written, channel_statistics, cut_test, is_abandoned, write_parts
 from trainables.data.dataset import FORMAT, Data, default_cache, open_data
 from trainables.data.decode import FORMATS, Canvas, Fit, Item, find_white, measure
@@ -73,7 +72,7 @@ def prepare(
             side; otherwise the median shorter side, at most 256. The other side follows from the images' median
             proportions. (Judged by 1,000 images spread over the data set.)
         fit: how images of other proportions get there; see `Canvas`.
-        progress: show a bar on stderr while decoding, if that is a terminal.
+        progress: tell on stderr how far it is, see `trainables.command.progress`.
         group_by: which images stay on one side of a split: a column of `labels`, or a regular expression on the images'
             paths, see `group_numbers`.
         twins: look for images that are there twice, or almost, and keep them on one side, too.
@@ -206,15 +205,14 @@ def _decode(
     temporary = _begin(root, listing)
     log = Log(temporary, canvas, len(items))
     try:
-        with _progress_bar(progress) as bar:
-            task = bar.add_task(f"decoding {name}", total=len(items))
+        with show_progress(f"decoding {name}", len(items), shown=progress) as advance:
             seen = [part for part in (contents.train, contents.held_out) if part is not None]
             test = contents.test or contents.train.take(np.empty(0, np.int64))
             written, tested = (
-                write_parts(parts, temporary, prefix, canvas, log, skip, paged, lambda: bar.advance(task))
+                write_parts(parts, temporary, prefix, canvas, log, skip, paged, lambda: advance(1))
                 for parts, prefix in ((seen, ""), ([test], "test_"))
             )
-            found = _find_twins(temporary, bar) if twins else []
+        found = _find_twins(temporary, progress) if twins else []
         held_out = int((written.rows >= len(contents.train)).sum())
         n = len(written.labels)
         units = unit_of_each([own for group in found if (own := _within(group, n))], groups[written.rows], n)
@@ -339,12 +337,12 @@ def _digest(
     return digest.hexdigest()
 
 
-def _find_twins(folder: Path, bar: Progress) -> list[Group]:
+def _find_twins(folder: Path, progress: bool) -> list[Group]:
     """Groups of images that are one picture, as rows of the train part's array and behind them the test part's."""
     parts = [np.load(folder / f"{prefix}images.npy", mmap_mode="r", allow_pickle=False) for prefix in ("", "test_")]
-    task = bar.add_task("looking for twins", total=2 * sum(map(len, parts)))
-    signatures = [sign(part, lambda done: bar.advance(task, done)) for part in parts]
-    return find_groups(signatures[0] + signatures[1], lambda done: bar.advance(task, done))
+    with show_progress("looking for twins", 2 * sum(map(len, parts)), shown=progress) as advance:
+        signatures = [sign(part, advance) for part in parts]
+        return find_groups(signatures[0] + signatures[1], advance)
 
 
 def _within(group: Group, n: int) -> Group | None:
@@ -403,11 +401,6 @@ def _remove_stale(root: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - temporary.stat().st_mtime > 86_400:
                 shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _progress_bar(shown: bool) -> Progress:
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not (shown and console.is_terminal))
 
 
 def _few(names: Sequence[str]) -> str:

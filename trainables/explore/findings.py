@@ -11,10 +11,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 from upath import UPath
 
+from trainables.command import progress
 from trainables.data.dataset import open_test_images, read_meta
 from trainables.data.decode import Fit, measure
 from trainables.data.duplicates import Group, Signatures, find_groups, sign, twins_across
@@ -28,7 +27,7 @@ from trainables.explore.images import Images
 from trainables.explore.page import explore_page
 from trainables.explore.suspects import find_suspects
 from trainables.run_directory import open_run, read_run
-from trainables.storage import write_bytes, write_json
+from trainables.storage import check_out, write_bytes, write_json
 
 MEASURED = 5000  # files, spread over the data set, whose size is looked up
 SUSPECTS = 200
@@ -69,17 +68,15 @@ def explore(args: Explore) -> dict[str, Any]:
     """Write the page and its .json, and return what the latter holds. Raises UserError for what the user can fix."""
     if args.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out is {args.out}, expected a name that ends in .html")
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"folder {args.out.absolute().parent} does not exist; make it, or name another --out")
+    check_out(args.out, "--out")
     run = open_run(args.run) if args.run else None
     images = _open(args, run)
     suspects = find_suspects(run, images.data, SUSPECTS) if run else None
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading images", total=len(images))
-        parts = [sign(part, lambda done: bar.advance(task, done)) for part in (images.data.images, images.test)]
+    with progress("reading images", len(images)) as advance:
+        parts = [sign(part, advance) for part in (images.data.images, images.test)]
         signatures = parts[0] + parts[1]
-        task = bar.add_task("looking for twins", total=len(images))
-        groups = find_groups(signatures, lambda done: bar.advance(task, done))
+    with progress("looking for twins", len(images)) as advance:
+        groups = find_groups(signatures, advance)
     found: dict[str, Any] = {
         "data": {"name": images.data.name, "fingerprint": images.data.fingerprint, "folder": str(images.root or "")},
         "run": run.name if run else None,

@@ -32,7 +32,7 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for candidate in sorted((home / "few" / "candidates").iterdir())[2:]:
         shutil.rmtree(candidate)
     for name in ("few", "many"):
-        select(Select(run=(str(home / name),)))
+        select(Select(run=(str(home / name),), selector="greedy", temperature_scaling=True))
     return home
 
 
@@ -49,7 +49,7 @@ def options(runs: tuple[Path, Path], **more) -> Compare:
 def test_both_claims_stand_beside_each_other(runs: tuple[Path, Path]) -> None:
     found = compare(options(runs))
     for side, run in zip(found["sides"], runs, strict=True):
-        written = read_json(UPath(run) / "ensembles" / "auto.json")
+        written = read_json(UPath(run) / "ensembles" / "greedy.json")
         assert side["run"] == run.name
         assert side["is_current"]
         assert {key: side["score"][key] for key in written["scores"]["claim"]} == written["scores"]["claim"]
@@ -89,8 +89,8 @@ def test_a_sweep_does_not_differ_from_itself(runs: tuple[Path, Path], capsys: py
 
 def test_two_ensembles_of_one_run(runs: tuple[Path, Path]) -> None:
     select(Select(run=(str(runs[1]),), selector="best_single"))
-    found = compare(options((runs[1], runs[1]), ensemble=("best_single", "auto")))
-    assert [side["ensemble"] for side in found["sides"]] == ["best_single", "auto"]
+    found = compare(options((runs[1], runs[1]), ensemble=("best_single", "greedy")))
+    assert [side["ensemble"] for side in found["sides"]] == ["best_single", "greedy"]
     assert found["difference"]["accuracy"] > 0
 
 
@@ -100,7 +100,7 @@ def test_an_ensemble_that_no_selector_chose_is_compared_as_it_is(
     few, many = runs
     members = tuple(Member(f"c{m}", 0.5) for m in (3, 4))
     write_ensemble(UPath(many), Ensemble("mine", members, "hand", "f00d", {}))
-    found = compare(options((few, many), ensemble=("auto", "mine")))
+    found = compare(options((few, many), ensemble=("greedy", "mine")))
     probs = [np.load(many / "candidates" / f"c{m}" / "select_probs.npy") for m in (3, 4)]
     labels = np.load(many / "select_labels.npy")
     mine = (probs[0] + probs[1]) / 2

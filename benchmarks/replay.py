@@ -23,7 +23,7 @@ from search.config import Objective, Pruner
 from search.study.objective import Contribution
 from search.sweep import Sweep
 from trainables.job import DataSource, Outcome, Result
-from trainables.records import Records
+from trainables.run.records import Records
 from trainables.run_directory import CandidateInfo, write_candidate
 
 ORDERED = ("lr",)  # levels that a sampler may take for a scale; the others are categories

@@ -42,7 +42,7 @@ from search.sweep import Sweep
 from trainables.config import TrialConfig
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import DataSource, Job, Outcome, Reporter, Result
-from trainables.records import Records
+from trainables.run.records import Records
 from trainables.run_directory import CandidateInfo, write_candidate
 from trainables.storage import write_array, write_json
 

@@ -36,7 +36,7 @@ from trainables.command import make_options
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import Outcome
 from trainables.page.shell import render
-from trainables.records import Spent, read_records, read_spent
+from trainables.run.records import Spent, read_records, read_spent
 from trainables.run_directory import open_run, read_run
 from trainables.storage import check_out, write_bytes, write_json
 

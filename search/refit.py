@@ -33,8 +33,8 @@ from trainables.data.share import open_run_data, share_data
 from trainables.data.splits import load_splits, save_splits
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import DataSource, Job, Metrics, Outcome, Result
-from trainables.lease import Lease
 from trainables.models.weights import find_weights
+from trainables.run.lease import Lease
 from trainables.run_directory import (
     RefitOf,
     RunInfo,

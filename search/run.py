@@ -41,8 +41,8 @@ from trainables.data.share import share_data
 from trainables.data.splits import save_splits
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import DataSource
-from trainables.lease import Lease
-from trainables.records import Records, Spent
+from trainables.run.lease import Lease
+from trainables.run.records import Records, Spent
 from trainables.run_directory import (
     FORMAT,
     DataInfo,

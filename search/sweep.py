@@ -1,8 +1,8 @@
 """What a sweep does next, and what becomes of its trials; who runs them is not known here.
 
-The trials' records and the candidates on disk are the only state of a sweep (trainables/records.py). A trial that was
-interrupted, or waits at a rung (--pruner promote, see promotion.py), is handed out again under its own number, by this
-process or the next.
+The trials' records and the candidates on disk are the only state of a sweep (see trainables/run/records.py). A trial
+that was interrupted, or waits at a rung (--pruner promote, see promotion.py), is handed out again under its own number,
+by this process or the next.
 """
 
 import math
@@ -28,7 +28,7 @@ from search.study.values import Values
 from search.timing import Timing
 from trainables.config import TrialConfig
 from trainables.job import DataSource, Job, Metrics, Outcome, Result, WeightSource
-from trainables.records import Records, Stage, TrialRecord
+from trainables.run.records import Records, Stage, TrialRecord
 from trainables.run_directory import (
     Candidate,
     find_candidates,

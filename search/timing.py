@@ -10,7 +10,7 @@ from itertools import pairwise
 from search.budget import Budget
 from search.costs import Costs
 from trainables.config import TrialConfig
-from trainables.records import Spent
+from trainables.run.records import Spent
 from trainables.run_directory import Candidate
 
 

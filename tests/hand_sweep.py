@@ -18,7 +18,7 @@ from search.study.proposals import Suggest
 from search.sweep import Sweep
 from trainables.config import TrialConfig
 from trainables.job import DataSource, Job, Outcome, Result
-from trainables.records import Records
+from trainables.run.records import Records
 from trainables.run_directory import CandidateInfo, write_candidate
 from trainables.storage import write_array, write_json
 

@@ -16,7 +16,7 @@ from search.plan import make_plan
 from tests.errand import Hear
 from trainables.config import TrialConfig
 from trainables.job import DataSource, Job, Outcome
-from trainables.records import Records, TrialRecord
+from trainables.run.records import Records, TrialRecord
 from trainables.run_directory import list_candidates
 from trainables.storage import write_array
 from trainables.trial import run_trial

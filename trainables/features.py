@@ -26,9 +26,9 @@ from trainables.command import progress
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data
 from trainables.inference import autocast, eval_batch
-from trainables.memory import halved
 from trainables.models.backbones import head_of
 from trainables.training.augment import Pixels, flips
+from trainables.training.memory import halved
 
 FORMAT = 3  # of what is stored
 AGREES = 1e-2  # largest difference of a feature, relative to the largest one, at which two networks are the same

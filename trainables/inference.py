@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from trainables.config import TestTimeAugmentation
 from trainables.errors import UserError
-from trainables.memory import fitting, halved
 from trainables.training.augment import Pixels
+from trainables.training.memory import fitting, halved
 
 EVAL_BATCH = 500
 EVAL_PIXELS_CPU = 200_000  # of a batch on a CPU: larger ones leave its caches, and take up to twice as long

@@ -2,7 +2,7 @@
 
     runs/<name>/
       run.json                  data set, class names, split fingerprint, ... (needs `classes`, `split_fingerprint`)
-      trials/                   the record of every trial of the sweep, see records.py
+      trials/                   the record of every trial of the sweep, see run/records.py
       study.db                  the same for Optuna's tools, and for them alone; unless --storage names another place
       splits.npz                train / tune / select indices, int64
       select_labels.npy         int64 (N,)
@@ -278,7 +278,7 @@ def refuse_links(run: UPath) -> None:
 def lock_run(run: UPath) -> FileLock:
     """Return a lock on a local run that is held until this process ends: two would train the same trials.
 
-    Raises UserError when another process holds it. For a remote run see lease.py.
+    Raises UserError when another process holds it. For a remote run see run/lease.py.
     """
     lock = FileLock(str(run / ".lock"))
     try:

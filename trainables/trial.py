@@ -24,10 +24,10 @@ from trainables.data.splits import Splits, load_splits
 from trainables.errors import UserError
 from trainables.features import OutOfTime
 from trainables.job import DataSource, Job, Outcome, Reporter, Result
-from trainables.memory import is_out_of_memory
 from trainables.run_directory import CandidateInfo, read_candidate, remove_checkpoint, write_candidate
 from trainables.storage import Damaged, StorageLost, exists
 from trainables.train import Diverged, Trained, train
+from trainables.training.memory import is_out_of_memory
 from trainables.training.ranks import from_first
 
 LATENCY_REPEATS = 5

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from trainables.errors import UserError
 from trainables.job import Outcome
-from trainables.records import Stage, TrialRecord
+from trainables.run.records import Stage, TrialRecord
 
 
 def as_trial(record: TrialRecord, value: float | None = None) -> FrozenTrial:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainables.job import Outcome
-from trainables.records import Stage, TrialRecord
+from trainables.run.records import Stage, TrialRecord
 from trainables.run_directory import Candidate, CandidateInfo
 
 _ELSE = {  # what a trial may be in a report beside an Outcome

@@ -26,7 +26,7 @@ from trainables.data.dataset import Data, open_test
 from trainables.data.share import open_run_data, select_images
 from trainables.data.splits import Splits
 from trainables.errors import UserError
-from trainables.records import read_records
+from trainables.run.records import read_records
 from trainables.run_directory import Candidate, RunInfo, read_run
 from trainables.storage import write_bytes, write_json
 

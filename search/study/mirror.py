@@ -22,7 +22,7 @@ from upath import UPath
 
 from ensemble.report.study import as_trial
 from trainables.errors import UserError
-from trainables.records import Stage, TrialRecord
+from trainables.run.records import Stage, TrialRecord
 from trainables.storage import hide_password, is_local, write_bytes
 
 SQLITE = "sqlite:///"  # and then a file's path

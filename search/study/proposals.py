@@ -16,7 +16,7 @@ from search.timing import Timing
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 from trainables.job import Outcome
-from trainables.records import Records, TrialRecord
+from trainables.run.records import Records, TrialRecord
 
 MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
 MOST_TOO_SLOW = 20  # proposals in a row that do not fit into the time left

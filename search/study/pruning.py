@@ -5,7 +5,7 @@ from optuna.pruners import BasePruner
 from optuna.trial import TrialState
 
 from search.config import Pruner
-from trainables.records import Stage, TrialRecord
+from trainables.run.records import Stage, TrialRecord
 
 
 class Pruning:

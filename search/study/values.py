@@ -12,7 +12,7 @@ from search.study.objective import Contribution
 from search.study.promotion import Rungs
 from search.study.warm_start import rescaled
 from trainables.job import Outcome
-from trainables.records import Stage, TrialRecord
+from trainables.run.records import Stage, TrialRecord
 
 MOST = 256
 """Trials that a sampler looks at: the best and the latest. A proposal then costs the same late in a long sweep as

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from trainables.config import TrialConfig
 from trainables.errors import UserError
-from trainables.records import read_records
+from trainables.run.records import read_records
 from trainables.run_directory import list_candidates, open_run
 
 DRAWS = 100  # proposals from which the parameters of a space are learnt

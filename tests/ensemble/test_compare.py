@@ -17,7 +17,7 @@ from ensemble.selection.metrics import correct, log_losses
 from tests.ensemble.test_select import make_run
 from trainables.errors import UserError
 from trainables.job import Outcome
-from trainables.records import Records, Spent, TrialRecord
+from trainables.run.records import Records, Spent, TrialRecord
 from trainables.storage import read_json, write_json
 
 HOSTILE = "<script>alert(1)</script>"

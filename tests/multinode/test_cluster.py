@@ -14,7 +14,7 @@ from cluster.local import LocalCluster
 from ensemble.report.write import PAGE
 from tests.small_run import train_run
 from tests.tiny_space import write_space
-from trainables.records import read_records
+from trainables.run.records import read_records
 from trainables.run_directory import list_candidates
 from trainables.storage import read_json
 

@@ -19,7 +19,7 @@ from tests.hand_sweep import finish, scores, states, sweep, take
 from trainables.config import TrialConfig
 from trainables.job import WeightSource
 from trainables.models.speed import gflops, native_size, training_rate
-from trainables.records import Spent
+from trainables.run.records import Spent
 from trainables.run_directory import Candidate, CandidateInfo
 
 LITES = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")

@@ -18,7 +18,7 @@ from tests.hand_sweep import climb, finish, scores, states, suggest, sweep, take
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 from trainables.job import Outcome, Result, WeightSource
-from trainables.records import Records
+from trainables.run.records import Records
 from trainables.run_directory import CandidateInfo, list_candidates, remove_temporaries, write_candidate
 from trainables.storage import write_json
 

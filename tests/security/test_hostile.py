@@ -29,7 +29,7 @@ from trainables.data.dataset import default_cache
 from trainables.data.prepare import prepare
 from trainables.errors import UserError
 from trainables.explore import __main__ as exploring
-from trainables.records import read_records
+from trainables.run.records import read_records
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from upath import UPath
 from cluster.capacity import RAY_DIED
 from tests.tiny_space import write_space
 from trainables.models.weights import load_model
-from trainables.records import read_records
+from trainables.run.records import read_records
 from trainables.run_directory import list_candidates, open_run
 from trainables.training.checkpoint import read_checkpoint
 

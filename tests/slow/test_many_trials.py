@@ -16,7 +16,7 @@ from search.sweep import Sweep
 from tests.hand_sweep import LABELS, scores, sweep
 from trainables.config import TrialConfig
 from trainables.job import Job, Outcome, Result
-from trainables.records import Stage, read_records
+from trainables.run.records import Stage, read_records
 from trainables.run_directory import CandidateInfo, list_candidates, write_candidate
 from trainables.storage import StorageLost
 

@@ -14,14 +14,15 @@ from upath import UPath
 
 from search.study.mirror import open_mirror
 from tests.errand import Hear
-from trainables import lease, storage
+from trainables import storage
 from trainables.config import TrialConfig
 from trainables.data.dataset import default_cache, open_data
 from trainables.data.share import open_prepared, share_data
 from trainables.errors import UserError
 from trainables.job import Alone, DataSource, Job, Outcome
-from trainables.lease import Lease
-from trainables.records import PACKED, Records, TrialRecord
+from trainables.run import lease
+from trainables.run.lease import Lease
+from trainables.run.records import PACKED, Records, TrialRecord
 from trainables.run_directory import list_candidates, open_run, read_run
 from trainables.storage import StorageLost, list_folder, read_json, write_bytes, write_json
 from trainables.trial import run_trial

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from trainables.config import Stem, TrialConfig
 from trainables.errors import UserError
-from trainables.memory import is_out_of_memory
 from trainables.models.classic import NETWORKS, build_classic
+from trainables.training.memory import is_out_of_memory
 
 SQUEEZENETS = ("squeezenet1_0", "squeezenet1_1")  # timm has none
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -8,7 +8,7 @@ from upath import UPath
 
 from trainables.config import TrialConfig
 from trainables.job import Outcome
-from trainables.records import PACKED, Records, Spent, Stage, TrialRecord, read_records
+from trainables.run.records import PACKED, Records, Spent, Stage, TrialRecord, read_records
 from trainables.storage import Damaged
 
 
@@ -59,7 +59,7 @@ def test_a_kill_while_packing_loses_nothing(tmp_path: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainables.records.patiently", killed)
+        patch.setattr("trainables.run.records.patiently", killed)
         with pytest.raises(KeyboardInterrupt):
             records.put(proposed(PACKED - 1).ends(Outcome.FINISHED, value=0.5))
     again = Records(UPath(tmp_path))

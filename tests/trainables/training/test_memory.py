@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from trainables import inference, memory
+from trainables import inference
 from trainables.inference import eval_batch, predict_probs
-from trainables.memory import is_out_of_memory
+from trainables.training import memory
 from trainables.training.augment import Pixels
+from trainables.training.memory import is_out_of_memory
 
 
 @pytest.mark.parametrize(

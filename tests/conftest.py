@@ -6,6 +6,7 @@ from pathlib import Path
 
 # Before torch is imported anywhere: tests share the machine's cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two threads of a trial wait for each other while others test
 
 import numpy as np
 import pytest

@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 import psutil
 import pytest
+from joblib import cpu_count  # of a container, too
 
 from tests.tiny_space import write_space
 from trainables.run_directory import list_candidates, open_run
@@ -60,7 +61,7 @@ def pictures(pictures_with_val: Path) -> Path:
 def arguments(run: Path, pictures: Path, space: Path) -> list[str]:
     return [
         "--data", "folder", "--data-dir", str(pictures), "--space", str(space), "--run", str(run),
-        "--pruner", "none", "--cpus-per-trial", "1",  # more threads wait for each other where other tests run, too
+        "--pruner", "none", "--cpus-per-trial", str(cpu_count()),  # one lane: trials come one after the other
     ]  # fmt: skip
 
 

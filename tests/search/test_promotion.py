@@ -10,7 +10,7 @@ import pytest
 
 from search.budget import Budget
 from search.study import promotion
-from search.sweep import Sweep
+from search.sweep import KEPT, Sweep
 from tests.hand_sweep import climb, finish, scores, states, suggest, sweep, take, told
 from trainables.config import TrialConfig
 from trainables.job import Outcome, Result
@@ -104,6 +104,22 @@ def test_waiting_trials_survive_a_kill(tmp_path: Path) -> None:
     for _ in range(3):
         finish(third, take(third))
     assert states(third) == ["finished"] * 4
+
+
+def test_the_best_of_those_that_wait_at_the_end_keep_their_checkpoints_and_no_others(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, pruner="promote")
+    while len(waiting := s.waiting()) < KEPT + 3:
+        job = take(s)
+        folder = tmp_path / "checkpoints" / job.id
+        folder.mkdir(parents=True, exist_ok=True)
+        climb(s, job, 0.9 - 0.01 * int(job.id), first=1 + len(s.records[job.id].scores))
+        if str(s.records[job.id].outcome) == "finished":
+            folder.rmdir()  # as the lane does
+    s.close()
+    kept = {record.id for record in s.records if record.stage == "waiting"}
+    assert kept == set(waiting[:KEPT])
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == kept
+    assert {str(s.records[id].outcome) for id in waiting[KEPT:]} == {"pruned"}
 
 
 def test_when_time_runs_short_the_best_waiting_trial_goes_on(tmp_path: Path) -> None:

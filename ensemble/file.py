@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from upath import UPath
 
+from ensemble.risk import Risk
 from ensemble.selection.blend import Blend, Probs, Stack, combine
 from trainables.errors import UserError
 from trainables.run_directory import ID, Candidate, read_candidate, refuse_links, safe_id
@@ -51,6 +52,9 @@ def run_of(runs: Sequence[UPath], name: str) -> UPath:
         if place == (name if "://" in name else os.path.abspath(os.path.join(str(home), name))):
             return run
     raise UserError(f"the ensemble has members of the run {name}; name it, too: --run {home} --run {name}")
+
+
+DEFAULT = "default.json"  # names the ensemble that predict, serve, export, refit and report take
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ class Ensemble:
             ensemble on the rows that it was chosen on, which flatters it.
         stack: the linear layer that replaces the weighted average when the selector is "stacking".
         temperature: by which the log-probabilities of the average are divided in the end; 1 leaves them as they are.
+        risk: when it is unsure, see ensemble/risk.py, and `scores["risk"]` how well that does on the rows that it was
+            set on; None in older files, and where nothing could be held out.
         options: what the selector was asked for.
         left_out: candidates that could not be used, by id, with the reason.
         frontier: the best ensemble within each latency: `latency_ms`, `members`, `accuracy`, `log_loss`.
@@ -114,6 +120,7 @@ class Ensemble:
     scores: dict[str, Any]
     stack: Stack | None = None
     temperature: float = 1.0
+    risk: Risk | None = None
     options: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     frontier: tuple[dict[str, Any], ...] = ()
@@ -124,6 +131,16 @@ class Ensemble:
         """The ensemble's probabilities, float32 (N, C), from those of its members, in their order."""
         temperatures = np.array([member.temperature for member in self.members])
         return Blend(self.weights, temperatures, self.stack, self.temperature)(probs)
+
+    def agreement(self, votes: Probs, probs: np.ndarray) -> np.ndarray:
+        """The weight of the members that on their own give the same answer, 0 to 1, (N,).
+
+        votes: the members' probabilities (M, N, C); probs: the ensemble's (N, C).
+        """
+        answer = probs.argmax(axis=1)
+        same = np.array([np.asarray(vote).argmax(axis=1) == answer for vote in votes], float)
+        shares: np.ndarray = self.weights @ same
+        return shares
 
     @property
     def weights(self) -> np.ndarray:
@@ -168,6 +185,8 @@ class Ensemble:
                 "coefficients": self.stack.coefficients.tolist(),
                 "intercept": self.stack.intercept.tolist(),
             }
+        if self.risk is not None:
+            values["risk"] = dataclasses.asdict(self.risk)
         if self.frontier:
             values["frontier"] = list(self.frontier)
         if self.insight:
@@ -203,6 +222,7 @@ class _File:
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     stack: dict[str, Any] | None = None
     temperature: float = 1.0
+    risk: Risk | None = None
     options: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     frontier: tuple[dict[str, float], ...] = ()
@@ -234,24 +254,40 @@ def _is_number(value: Any) -> bool:
 _PLAIN = tuple(part.name for part in dataclasses.fields(_File) if part.name != "stack")
 
 
-def write_ensemble(run: UPath, ensemble: Ensemble) -> UPath:
-    """Write ensembles/<name>.json, whole or not at all, and return its path."""
+def write_ensemble(run: UPath, ensemble: Ensemble, default: bool = True) -> UPath:
+    """Write ensembles/<name>.json, whole or not at all, and return its path; `default`: `read_ensemble` takes it."""
     refuse_links(run)
     path = run / "ensembles" / f"{safe_id(ensemble.name, 'the name of an ensemble')}.json"
     write_json(path, ensemble.to_dict())
+    if default:
+        write_json(run / DEFAULT, {"ensemble": ensemble.name})
     return path
 
 
 def read_ensemble(run: UPath, name: str | None = None) -> Ensemble:
-    """The ensemble of that name, or the one written last. Raises UserError when there is none."""
+    """The ensemble of that name, or the run's default. Raises UserError when there is none."""
     files = _files(run)
     if not files:
         raise UserError(f"{run} has no ensemble yet; make one with python -m ensemble.select --run {run}")
     if name is None:
-        name = max(files, key=lambda stem: files[stem].stat().st_mtime)
+        name = _default(run, files)
     if name not in files:
         raise UserError(f"{run} has no ensemble {name}; it has {', '.join(sorted(files))}")
     return Ensemble.from_dict(read_json(files[name]), name)
+
+
+def _default(run: UPath, files: dict[str, UPath]) -> str:
+    """The name that default.json gives; without one (an older run), that of the ensemble that was created last."""
+    if exists(run / DEFAULT) and not is_link(run / DEFAULT):
+        name = read_json(run / DEFAULT).get("ensemble")
+        if isinstance(name, str) and name in files:
+            return name
+        raise UserError(
+            f"{run / DEFAULT} names the ensemble {str(name)[:40]!r}; expected one of {', '.join(sorted(files))}: "
+            "name one with --ensemble, or select again"
+        )
+    found = list_ensembles(run)
+    return max(found, key=lambda ensemble: (ensemble.created, ensemble.name)).name if found else min(files)
 
 
 def list_ensembles(run: UPath) -> list[Ensemble]:

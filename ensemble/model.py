@@ -36,6 +36,9 @@ class Predictions:
             as it was given, or the number in the sequence.
         labels: class names; "" for an image that cannot be read.
         probs: float32 (N, C), rows sum to 1; NaN for an image that cannot be read.
+        sets: names of the classes among which the right one is, at the risk that was selected for; and
+        unsure: bool (N,), see ensemble/risk.py. Both are None for an ensemble of an older version; an image that
+            cannot be read has no class and is unsure.
         classes: C names.
         unreadable: the reason by id.
     """
@@ -45,6 +48,8 @@ class Predictions:
     probs: np.ndarray
     classes: tuple[str, ...]
     unreadable: dict[str, str] = field(default_factory=dict)
+    sets: tuple[tuple[str, ...], ...] | None = None
+    unsure: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,7 +91,15 @@ class Model:
                     probs[start + np.array(readable)] = self.voters(pixels)
                 advance(len(read))
         labels = ["" if np.isnan(row[0]) else self.classes[int(row.argmax())] for row in probs]
-        return Predictions(tuple(ids), tuple(labels), probs, self.classes, unreadable)
+        risk, names = self.ensemble.risk, np.array(self.classes)
+        if risk is None:
+            return Predictions(tuple(ids), tuple(labels), probs, self.classes, unreadable)
+        known = ~np.isnan(probs[:, 0])
+        sets = risk.sets(probs) & known[:, None]
+        return Predictions(
+            tuple(ids), tuple(labels), probs, self.classes, unreadable,
+            tuple(tuple(names[row].tolist()) for row in sets), risk.unsure(probs) | ~known,
+        )  # fmt: skip
 
 
 def open_model(runs: Sequence[str | os.PathLike] = (), ensemble: str | None = None, device: str | None = None) -> Model:

@@ -4,7 +4,8 @@ Usable is checked, never assumed: predictions that are missing, truncated, of th
 normalised, duplicated or made on other splits are named with the reason and left out: one spoils every average.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,10 +67,11 @@ class Pool:
         return np.array([_number(getattr(candidate.info, key)) for candidate in self.candidates])
 
 
-def load_pool(runs: Sequence[UPath]) -> Pool:
-    """Open every candidate of `runs` and keep the usable ones.
+def load_pool(runs: Sequence[UPath], exclude: Collection[str] = ()) -> Pool:
+    """Open every candidate of `runs` and keep the usable ones, but for those of the ids to `exclude`.
 
-    Raises UserError when the runs are on different splits or classes, or when nothing usable is left.
+    Raises UserError when the runs are on different splits or classes, when an id to exclude is nobody's, or when
+    nothing usable is left.
     """
     first = read_run(runs[0])
     classes, fingerprint = list(first.classes), first.split_fingerprint
@@ -94,7 +96,14 @@ def load_pool(runs: Sequence[UPath]) -> Pool:
         found += [(f"{prefix}{candidate.id}", candidate) for candidate in candidates]
         left_out |= {f"{prefix}{id}": reason for id, reason in damaged.items()}
     total = len(found) + len(left_out)
+    for id in exclude:
+        if id not in left_out and id not in (name for name, _ in found):
+            near = difflib.get_close_matches(id, [name for name, _ in found], 1, 0)
+            raise UserError(f"--exclude {id} is no candidate of {runs[0]}; did you mean {near[0] if near else '?'}?")
+        left_out[id] = "excluded, as asked"
     for name, candidate in found:
+        if name in exclude:
+            continue
         try:
             array = candidate.probs("select")
             _check(array, candidate, labels, len(classes), fingerprint)

@@ -1,9 +1,10 @@
 """python -m ensemble.predict --images FOLDER --out predictions.csv : what an ensemble says about new images.
 
-The CSV has one row an image: `id,label`, with --probs also a column per class. A file's id is its path below FOLDER
-without the ending (`/` between the parts); where that would name two files, every id keeps its ending. An image that
-cannot be read has a row with an empty label. Rows are written in batches, and the same command goes on where an earlier
-one was killed. Beside the CSV, <out>.json says what made it, and `complete` once every image has its row.
+The CSV has one row an image: `id,label`, with --unsure also how sure that is, with --probs a column per class. A file's
+id is its path below FOLDER without the ending (`/` between the parts); where that would name two files, every id keeps
+its ending. An image that cannot be read has a row with an empty label. Rows are written in batches, and the same
+command goes on where an earlier one was killed. Beside the CSV, <out>.json says what made it, and `complete` once every
+image has its row.
 """
 
 import contextlib
@@ -37,6 +38,8 @@ from trainables.training.augment import Pixels
 
 BATCH = 500  # images between two writes to the file, at most
 BATCH_BYTES = 128 * 2**20  # of their pixels
+SURE = ("confidence", "agreement", "set", "unsure")  # columns
+YES_NO = {True: "yes", False: "no"}
 NAMED = 5  # unreadable images that are told by name
 
 
@@ -54,6 +57,9 @@ class Predict:
     """Name of an ensemble of the run; default: the one written last."""
     probs: bool = False
     """Add a column per class with its probability."""
+    unsure: bool = False
+    """Add how sure the ensemble is: `confidence`; `agreement`, the weight of the members that say the same; `set`, the
+    classes among which the right one is, at the risk that was selected for, with | between; `unsure`, yes or no."""
     tta: TestTimeAugmentation | Literal["own"] = "own"
     """Views that a prediction averages over; "own": those with which each member was chosen."""
     device: str | None = None
@@ -189,7 +195,9 @@ def predict_folder(args: Predict) -> tuple[int, dict[str, str]]:
     run, ensemble = runs[0], read_ensemble(runs[0], args.ensemble)
     tta = None if args.tta == "own" else args.tta
     voters = Voters.load(runs, ensemble, args.device, tta)
-    header = ["id", "label", *(voters.classes if args.probs else [])]
+    if args.unsure and ensemble.risk is None:
+        raise UserError(f"ensemble {ensemble.name} does not say when it is unsure; select again")
+    header = ["id", "label", *(SURE if args.unsure else []), *(voters.classes if args.probs else [])]
     check_out(args.out, "--out")
     check_out(args.json, "--json")
     beside = UPath(args.out.with_name(args.out.name + ".json"))
@@ -209,14 +217,12 @@ def predict_folder(args: Predict) -> tuple[int, dict[str, str]]:
                 rows.writerow(header)
             for ids, pictures, reasons in _batches(images, done, voters.canvas):
                 readable = [picture for picture in pictures if picture is not None]
-                answers = iter(voters(np.stack(readable)) if readable else ())
+                answers = _answers(voters, np.stack(readable), args) if readable else iter(())
                 for id, picture in zip(ids, pictures, strict=True):
                     if picture is None:
                         rows.writerow([id, *[""] * (len(header) - 1)])
                     else:
-                        probs = next(answers)
-                        shown = [f"{p:.6f}" for p in probs] if args.probs else []
-                        rows.writerow([id, voters.classes[int(probs.argmax())], *shown])
+                        rows.writerow([id, *next(answers)])
                 unreadable |= reasons
                 file.flush()
                 os.fsync(file.fileno())
@@ -225,6 +231,28 @@ def predict_folder(args: Predict) -> tuple[int, dict[str, str]]:
             labels = _rows_done(args.out, beside, header, origin)
             write_json(UPath(args.json), {**origin, **_summary(args.out, labels, unreadable, voters.classes)})
     return len(images), unreadable
+
+
+def _answers(voters: Voters, images: np.ndarray, args: Predict) -> Iterator[list[str]]:
+    """A row for each of these images, without its id."""
+    votes = voters.votes(images)
+    probs = voters.ensemble.predict(votes)
+    sure = _how_sure(voters, votes, probs) if args.unsure else [[]] * len(probs)
+    for row, more in zip(probs, sure, strict=True):
+        shown = [f"{p:.6f}" for p in row] if args.probs else []
+        yield [voters.classes[int(row.argmax())], *more, *shown]
+
+
+def _how_sure(voters: Voters, votes: list[np.ndarray], probs: np.ndarray) -> list[list[str]]:
+    """The columns SURE of images for which the members and the ensemble have these probabilities."""
+    risk, agreement = voters.ensemble.risk, voters.ensemble.agreement(votes, probs)
+    assert risk is not None
+    return [
+        [f"{row.max():.6f}", f"{agreement[n]:.6f}", "|".join(np.array(voters.classes)[chosen].tolist()), YES_NO[unsure]]
+        for n, (row, chosen, unsure) in enumerate(
+            zip(probs, risk.sets(probs), risk.unsure(probs).tolist(), strict=True)
+        )
+    ]
 
 
 def _batches(

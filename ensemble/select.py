@@ -9,6 +9,7 @@ second, and can be done again with other limits as often as one likes.
 
 import dataclasses
 import difflib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ import numpy as np
 import tyro
 from upath import UPath
 
-from ensemble.file import Ensemble, Member, write_ensemble
+from ensemble.file import Ensemble, Member, list_ensembles, write_ensemble
 from ensemble.pool import Pool, limits_for, load_pool
+from ensemble.risk import USUAL_RISK, calibrate, measure
 from ensemble.selection import metrics, selectors
 from ensemble.selection.auto import Choice, auto, choose_selector
 from ensemble.selection.blend import Blend, Probs, tempered
@@ -80,9 +82,13 @@ class Select:
         min_per_architecture: at least so many members of every architecture.
         max_latency_ms: most milliseconds per image of all members together.
         max_params: most parameters of all members together.
+        risk: share of new images, 0 to 1, whose set of classes may lack the right one, and of those that may get an
+            answer that is sure and wrong; see ensemble/risk.py.
         temperature_scaling: give each candidate its own best temperature before anything is averaged, and then the
             average one; auto does so by itself.
-        name: of the file under ensembles/. Default: the selector's name.
+        exclude: a candidate that is not to be a member, by its id; may be given several times.
+        name: of the file under ensembles/. Default: the selector's name, with what is asked for beside it.
+        default: make the result the ensemble that predict, serve, export, refit and report take unless told otherwise.
         json: file to write the same as JSON to, with the path of the ensemble's own file.
     """
 
@@ -93,8 +99,11 @@ class Select:
     min_per_architecture: int = 0
     max_latency_ms: float | None = None
     max_params: float | None = None
+    risk: float = USUAL_RISK
     temperature_scaling: bool = False
+    exclude: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ID")] = ()
     name: str = ""
+    default: bool = True
     json: Path | None = None
 
 
@@ -104,9 +113,12 @@ def select(args: Select) -> tuple[Pool, Ensemble, UPath]:
     Raises UserError as `choose` does, before anything is written.
     """
     check_out(args.json, "--json")
-    pool = open_pool(args)
+    check(args)
+    runs = _runs(args)
+    _refuse_to_replace(runs[0], args)
+    pool = load_pool(runs, args.exclude)
     ensemble = choose_from(pool, args)
-    path = write_ensemble(pool.runs[0], ensemble)
+    path = write_ensemble(runs[0], ensemble, args.default)
     if args.json is not None:
         write_json(UPath(args.json), {"path": str(path.absolute()), **ensemble.to_dict()})
     return pool, ensemble, path
@@ -124,13 +136,54 @@ def choose(args: Select) -> Ensemble:
 def open_pool(args: Select) -> Pool:
     """The usable candidates of the runs that the arguments name; refuses arguments that cannot work before it loads."""
     check(args)
-    return load_pool([open_run(run) for run in args.run] or [open_run()])
+    return load_pool(_runs(args), args.exclude)
+
+
+def _runs(args: Select) -> list[UPath]:
+    return [open_run(run) for run in args.run] or [open_run()]
+
+
+# What an option adds to the name of a file, so that a selection with other limits is another file.
+_SUFFIXES = {
+    "top_k": "top{:g}", "score": "{}", "min_per_architecture": "min{:g}", "max_latency_ms": "{:g}ms",
+    "max_params": "{:g}params", "risk": "risk{:g}", "temperature_scaling": "tempered", "exclude": "without{}",
+}  # fmt: skip
+LONGEST_NAME = 80
+
+
+def name_of(args: Select) -> str:
+    """The name of the file: as asked for, or what tells the selection from others."""
+    if args.name:
+        return args.name
+    told = [_SUFFIXES[key].format("-".join(v).replace("/", "-") if isinstance(v, tuple) else v)
+            for key, v in _limits(dataclasses.asdict(args)).items()]  # fmt: skip
+    return "-".join([args.selector, *told])[:LONGEST_NAME]
+
+
+def _limits(options: dict[str, Any]) -> dict[str, Any]:
+    """Those options that say how to select and are not as usual; from arguments or an ensemble's file."""
+    usual = dataclasses.asdict(Select())
+    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return {key: lists[key] for key in _SUFFIXES if key in lists and lists[key] != usual[key]}
+
+
+def _refuse_to_replace(run: UPath, args: Select) -> None:
+    """Raise UserError where the file that is to be written holds an ensemble that was selected in another way."""
+    name, asked = name_of(args), (args.selector, _limits(dataclasses.asdict(args)))
+    for other in list_ensembles(run):
+        if other.name == name and (other.selector, _limits(other.options)) != asked:
+            shown = ", ".join(f"{key} {value}" for key, value in _limits(other.options).items()) or "no limits"
+            raise UserError(
+                f"ensembles/{name}.json was selected by {other.selector} with {shown}; name this one with --name"
+            )
 
 
 def check(args: Select) -> None:
     """Raise UserError for arguments that cannot work, whatever the run."""
     if args.top_k < 1:
         raise UserError(f"--top-k is {args.top_k}, expected at least 1 member")
+    if not 0 < args.risk < 1:
+        raise UserError(f"--risk is {args.risk}, expected above 0 and below 1")
     if args.selector not in SELECTORS:
         near = difflib.get_close_matches(args.selector, SELECTORS, 1, 0.3)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -160,15 +213,20 @@ def choose_from(pool: Pool, args: Select) -> Ensemble:
     insight = explain(blend, pool.probs, pool.labels, single, pool.classes)
     if choice is not None:
         insight["auto"] = choice.report()
-    asked = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("run", "selector", "name", "json") and v}
+    asked = {k: v for k, v in dataclasses.asdict(args).items() if k in _SUFFIXES and v}
+    risk = None
+    if held_out is not None:
+        risk = calibrate(held_out.ensemble, pool.labels, args.risk)
+        scores["risk"] = where(pool) | measure(risk, held_out.ensemble, pool.labels)
     return Ensemble(
-        name=args.name or args.selector,
+        name=name_of(args),
         members=tuple(members),
         selector=args.selector,
         split_fingerprint=pool.split_fingerprint,
         scores=scores,
         stack=ordered.stack,
         temperature=ordered.temperature,
+        risk=risk,
         options=asked,
         left_out=pool.left_out,
         frontier=tuple(
@@ -182,6 +240,7 @@ def choose_from(pool: Pool, args: Select) -> Ensemble:
             )
         ),
         insight=insight,
+        created=time.time(),
     )
 
 
@@ -286,9 +345,11 @@ def describe(probs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m ensemble.select") -> None:
     with exit_on_user_error():
-        pool, ensemble, path = select(tyro.cli(Select, prog=prog, args=arguments))
+        args = tyro.cli(Select, prog=prog, args=arguments)
+        pool, ensemble, path = select(args)
         show(pool, ensemble)
-        print(f"\nwritten to {path}")
+        told = f"it is the default of {pool.runs[0]}" if args.default else f"take it with --ensemble {ensemble.name}"
+        print(f"\nwritten to {path}; {told}")
 
 
 if __name__ == "__main__":

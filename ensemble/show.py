@@ -33,6 +33,8 @@ def show(pool: Pool, ensemble: Ensemble) -> None:
         console.print(claim_in_words(ensemble.claim), style="bold")
     console.print(_scores(ensemble))
     console.print(gain_in_words(ensemble.scores["gain"]))
+    if ensemble.risk is not None and "risk" in ensemble.scores:
+        console.print(risk_in_words(ensemble.risk.level, ensemble.scores["risk"]))
     if "auto" in ensemble.insight:
         console.print(auto_in_words(ensemble.insight["auto"]))
     for line in _classes(ensemble.insight.get("classes", [])):
@@ -68,6 +70,15 @@ def gain_in_words(gain: dict[str, Any]) -> str:
     return (
         f"ensemble minus best single: {100 * gain['accuracy']:+.2f} points "
         f"(95 % {100 * low:+.2f} to {100 * high:+.2f}{p}) on the {where(gain)}"
+    )
+
+
+def risk_in_words(level: float, score: dict[str, Any]) -> str:
+    """One line for `scores["risk"]`: how often the ensemble may be trusted."""
+    error = "" if score["error"] is None else f", {score['error']:.2%} of them wrong"
+    return (
+        f"at a risk of {level:.0%} (--risk): sure of {score['answered']:.1%} of its answers{error}; the right class is "
+        f"in its set, of {score['set_size']:.2f} classes on average, for {score['covered']:.2%}"
     )
 
 

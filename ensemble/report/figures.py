@@ -172,6 +172,33 @@ def calibration(curves: dict[str, list[dict[str, Any]]]) -> go.Figure:
     )
 
 
+def risk(curve: list[list[float]], sure: float, level: float) -> go.Figure:
+    """Wrong ones among the answers that are given, against how many are: a `curve` of ensemble.risk.measure.
+
+    sure: the confidence from which on an answer counts as sure; level: the risk that it was chosen for.
+    """
+    confidence, answered, error = np.array(curve).T
+    figure = go.Figure()
+    figure.add_scatter(
+        x=answered, y=error, mode="lines", line={"color": BLUE, "width": 3}, name="ensemble", customdata=confidence,
+        hovertemplate="%{x:.1%} of the images answered, %{y:.2%} of them wrong<br>confidence at least "
+        "%{customdata:.1%}<extra></extra>",
+    )  # fmt: skip
+    is_sure = np.flatnonzero(confidence >= sure)
+    if len(is_sure):
+        last = is_sure[-1]
+        figure.add_scatter(
+            x=answered[[last]], y=error[[last]], mode="markers", name=f"sure, at a risk of {level:.0%}",
+            marker={"symbol": "diamond", "size": 12, "color": ORANGE}, hoverinfo="skip",
+        )  # fmt: skip
+    return figure.update_layout(
+        legend=LEGEND,
+        height=360,
+        xaxis={"title": {"text": "answers given, of all images"}, "tickformat": ".0%", "range": [0, 1.02]},
+        yaxis={"title": {"text": "wrong ones among them"}, "tickformat": ".1%", "rangemode": "tozero"},
+    )
+
+
 def learning_curves(trials: list[Trial], members: Sequence[str]) -> go.Figure:
     """Tune accuracy of every trial by epoch; the ensemble's members in colour."""
     figure = go.Figure()

@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from upath import UPath
 from ensemble.file import Ensemble
 from ensemble.pool import Pool
 from ensemble.report import diagnosis
+from ensemble.report.looks import Look
 from ensemble.report.trials import Trial, is_failure
+from ensemble.risk import measure
 from ensemble.select import cheap_option, describe, score_all
 from ensemble.select import where as select_split
 from ensemble.selection import metrics
@@ -23,7 +25,7 @@ from ensemble.selection.limits import Limits
 from trainables.run_directory import RunInfo
 from trainables.storage import hide_password
 
-HELD_OUT = ("claim", "best_single", "best_single_calibrated", "gain")  # scores that only selection can measure
+HELD_OUT = ("claim", "best_single", "best_single_calibrated", "gain", "risk")  # scores that only selection can measure
 WORST = 24  # images of the highest loss that are named
 
 
@@ -36,6 +38,7 @@ class Evidence:
         shared: the select split was also tuned on.
         labels: int64 (N,).
         ensemble, single: their predictions, float (N, C).
+        looks: at the test labels so far, this one last.
         images: uint8 (.., H, W, 3), of which `rows` (N,) are the split's; None when they are not on this machine.
     """
 
@@ -46,6 +49,7 @@ class Evidence:
     single: np.ndarray
     images: np.ndarray | None
     rows: np.ndarray
+    looks: list[Look] = field(default_factory=list)
 
     @property
     def where(self) -> dict[str, Any]:
@@ -65,6 +69,7 @@ def findings(
     found: dict[str, Any] = {"run": run.name, "created": time.time()}
     if evidence.split == "test":
         found["test"] = test_scores(ensemble, pool.candidates[single].id, evidence)
+        found["looks"] = [dataclasses.asdict(look) for look in evidence.looks]
     return found | {
         "select": scores,
         "data": dataclasses.asdict(info.data),
@@ -75,6 +80,7 @@ def findings(
             "members": _members(pool, blend, single),
         },
         "candidates": len(pool.candidates),
+        "risk": None if ensemble.risk is None else dataclasses.asdict(ensemble.risk),
         "growth": select_split(pool) | _growth(ensemble, pool, blend),
         "mistakes": evidence.where | {
             "classes": diagnosis.per_class(matrix, pool.classes),
@@ -112,6 +118,8 @@ def test_scores(ensemble: Ensemble, single: str, evidence: Evidence) -> dict[str
         "gain": evidence.where
         | {"accuracy": mean, "interval": [low, high], "mcnemar_p": metrics.mcnemar(right, single_right)},
     }
+    if ensemble.risk is not None:
+        found["risk"] = evidence.where | measure(ensemble.risk, evidence.ensemble[None], evidence.labels)
     named = ensemble.scores.get("best_single_calibrated", {})
     if named.get("id") == single and isinstance(named.get("temperature"), float):
         heat = {"id": single, "temperature": named["temperature"]}

@@ -9,6 +9,7 @@ import optuna
 
 from ensemble.pool import Pool
 from ensemble.report import diagnosis, figures
+from ensemble.report.looks import in_words
 from ensemble.report.numbers import Evidence
 from ensemble.report.trials import Trial, described, list_trials
 from ensemble.show import score_rows, where
@@ -26,12 +27,14 @@ def report_page(
     """The page as UTF-8. found: as of `ensemble.findings.findings`, with the reasons for what is `missing`."""
     members = [member["id"] for member in found["ensemble"]["members"]]
     growth, chosen = found["growth"], found["select"].get("claim", found["select"]["select"])
+    told = found.get("test", {}).get("risk", found["select"].get("risk"))
     plots = {
         "growth": figures.growth(growth["singles"], growth["ensembles"], chosen),
         "confusion": _confusion(evidence, pool.classes),
         "calibration": figures.calibration(
             {"ensemble": found["calibration"]["ensemble"], "best single": found["calibration"]["best_single"]}
         ),
+        "risk": figures.risk(told["curve"], found["risk"]["sure"], found["risk"]["level"]) if told else None,
         "curves": figures.learning_curves(trials, members) if any(trial.curve for trial in trials) else None,
         "study": figures.of_study(study) if study is not None else {},
     }
@@ -43,6 +46,8 @@ def report_page(
         scale=(min(row["interval"][0] for row in scores), max(row["interval"][1] for row in scores)),
         where=where,
         on=where(evidence.where),
+        risk=told,
+        look=in_words(evidence.looks) if evidence.looks else "",
         created=time.strftime("%Y-%m-%d %H:%M", time.localtime(found["created"])),
         started=_day(found["reproduce"]["started"]),
         plots=plots,

@@ -15,6 +15,7 @@ from upath import UPath
 from ensemble.file import Ensemble, run_of
 from ensemble.pool import Pool, load_pool
 from ensemble.predict import candidate_predictor, predict_all
+from ensemble.report.looks import Look, count_look, in_words
 from ensemble.report.numbers import Evidence, findings, test_scores
 from ensemble.report.page import report_page
 from ensemble.report.study import as_study
@@ -111,10 +112,11 @@ def _report_refit(runs: Sequence[UPath], info: RunInfo, ensemble: Ensemble) -> d
         )
     named = ensemble.single()  # one written by hand need not say which it was
     single = (named or ensemble.members[0]).candidate(runs)
-    test = test_scores(ensemble, single.id, _on_test(runs, ensemble, single, open_run_data(run, info)[0]))
+    evidence = _on_test(runs, ensemble, single, open_run_data(run, info)[0])
+    test = test_scores(ensemble, single.id, evidence)
     found = {
         "run": run.name, "created": time.time(), "refit_of": info.refit_of and asdict(info.refit_of),
-        "test": test if named else {"ensemble": test["ensemble"]},
+        "test": test if named else {"ensemble": test["ensemble"]}, "looks": [asdict(look) for look in evidence.looks],
     }  # fmt: skip
     write_json(run / NUMBERS, found)
     return found
@@ -122,6 +124,7 @@ def _report_refit(runs: Sequence[UPath], info: RunInfo, ensemble: Ensemble) -> d
 
 def _on_test(runs: Sequence[UPath], ensemble: Ensemble, alone: Candidate, data: Data) -> Evidence:
     """The frozen ensemble and the best single model on the test part. Raises UserError when one cannot predict."""
+    looks = count_look(runs[0], ensemble.name, ensemble.created)
     images, labels = open_test(data.path)
     candidates = [member.candidate(runs) for member in ensemble.members]
     probs, networks = {}, {str(c.path): c for c in [*candidates, alone]}
@@ -129,7 +132,7 @@ def _on_test(runs: Sequence[UPath], ensemble: Ensemble, alone: Candidate, data: 
         for path, candidate in networks.items():
             probs[path] = predict_all(candidate_predictor(candidate), images, advance)
     together = ensemble.predict([probs[str(candidate.path)] for candidate in candidates])
-    return Evidence("test", False, labels, together, probs[str(alone.path)], images, np.arange(len(labels)))
+    return Evidence("test", False, labels, together, probs[str(alone.path)], images, np.arange(len(labels)), looks)
 
 
 def _on_select(
@@ -162,4 +165,6 @@ def summary(found: dict[str, Any]) -> list[str]:
             f"{name:<12} {score['split']} accuracy {score['accuracy']:.2%} "
             f"({low:.2%} to {high:.2%}, {score['images']} images{also}), log-loss {score['log_loss']:.4f}"
         )
+    if len(looks := found.get("looks", [])) > 1:
+        lines.append(f"this is {in_words([Look(**look) for look in looks])}")
     return lines

@@ -151,9 +151,11 @@ class Answerer:
     async def __call__(self, content: bytes) -> dict[str, Any]:
         """The answer to the bytes of an image file, JSON-able.
 
-        `label`, `probability`, `probs` (by class), `members` (each with `id`, `architecture`, `weight`, `label`,
-        `probability`, at the temperature at which it is averaged); or, for what is no image or too large a one, or when
-        too many wait, `error` in words and an HTTP `status`. Once it is cancelled, a waiting picture is not decoded.
+        `label`, `probability`, `agreement` (weight of the members that say the same), `probs` (by class), `members`
+        (each with `id`, `architecture`, `weight`, `label`, `probability`, at the temperature at which it is averaged),
+        and where the ensemble knows them `set` (classes among which the right one is) and `unsure`; or, for what is no
+        image or too large a one, or when too many wait, `error` in words and an HTTP `status`. Once it is cancelled, a
+        waiting picture is not decoded.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -172,7 +174,13 @@ class Answerer:
 
     def _describe(self, votes: np.ndarray) -> dict[str, Any]:
         classes = self.voters.classes
-        probs = self.voters.ensemble.predict(list(votes[:, None]))[0]
+        ensemble = self.voters.ensemble
+        probs = ensemble.predict(list(votes[:, None]))[0]
+        sure: dict[str, Any] = {"agreement": round(float(ensemble.agreement(votes[:, None], probs[None])[0]), 6)}
+        if ensemble.risk is not None:
+            chosen = ensemble.risk.sets(probs[None])[0]
+            sure["set"] = [name for name, is_in in zip(classes, chosen, strict=True) if is_in]
+            sure["unsure"] = bool(ensemble.risk.unsure(probs[None])[0])
         members = [
             {
                 "id": member.id,
@@ -181,11 +189,12 @@ class Answerer:
                 "label": classes[int(vote.argmax())],
                 "probability": round(float(scale(vote[None], member.temperature).max()), 6),
             }
-            for member, architecture, vote in zip(self.voters.ensemble.members, self.architectures, votes, strict=True)
+            for member, architecture, vote in zip(ensemble.members, self.architectures, votes, strict=True)
         ]
         return {
             "label": classes[int(probs.argmax())],
             "probability": round(float(probs.max()), 6),
+            **sure,
             "probs": {name: round(float(p), 6) for name, p in zip(classes, probs, strict=True)},
             "members": members,
         }

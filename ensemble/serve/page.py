@@ -174,6 +174,10 @@ def answer_html(answer: dict[str, Any], truth: str | None = None) -> str:
     if truth is not None:
         right = truth == label
         verdict = f'<p class="nf-truth">{"✓" if right else "✗"} true label: {html.escape(truth)}</p>'
+    if answer.get("unsure"):
+        others = [name for name in answer["set"] if name != label]
+        among = f"; it could be {', '.join(map(html.escape, others[:MOST_BARS]))}" if others else ""
+        verdict += f'<p class="nf-unsure">not sure of it{among}</p>'
     ranked = sorted(answer["probs"].items(), key=lambda item: -item[1])
     bars = "".join(_bar_row(name, p, name == truth) for name, p in ranked[:MOST_BARS])
     if len(ranked) > MOST_BARS:
@@ -239,6 +243,7 @@ _CSS = """
 .nf-label { font-size: 2rem; line-height: 1.2; overflow-wrap: anywhere; }
 .nf-label b { font-weight: 650; margin-right: 0.25rem; }
 .nf-truth { font-weight: 600; margin-top: 0.2rem; }
+.nf-unsure { color: var(--body-text-color-subdued); margin-top: 0.2rem; }
 .nf table { width: 100%; border-collapse: collapse; margin-top: 0.6rem; font-variant-numeric: tabular-nums; }
 .nf th, .nf td { padding: 3px 10px 3px 0; text-align: left; font-weight: 400; }
 .nf th:last-child, .nf td:last-child { text-align: right; padding-right: 0; }

@@ -16,7 +16,7 @@ from upath import UPath
 
 from ensemble.file import Ensemble, Member, read_ensemble, write_ensemble
 from ensemble.report.figures import of_study
-from ensemble.report.write import write_report
+from ensemble.report.write import summary, write_report
 from ensemble.select import Select, choose
 from tests.ensemble.test_select import make_run
 from tests.small_run import train_run
@@ -107,6 +107,24 @@ def test_test_scores_are_those_of_the_frozen_ensemble(trained, tmp_path):
     assert sum(row["images"] for row in mistakes["classes"]) == 90
 
 
+def test_looks_at_the_test_labels_are_counted(trained, tmp_path):
+    run = copied(trained[0], tmp_path / "run")
+    ensemble, other = trained[1], replace(trained[1], name="other", created=1.0)
+    (run / "looks.json").unlink(missing_ok=True)
+    assert [look["ensemble"] for look in write_report([run], ensemble)["looks"]] == ["greedy"]
+    assert "look 1 at the test labels" in (run / "report.html").read_text()
+    found = write_report([run], ensemble)
+    assert summary(found)[-1] == "this is look 2 at the test labels, all for this ensemble"
+    found = write_report([run], other)
+    assert [look["ensemble"] for look in found["looks"]] == ["greedy", "greedy", "other"]
+    assert found["looks"][-1]["created"] == 1.0
+    told = "look 3 at the test labels, after others for greedy"
+    assert summary(found)[-1] == f"this is {told}"
+    assert told in (run / "report.html").read_text()
+    (run / "looks.json").write_text("{")
+    assert len(write_report([run], ensemble)["looks"]) == 1, "a damaged file is no reason to have no report"
+
+
 def test_the_page_has_everything_and_loads_nothing(trained):
     run, ensemble = trained
     write_report([run], ensemble)
@@ -121,7 +139,7 @@ def test_the_page_has_everything_and_loads_nothing(trained):
     assert (run / "report.html").stat().st_size < 15e6
     assert (run / "report.html").read_text().count("plotly.js v") == 1
     figures = [figure for figure in page.figures if "data" in figure]
-    assert len(figures) == 8, "growth, confusion, calibration, curves and the study's four"
+    assert len(figures) == 9, "growth, confusion, calibration, risk, curves and the study's four"
     trials = next(figure for figure in page.figures if "0000" in figure)
     assert set(trials) == {f"{n:04d}" for n in range(7)}
     assert "loss is nan" in trials["0003"]["error"]

@@ -85,7 +85,7 @@ def test_the_command_writes_what_it_prints_and_needs_neither_torch_nor_ray(tmp_p
 def test_every_selector_answers(selector, tmp_path):
     run, *_ = make_run(tmp_path / "run")
     ensemble = choose(Select(run=(str(run),), selector=selector, top_k=4))
-    assert ensemble.selector == ensemble.name == selector
+    assert (ensemble.selector, ensemble.name) == (selector, f"{selector}-top4")
     assert 1 <= len(ensemble.members) <= 4
     json.dumps(ensemble.to_dict(), allow_nan=False)
 
@@ -115,7 +115,7 @@ def test_limits_reach_the_selector(tmp_path):
     assert sum(latency[m.id] for m in cheap.members) <= 6
     mixed = choose(Select(run=(str(run),), min_per_architecture=1))
     assert {int(m.id[1:]) % 3 for m in mixed.members} == {0, 1, 2}
-    assert cheap.options == {"top_k": 9, "max_latency_ms": 6, "max_params": 5000}
+    assert cheap.options == {"top_k": 9, "max_latency_ms": 6, "max_params": 5000, "risk": 0.05}
 
 
 def test_auto_says_how_it_chose_and_claims_what_it_would_score_elsewhere(tmp_path):
@@ -315,3 +315,63 @@ def test_ensemble_files(tmp_path):
         write_json(run / "ensembles" / "bad.json", {"members": members})
         with pytest.raises(UserError, match="damaged"):
             read_ensemble(run, "bad")
+
+
+def test_what_is_excluded_is_no_member(tmp_path):
+    run, *_ = make_run(tmp_path / "run")
+    best = choose(Select(run=(str(run),))).members[0].id
+    done = run_command("--run", run, "--exclude", best, "--exclude", "c7", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ensemble = read_ensemble(run)
+    assert not {best, "c7"} & {member.id for member in ensemble.members}
+    assert ensemble.name == f"auto-without{best}-c7"
+    assert ensemble.options["exclude"] == [best, "c7"]
+    assert ensemble.left_out == dict.fromkeys((best, "c7"), "excluded, as asked")
+    done = run_command("--run", run, "--exclude", "c77", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"--exclude c77 is no candidate of {run}; did you mean c7?" in done.stderr
+
+
+def test_a_selection_with_other_limits_is_another_file(tmp_path):
+    run, *_ = make_run(tmp_path / "run")
+
+    def written(**options):
+        return select.select(Select(run=(str(run),), **options))[2].name
+
+    assert written() == written(top_k=9) == "auto.json"
+    assert written(top_k=3) == "auto-top3.json"
+    assert written(selector="greedy", score="accuracy", max_latency_ms=7.5) == "greedy-accuracy-7.5ms.json"
+    assert written(name="mine", top_k=2) == written(name="mine", top_k=2) == "mine.json"
+    before = (run / "ensembles" / "mine.json").read_bytes()
+    with pytest.raises(UserError, match=r"ensembles/mine\.json was selected by auto with top_k 2; name this one with"):
+        written(name="mine", top_k=3)
+    with pytest.raises(UserError, match="was selected by auto with top_k 2"):
+        written(name="mine", top_k=2, selector="greedy")
+    assert (run / "ensembles" / "mine.json").read_bytes() == before
+    assert read_ensemble(run).name == "mine"
+
+
+def test_the_default_is_the_last_selection_that_was_to_be_it(tmp_path):
+    run, *_ = make_run(tmp_path / "run")
+    done = run_command("--run", run, cwd=tmp_path)
+    assert "it is the default of" in done.stdout
+    done = run_command("--run", run, "--top-k", "3", "--no-default", cwd=tmp_path)
+    assert "--ensemble auto-top3" in done.stdout
+    assert read_ensemble(run).name == "auto"
+    os.utime(run / "ensembles" / "auto-top3.json", (2e9, 2e9))
+    assert read_ensemble(run).name == "auto", "no file's time decides"
+    select.select(Select(run=(str(run),), top_k=3))
+    assert read_ensemble(run).name == "auto-top3"
+
+
+def test_without_a_recorded_default_the_one_that_was_created_last_is_taken(tmp_path):
+    run = UPath(tmp_path / "run")
+    for name, created in (("b", 2.0), ("a", 1.0), ("c", 3.0)):
+        write_ensemble(run, Ensemble(name, (Member("x", 1.0),), "hand", "f", {}, created=created), default=False)
+        os.utime(run / "ensembles" / f"{name}.json", (10 - created, 10 - created))
+    assert read_ensemble(run).name == "c"
+    for named in ("gone", "../ensembles/a", 3, None):
+        write_json(run / "default.json", {"ensemble": named})
+        with pytest.raises(UserError, match="expected one of a, b, c: name one with --ensemble"):
+            read_ensemble(run)
+        assert read_ensemble(run, "a").name == "a"

@@ -193,7 +193,7 @@ class Sweep:
         return _rungs(config) if has_room else ()
 
     def _wants_new(self) -> bool:
-        return not self.proposals.out_of_time and (self.budget.trials is None or self.counted < self.budget.trials)
+        return not self.proposals.exhausted and (self.budget.trials is None or self.counted < self.budget.trials)
 
     def _promoted(self) -> str | None:
         """The waiting trial that goes on next, if any: by the rule, or because no new one can be finished in time."""
@@ -203,7 +203,7 @@ class Sweep:
         if by_rule is not None:
             return by_rule if by_rule not in self.running else None  # it has still to come to its end
         left = self.time.left()
-        if left < math.inf and (self.proposals.out_of_time or self.time.too_short_for_a_trial()):
+        if left < math.inf and (self.proposals.exhausted or self.time.too_short_for_a_trial()):
             waiting = [id for id in self.rungs.ranked() if id not in self.running]
             return next((id for id in waiting if self._seconds_to_finish(id) < left), None)
         return None

@@ -20,6 +20,7 @@ from trainables.run.records import Records, TrialRecord
 
 MOST_INVALID = 50  # proposals in a row that cannot be trained: the space is wrong, not unlucky
 MOST_TOO_SLOW = 20  # proposals in a row that do not fit into the time left
+MOST_REPEATED = 100  # random proposals in a row that have been tried: there is nothing new
 
 # Makes the TrialConfig of an Optuna trial, given the seconds that are left (inf: no limit). Raises UserError for
 # parameters that cannot be trained: then the proposal counts as invalid, and there is another.
@@ -51,7 +52,7 @@ class Proposals:
         self.records, self.sampling, self.time, self.live, self.suggest = records, sampling, time, live, suggest
         self.queue: list[Queued] = []
         self.seeds: dict[str, str] = {}  # trials that are only a new seed -> whose configuration it is
-        self.out_of_time = False  # too little is left for even one epoch of the next trial
+        self.exhausted = False  # nothing new is left to propose, or too little time for even one epoch of it
         self.known: set[str] = set()  # parameters of all trials of this sweep
         for record in records:
             self._note(record)
@@ -79,39 +80,45 @@ class Proposals:
     def ask(self) -> TrialRecord | None:
         """The record of a new trial with a configuration that can be trained in the time left, or None.
 
-        Raises UserError when the space proposes nothing that can be trained.
+        Raises UserError when the space proposes nothing that can be trained. Proposals that only repeat what has been
+        tried, and those that are too slow now, are no fault of the space: then there is no new trial any more.
         """
-        reason, too_slow, repeated = "", 0, False
-        for _ in range(MOST_INVALID):
+        invalid = too_slow = repeated = 0
+        exploring = False
+        while True:
             queued = self.queue.pop(0) if self.queue else Queued({})
             records = self.records
-            trial = self.sampling.ask(records.next_number, records.changes, queued.params, exploring=repeated)
-            config = None
+            trial = self.sampling.ask(records.next_number, records.changes, queued.params, exploring)
             try:
                 config = self.suggest(trial, self.time.left())
-                # the next proposal is a random one; a probe is the same whenever it is made
-                is_new = not trial.params or bool(queued.seed_of) or _key(trial.params) not in self.known
-                if not is_new and (not repeated or config.is_probe):
-                    repeated = True
-                    raise UserError("these parameters have been tried")
             except UserError as error:
-                reason = str(error)
-                self._refuse(trial, queued, Outcome.INVALID, reason)
+                self._refuse(trial, queued, Outcome.INVALID, str(error))
+                invalid += 1
+                if invalid == MOST_INVALID:
+                    raise UserError(
+                        f"{invalid} proposals cannot be trained, the last because {error}; fix the space"
+                    ) from None
+                continue
+            # the next proposal is a random one; a probe is the same whenever it is made
+            is_new = not trial.params or bool(queued.seed_of) or _key(trial.params) not in self.known
+            if not is_new and (not exploring or config.is_probe):
+                self._refuse(trial, queued, Outcome.INVALID, "these parameters have been tried")
+                exploring, repeated = True, repeated + 1
+                if repeated == MOST_REPEATED:
+                    self.exhausted = True
+                    return None
                 continue
             shortened = self.time.fit(config)
             if shortened is None:
                 self._refuse(trial, queued, Outcome.NOT_STARTED)
-                too_slow, repeated = too_slow + 1, True  # something else, which the sampler would not propose
+                exploring, too_slow = True, too_slow + 1  # something else, which the sampler would not propose
                 if too_slow == MOST_TOO_SLOW:
-                    self.out_of_time = True
+                    self.exhausted = True
                     return None
                 continue
             record = records.put(_record(trial, queued, shortened))
             self._note(record)
             return record
-        raise UserError(
-            f"{MOST_INVALID} proposals in a row cannot be trained, the last because {reason}; fix the space"
-        )
 
     def _refuse(self, trial: Trial, queued: Queued, outcome: Outcome, error: str = "") -> None:
         self.sampling.refuse(trial)

@@ -374,6 +374,41 @@ def test_a_sampler_that_repeats_itself_is_made_to_explore(tmp_path: Path) -> Non
     assert take(s).config.batch_size == 16  # nothing else is left: better again than not at all
 
 
+def _probe_or_more(trial: optuna.Trial, left: float) -> TrialConfig:
+    """Half of the proposals are probes, of which there are two; the others take 60 epochs."""
+    backbone = trial.suggest_categorical("backbone", ["resnet18", "resnet34"])
+    if trial.suggest_categorical("way", ["probe", "tuned"]) == "probe":
+        return TrialConfig(backbone=backbone, pretrained=True, epochs=0)
+    return TrialConfig(backbone=backbone, epochs=60, lr=trial.suggest_float("lr", 1e-4, 1e-1, log=True))
+
+
+@pytest.mark.parametrize("seed", [0, 13, 19, 36])  # the last three fell on it
+def test_a_budget_that_ends_among_repeated_and_slow_proposals_is_no_fault_of_the_space(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = sweep(tmp_path, trials=None, deadline=time.time() + 3600, suggest=_probe_or_more, seed=seed, sampler="tpe")
+    monkeypatch.setattr(s.time, "fit", lambda config: config if config.is_probe else None)
+    taken = []
+    while (job := s.next()) is not None:
+        taken.append(job.config)
+        s.finish(job.id, Result(Outcome.DIVERGED, error="loss is nan"))
+    assert sorted(config.backbone for config in taken) == ["resnet18", "resnet34"]
+    assert all(config.is_probe for config in taken)
+    assert not s.has_more()
+
+
+def test_a_space_that_has_been_tried_in_full_ends_the_sweep(tmp_path: Path) -> None:
+    def probes(trial: optuna.Trial, left: float) -> TrialConfig:
+        backbone = trial.suggest_categorical("backbone", ["resnet18", "resnet34", "resnet50"])
+        return TrialConfig(backbone=backbone, pretrained=True, epochs=0)
+
+    s = sweep(tmp_path, trials=10, suggest=probes)
+    for _ in range(3):
+        s.finish(take(s).id, Result(Outcome.DIVERGED, error="loss is nan"))
+    assert s.next() is None
+    assert not s.has_more()
+
+
 def test_fixed_recipes_are_taken_in_turn(tmp_path: Path) -> None:
     """They suggest no parameters: that is no repetition, and a number passed over would be a recipe passed over."""
     names = list(intel_lites.BACKBONES)

@@ -37,10 +37,9 @@ from benchmarks.peers import Job, run_peers
 from benchmarks.pools import Predictions, of_run, of_scikit_learn
 from ensemble.selection.auto import auto
 from ensemble.selection.blend import Blend, tempered
-from ensemble.selection.convex import convex
 from ensemble.selection.limits import Limits
 from ensemble.selection.metrics import accuracy, balanced_accuracy, log_loss
-from ensemble.selection.selectors import accuracy_weighted, best_single, greedy, uniform
+from ensemble.selection.selectors import accuracy_weighted, best_single, convex, greedy, uniform
 from ensemble.selection.stacking import stacking
 from trainables.errors import UserError, exit_on_user_error
 

@@ -29,7 +29,7 @@ from ensemble.report.trials import list_trials
 from ensemble.select import SELECTORS, Select, best_single, check, describe, fit, where
 from ensemble.selection.claim import VARIANCE, HeldOut, claim, paired_interval, score
 from ensemble.selection.explain import class_gain
-from ensemble.selection.metrics import Z95, correct, log_losses
+from ensemble.selection.metrics import Z95, log_losses
 from ensemble.show import make_console
 from ensemble.show import where as split_in_words
 from trainables.command import make_options
@@ -124,7 +124,7 @@ def open_side(run: UPath, name: str | None = None) -> Side:
     if args is None:
         return Side(pool, ensemble, fitted, None, True)
     limits = limits_for(pool, args.top_k, args.min_per_architecture, args.max_latency_ms, args.max_params)
-    blend, held_out, _ = fit(pool, limits, args)
+    blend, held_out, _ = fit(pool, limits, args, ensemble.goal)
     again = {pool.candidates[m].id for m in np.flatnonzero(blend.weights)}
     return Side(pool, ensemble, fitted, held_out, again == {member.id for member in ensemble.members})
 
@@ -147,7 +147,7 @@ def findings(sides: Sequence[Side]) -> dict[str, Any]:
     first = sides[0].pool
     is_fitted = any(side.held_out is None for side in sides)
     probs = [side.fitted if is_fitted or side.held_out is None else side.held_out.ensemble[0] for side in sides]
-    right = [correct(p, first.labels) for p in probs]
+    right = [side.ensemble.decision.answers(p) == first.labels for side, p in zip(sides, probs, strict=True)]
     losses = log_losses(probs[1], first.labels) - log_losses(probs[0], first.labels)
     half = Z95 * math.sqrt(VARIANCE * float(losses.var()) / len(losses))
     difference = right[1].astype(np.float64) - right[0]
@@ -163,7 +163,7 @@ def findings(sides: Sequence[Side]) -> dict[str, Any]:
             "log_loss_interval": [float(losses.mean()) - half, float(losses.mean()) + half],
             "only_first_right": int((right[0] & ~right[1]).sum()),
             "only_second_right": int((right[1] & ~right[0]).sum()),
-            "classes": class_gain(probs[1], probs[0], first.labels, first.classes),
+            "classes": class_gain(right[1], right[0], first.labels, first.classes),
         },
     }  # fmt: skip
 
@@ -171,14 +171,13 @@ def findings(sides: Sequence[Side]) -> dict[str, Any]:
 def _side(side: Side, is_fitted: bool) -> dict[str, Any]:
     pool, ensemble = side.pool, side.ensemble
     candidates = {candidate.id: candidate for candidate in pool.candidates}
-    score_of = describe(side.fitted, pool.labels) if is_fitted or side.held_out is None else claim(side.held_out)
-    held_out = None if is_fitted else side.held_out
-    single = best_single(pool)
-    alone = (
-        describe(np.asarray(pool.probs[single]), pool.labels)
-        if held_out is None
-        else score(held_out.single, pool.labels)
-    )
+    held_out, goal = None if is_fitted else side.held_out, ensemble.goal
+    single = best_single(pool, goal)
+    if held_out is None:
+        score_of = describe(side.fitted, pool.labels, goal, ensemble.decision)
+        alone = describe(np.asarray(pool.probs[single]), pool.labels, goal)
+    else:
+        score_of, alone = claim(held_out, goal), score(held_out.single, pool.labels, goal)
     return {
         "run": pool.runs[0].name,
         "path": str(pool.runs[0].absolute()),

@@ -14,6 +14,7 @@ from upath import UPath
 
 from ensemble.risk import Risk
 from ensemble.selection.blend import Blend, Probs, Stack, combine
+from ensemble.selection.goal import METRICS, MOST_PROBABLE, Decision, Goal
 from trainables.errors import UserError
 from trainables.run_directory import ID, Candidate, read_candidate, refuse_links, safe_id
 from trainables.storage import exists, is_link, is_local, list_folder, parse, read_json, write_json
@@ -106,6 +107,8 @@ class Ensemble:
         temperature: by which the log-probabilities of the average are divided in the end; 1 leaves them as they are.
         risk: when it is unsure, see ensemble/risk.py, and `scores["risk"]` how well that does on the rows that it was
             set on; None in older files, and where nothing could be held out.
+        metric: what it was chosen for, see ensemble/selection/goal.py.
+        decision: how its probabilities become answers; mostly the most probable class is the answer.
         options: what the selector was asked for.
         left_out: candidates that could not be used, by id, with the reason.
         frontier: the best ensemble within each latency: `latency_ms`, `members`, `accuracy`, `log_loss`.
@@ -121,6 +124,8 @@ class Ensemble:
     stack: Stack | None = None
     temperature: float = 1.0
     risk: Risk | None = None
+    metric: str = "accuracy"
+    decision: Decision = MOST_PROBABLE
     options: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     frontier: tuple[dict[str, Any], ...] = ()
@@ -137,8 +142,8 @@ class Ensemble:
 
         votes: the members' probabilities (M, N, C); probs: the ensemble's (N, C).
         """
-        answer = probs.argmax(axis=1)
-        same = np.array([np.asarray(vote).argmax(axis=1) == answer for vote in votes], float)
+        answer = self.decision.answers(probs)
+        same = np.array([self.decision.answers(np.asarray(vote)) == answer for vote in votes], float)
         shares: np.ndarray = self.weights @ same
         return shares
 
@@ -146,6 +151,11 @@ class Ensemble:
     def weights(self) -> np.ndarray:
         """(len(members),) float64, in the members' order."""
         return np.array([member.weight for member in self.members])
+
+    @property
+    def goal(self) -> Goal:
+        """What it was chosen for."""
+        return Goal(self.metric, self.decision.cost)
 
     @property
     def claim(self) -> dict[str, Any] | None:
@@ -185,6 +195,11 @@ class Ensemble:
                 "coefficients": self.stack.coefficients.tolist(),
                 "intercept": self.stack.intercept.tolist(),
             }
+        if self.metric != "accuracy":
+            values["metric"] = self.metric
+        decision = {"factors": self.decision.factors, "cost": self.decision.cost}
+        if any(value is not None for value in decision.values()):
+            values["decision"] = {key: value.tolist() for key, value in decision.items() if value is not None}
         if self.risk is not None:
             values["risk"] = dataclasses.asdict(self.risk)
         if self.frontier:
@@ -201,6 +216,9 @@ class Ensemble:
         try:
             found = parse({**values, "name": name}, _File, f"ensemble {name}")
             stack = None if found.stack is None else _stack(found.stack, len(found.members))
+            decision = _decision(found.decision)
+            if found.metric not in METRICS or (found.metric == "cost") != (decision.cost is not None):
+                raise ValueError(f"metric {found.metric[:40]!r}")
             for score in found.scores.values():
                 _check_score(score)
         except (KeyError, ValueError, TypeError) as error:
@@ -208,7 +226,7 @@ class Ensemble:
         total = sum(member.weight for member in found.members)
         if not found.members or abs(total - 1) > 1e-3 or not 0 < found.temperature < np.inf:
             raise UserError(f"ensemble {name} is damaged: its weights sum to {total:g}, expected 1; select again")
-        return cls(**{key: getattr(found, key) for key in _PLAIN}, stack=stack)
+        return cls(**{key: getattr(found, key) for key in _PLAIN}, stack=stack, decision=decision)
 
 
 @dataclass(frozen=True)
@@ -223,6 +241,8 @@ class _File:
     stack: dict[str, Any] | None = None
     temperature: float = 1.0
     risk: Risk | None = None
+    metric: str = "accuracy"
+    decision: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     frontier: tuple[dict[str, float], ...] = ()
@@ -233,11 +253,11 @@ class _File:
 def _check_score(score: dict[str, Any]) -> None:
     """Raise ValueError for a score whose numbers are none: what shows them need not ask again."""
     for key, value in score.items():
-        if key in ("id", "run", "split", "named_by"):
+        if key in ("id", "run", "split", "named_by", "name"):
             is_fine = isinstance(value, str)
         elif key == "interval":
             is_fine = isinstance(value, list) and len(value) == 2 and all(_is_number(end) for end in value)
-        elif key == "gain":
+        elif key in ("gain", "metric"):
             is_fine = isinstance(value, dict)
             if is_fine:
                 _check_score(value)
@@ -251,7 +271,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-_PLAIN = tuple(part.name for part in dataclasses.fields(_File) if part.name != "stack")
+_PLAIN = tuple(part.name for part in dataclasses.fields(_File) if part.name not in ("stack", "decision"))
 
 
 def write_ensemble(run: UPath, ensemble: Ensemble, default: bool = True) -> UPath:
@@ -305,6 +325,16 @@ def _files(run: UPath) -> dict[str, UPath]:
         for path in list_folder(run / "ensembles")
         if path.suffix == ".json" and ID.fullmatch(path.stem) and not is_link(path)
     }
+
+
+def _decision(values: dict[str, Any]) -> Decision:
+    factors, cost = (None if key not in values else np.array(values[key], np.float64) for key in ("factors", "cost"))
+    for array, dimensions in ((factors, 1), (cost, 2)):
+        if array is None:
+            continue
+        if array.ndim != dimensions or array.shape[0] != array.shape[-1] or not np.isfinite(array).all():
+            raise ValueError(f"a decision of shape {array.shape}")
+    return Decision(factors, cost) if values else MOST_PROBABLE
 
 
 def _stack(values: dict[str, Any], members: int) -> Stack:

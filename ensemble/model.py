@@ -90,15 +90,17 @@ class Model:
                     pixels = np.stack([one.pixels for one in read if one.pixels is not None])
                     probs[start + np.array(readable)] = self.voters(pixels)
                 advance(len(read))
-        labels = ["" if np.isnan(row[0]) else self.classes[int(row.argmax())] for row in probs]
-        risk, names = self.ensemble.risk, np.array(self.classes)
+        risk, decision, names = self.ensemble.risk, self.ensemble.decision, np.array(self.classes)
+        known = ~np.isnan(probs[:, 0])
+        labels = [
+            "" if not is_known else self.classes[a] for a, is_known in zip(decision.answers(probs), known, strict=True)
+        ]
         if risk is None:
             return Predictions(tuple(ids), tuple(labels), probs, self.classes, unreadable)
-        known = ~np.isnan(probs[:, 0])
-        sets = risk.sets(probs) & known[:, None]
+        sets = risk.sets(probs, decision) & known[:, None]
         return Predictions(
             tuple(ids), tuple(labels), probs, self.classes, unreadable,
-            tuple(tuple(names[row].tolist()) for row in sets), risk.unsure(probs) | ~known,
+            tuple(tuple(names[row].tolist()) for row in sets), risk.unsure(probs, decision) | ~known,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from upath import UPath
 
 from ensemble.file import relative_run
 from ensemble.selection.blend import chunks
+from ensemble.selection.goal import Goal
 from ensemble.selection.limits import Limits
 from trainables.errors import UserError
 from trainables.run_directory import Candidate, find_candidates, read_run, select_labels
@@ -50,16 +51,19 @@ class Pool:
         """What Member.run says about where candidate m lies: "" for the first run."""
         return relative_run(self.candidates[m].path.parent.parent, self.runs[0])
 
-    def best_on_tune(self) -> int | None:
-        """The candidate that is most accurate on the tune split, the lower log-loss there breaking ties.
+    def best_on_tune(self, goal: Goal | None = None) -> int | None:
+        """The candidate that is best on the tune split, the lower log-loss there breaking ties.
 
-        None where tune and select are the same images, or a candidate does not say how it did there. Named so, the
-        candidate was not chosen for its luck on the rows that it is scored on.
+        None where tune and select are the same images, a candidate does not say how it did there, or the goal is
+        neither accuracy nor log-loss. Named so, the candidate was not chosen for its luck on the rows that it is scored
+        on.
         """
-        metrics = [candidate.info.metrics for candidate in self.candidates]
-        if self.shared or not all("tune_accuracy" in m for m in metrics):
+        metrics, goal = [candidate.info.metrics for candidate in self.candidates], goal or Goal()
+        if self.shared or not goal.is_scored or not all("tune_accuracy" in m for m in metrics):
             return None
         keys = [(-m["tune_accuracy"], m.get("tune_log_loss", np.inf)) for m in metrics]
+        if goal.name == "log_loss":
+            keys = [(loss, right) for right, loss in keys]
         return min(range(len(keys)), key=keys.__getitem__)
 
     def numbers(self, key: str) -> np.ndarray:

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from upath import UPath
 
 from ensemble.file import Ensemble, read_ensemble
+from ensemble.risk import confidence
 from trainables.command import progress
 from trainables.config import TestTimeAugmentation
 from trainables.data.decode import Canvas, read_images
@@ -133,6 +134,8 @@ class Voters:
                     f"{len(info.classes)}; select without it"
                 )
         members = [candidate_predictor(candidate, device, tta, precision) for candidate in candidates]
+        if ensemble.decision.classes not in (None, len(info.classes)):
+            raise UserError(f"ensemble {ensemble.name} decides among {ensemble.decision.classes} classes; select again")
         return cls(ensemble, info.classes, stored_form(runs[0]), tuple(members))
 
     def votes(self, images: np.ndarray) -> list[np.ndarray]:
@@ -238,20 +241,22 @@ def _answers(voters: Voters, images: np.ndarray, args: Predict) -> Iterator[list
     votes = voters.votes(images)
     probs = voters.ensemble.predict(votes)
     sure = _how_sure(voters, votes, probs) if args.unsure else [[]] * len(probs)
-    for row, more in zip(probs, sure, strict=True):
+    for row, answer, more in zip(probs, voters.ensemble.decision.answers(probs).tolist(), sure, strict=True):
         shown = [f"{p:.6f}" for p in row] if args.probs else []
-        yield [voters.classes[int(row.argmax())], *more, *shown]
+        yield [voters.classes[answer], *more, *shown]
 
 
 def _how_sure(voters: Voters, votes: list[np.ndarray], probs: np.ndarray) -> list[list[str]]:
     """The columns SURE of images for which the members and the ensemble have these probabilities."""
-    risk, agreement = voters.ensemble.risk, voters.ensemble.agreement(votes, probs)
+    risk, decision, classes = voters.ensemble.risk, voters.ensemble.decision, np.array(voters.classes)
     assert risk is not None
+    columns = (
+        confidence(probs, decision), voters.ensemble.agreement(votes, probs), risk.sets(probs, decision),
+        risk.unsure(probs, decision).tolist(),
+    )  # fmt: skip
     return [
-        [f"{row.max():.6f}", f"{agreement[n]:.6f}", "|".join(np.array(voters.classes)[chosen].tolist()), YES_NO[unsure]]
-        for n, (row, chosen, unsure) in enumerate(
-            zip(probs, risk.sets(probs), risk.unsure(probs).tolist(), strict=True)
-        )
+        [f"{own:.6f}", f"{same:.6f}", "|".join(classes[chosen].tolist()), YES_NO[unsure]]
+        for own, same, chosen, unsure in zip(*columns, strict=True)
     ]
 
 

@@ -7,8 +7,9 @@ from upath import UPath
 
 from ensemble.pool import load_pool
 from ensemble.selection.blend import Blend, scale
+from ensemble.selection.goal import Goal, Judge
 from ensemble.selection.limits import Limits
-from ensemble.selection.metrics import accuracy, clearly_lower, log_loss, log_losses, true_class
+from ensemble.selection.metrics import accuracy, clearly_lower, log_loss, true_class
 from ensemble.selection.options import SPREADS, temperature_of
 from ensemble.selection.scorers import LogLoss
 from ensemble.selection.selectors import grow
@@ -20,10 +21,12 @@ SPREAD = SPREADS["wide"]  # as in the default option of the final rule
 
 @dataclass(frozen=True, eq=False)
 class _Known:
-    """A candidate: its predictions (N, C), their temperature, and at that the probability of each label, (N,)."""
+    """A candidate: what it is ranked by (see goal.Judge), its predictions (N, C), their temperature, and at that the
+    probability of each label, (N,)."""
 
     id: str
     accuracy: float
+    credit: float
     loss: float
     probs: np.ndarray
     temperature: float
@@ -39,9 +42,10 @@ class EnsembleSoFar:
     `members` the weights by id.
     """
 
-    def __init__(self, run: UPath, top_k: int) -> None:
+    def __init__(self, run: UPath, top_k: int, goal: Goal | None = None) -> None:
         self.run, self.limits = run, Limits(k=top_k)
-        self.labels = np.asarray(select_labels(run))
+        self.labels, self.goal = np.asarray(select_labels(run)), goal or Goal()
+        self.judge: Judge | None = None  # known with the first candidate
         self.pool: list[_Known] = []  # the most accurate first
         self.best_single: tuple[str, float] | None = None
         self.members: dict[str, float] = {}
@@ -54,15 +58,18 @@ class EnsembleSoFar:
     def add(self, candidate: Candidate, choose: bool = True) -> None:
         probs = np.asarray(candidate.probs("select"), np.float32)
         heat = temperature_of(probs, self.labels, SPREAD)
+        if self.judge is None:
+            self.judge = Judge(self.goal, self.labels, probs.shape[1])
         known = _Known(
             candidate.id,
             accuracy(probs, self.labels),
-            log_loss(probs, self.labels),
+            float(self.judge.credit(probs).mean()),
+            float(self.judge.losses(probs).mean()),
             probs,
             heat,
             true_class(scale(probs, heat), self.labels),
         )
-        self.pool = sorted([*self.pool, known], key=lambda c: (-c.accuracy, c.loss, c.id))[:LIVE_POOL]
+        self.pool = sorted([*self.pool, known], key=lambda c: (-c.credit, c.loss, c.id))[:LIVE_POOL]
         self.best_single = (self.pool[0].id, self.pool[0].accuracy)
         if choose:
             blend = self._choose()
@@ -78,6 +85,7 @@ class EnsembleSoFar:
         blend = Blend(weights, heat, temperature=temperature_of(mixed, self.labels, SPREAD))
         single = Blend(np.eye(1, len(self.pool))[0])
         alone = np.count_nonzero(weights) == 1
-        if alone or not clearly_lower(log_losses(blend(probs), self.labels), log_losses(probs[0], self.labels)):
+        assert self.judge is not None
+        if alone or not clearly_lower(self.judge.losses(blend(probs)), self.judge.losses(probs[0])):
             return single
         return blend

@@ -26,9 +26,9 @@ from ensemble.selection import metrics, selectors
 from ensemble.selection.auto import Choice, auto, choose_selector
 from ensemble.selection.blend import Blend, Probs, tempered
 from ensemble.selection.claim import HeldOut, claim, deal_folds, leave_out, score
-from ensemble.selection.convex import convex
 from ensemble.selection.explain import explain
 from ensemble.selection.frontier import frontier
+from ensemble.selection.goal import Decision, Goal, Judge, read_goal
 from ensemble.selection.limits import Limits
 from ensemble.selection.options import SPREADS, Option, Table, temperature_of
 from ensemble.selection.selectors import Score
@@ -64,7 +64,7 @@ SELECTORS = {
     "accuracy_weighted": Selector(
         lambda probs, labels, limits, score: selectors.accuracy_weighted(probs, labels, limits)
     ),
-    "convex": Selector(lambda probs, labels, limits, score: convex(probs, labels, limits)),
+    "convex": Selector(lambda probs, labels, limits, score: selectors.convex(probs, labels, limits)),
     "stacking": Selector(lambda probs, labels, limits, score: stacking(probs, labels, limits), scales_itself=True),
     "best_single": Selector(selectors.best_single, takes_score=True),
 }
@@ -82,6 +82,10 @@ class Select:
         min_per_architecture: at least so many members of every architecture.
         max_latency_ms: most milliseconds per image of all members together.
         max_params: most parameters of all members together.
+        metric: what the ensemble is to be best at: accuracy, log_loss, balanced_accuracy (mean recall of the classes),
+            macro_f1, auroc (mean over classes), or cost:FILE, a table of what each wrong answer costs, as CSV: a header
+            label,<classes>, then for each label a row. Options are compared by it, answers given for it, and the
+            claim is about it.
         risk: share of new images, 0 to 1, whose set of classes may lack the right one, and of those that may get an
             answer that is sure and wrong; see ensemble/risk.py.
         temperature_scaling: give each candidate its own best temperature before anything is averaged, and then the
@@ -99,6 +103,7 @@ class Select:
     min_per_architecture: int = 0
     max_latency_ms: float | None = None
     max_params: float | None = None
+    metric: str = "accuracy"
     risk: float = USUAL_RISK
     temperature_scaling: bool = False
     exclude: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ID")] = ()
@@ -145,6 +150,7 @@ def _runs(args: Select) -> list[UPath]:
 
 # What an option adds to the name of a file, so that a selection with other limits is another file.
 _SUFFIXES = {
+    "metric": "{}",
     "top_k": "top{:g}", "score": "{}", "min_per_architecture": "min{:g}", "max_latency_ms": "{:g}ms",
     "max_params": "{:g}params", "risk": "risk{:g}", "temperature_scaling": "tempered", "exclude": "without{}",
 }  # fmt: skip
@@ -155,8 +161,11 @@ def name_of(args: Select) -> str:
     """The name of the file: as asked for, or what tells the selection from others."""
     if args.name:
         return args.name
-    told = [_SUFFIXES[key].format("-".join(v).replace("/", "-") if isinstance(v, tuple) else v)
-            for key, v in _limits(dataclasses.asdict(args)).items()]  # fmt: skip
+    told = []
+    for key, value in _limits(dataclasses.asdict(args)).items():
+        shown = "-".join(value) if isinstance(value, tuple) else value
+        shown = shown.partition(":")[0] if key == "metric" else shown  # the name of a file is no part of it
+        told.append(_SUFFIXES[key].format(shown.replace("/", "-") if isinstance(shown, str) else shown))
     return "-".join([args.selector, *told])[:LONGEST_NAME]
 
 
@@ -201,23 +210,25 @@ def check(args: Select) -> None:
 def choose_from(pool: Pool, args: Select) -> Ensemble:
     """As `choose`, for candidates that are already loaded."""
     limits = limits_for(pool, args.top_k, args.min_per_architecture, args.max_latency_ms, args.max_params)
-    blend, held_out, choice = fit(pool, limits, args)
+    goal = read_goal(args.metric, pool.classes)
+    blend, held_out, choice = fit(pool, limits, args, goal)
     heaviest = [m for m in np.argsort(-blend.weights, kind="stable").tolist() if blend.weights[m] > 0]
     ordered = blend.only(np.array(heaviest))
     members = []
     for place, m in enumerate(heaviest):
         temperature = 1.0 if ordered.temperatures is None else float(ordered.temperatures[place])
         members.append(Member(pool.candidates[m].id, float(ordered.weights[place]), pool.run_of(m), temperature))
-    single = best_single(pool)
-    scores = score_all(pool, blend, single, held_out)
+    single = best_single(pool, goal)
+    scores = score_all(pool, blend, single, held_out, goal)
+    decision = goal.decide(blend(pool.probs)[None] if held_out is None else held_out.ensemble, pool.labels)
     insight = explain(blend, pool.probs, pool.labels, single, pool.classes)
     if choice is not None:
         insight["auto"] = choice.report()
     asked = {k: v for k, v in dataclasses.asdict(args).items() if k in _SUFFIXES and v}
     risk = None
     if held_out is not None:
-        risk = calibrate(held_out.ensemble, pool.labels, args.risk)
-        scores["risk"] = where(pool) | measure(risk, held_out.ensemble, pool.labels)
+        risk = calibrate(held_out.ensemble, pool.labels, args.risk, decision)
+        scores["risk"] = where(pool) | measure(risk, held_out.ensemble, pool.labels, decision)
     return Ensemble(
         name=name_of(args),
         members=tuple(members),
@@ -227,6 +238,8 @@ def choose_from(pool: Pool, args: Select) -> Ensemble:
         stack=ordered.stack,
         temperature=ordered.temperature,
         risk=risk,
+        metric=goal.name,
+        decision=decision,
         options=asked,
         left_out=pool.left_out,
         frontier=tuple(
@@ -244,12 +257,12 @@ def choose_from(pool: Pool, args: Select) -> Ensemble:
     )
 
 
-def fit(pool: Pool, limits: Limits, args: Select) -> tuple[Blend, HeldOut | None, Choice | None]:
+def fit(pool: Pool, limits: Limits, args: Select, goal: Goal) -> tuple[Blend, HeldOut | None, Choice | None]:
     """What the selector that the arguments name finds in the pool, what it predicts for rows that it did not see, and
     auto's account of how it chose."""
-    single = pool.best_on_tune()
+    single = pool.best_on_tune(goal)
     if args.selector == "auto":
-        choice = choose_selector(pool.probs, pool.labels, limits, single=single)
+        choice = choose_selector(pool.probs, pool.labels, limits, single=single, goal=goal)
         return choice.blend, choice.held_out, choice
 
     def select(probs: Probs, labels: np.ndarray) -> Blend:
@@ -261,7 +274,7 @@ def fit(pool: Pool, limits: Limits, args: Select) -> tuple[Blend, HeldOut | None
         found = tempered(one, probs, labels) if args.temperature_scaling else one(probs, labels)
         return found if isinstance(found, Blend) else Blend(found)
 
-    table, folds = Table(pool.probs, pool.labels, limits), deal_folds(pool.labels)[:1]
+    table, folds = Table(pool.probs, pool.labels, limits, goal), deal_folds(pool.labels)[:1]
 
     def without(repeat: int, fold: int) -> Blend:
         rows = np.setdiff1d(np.arange(len(pool.labels)), folds[repeat][fold])
@@ -283,17 +296,20 @@ def cheap_option(selector: str, k: int, insight: dict[str, Any], tempered: bool 
     return Option(selector if selector in CHEAP else "greedy", k, "free" if tempered else "none")
 
 
-def best_single(pool: Pool) -> int:
-    """The candidate that every ensemble is compared with: best on the tune split, else the most accurate on select."""
-    named = pool.best_on_tune()
+def best_single(pool: Pool, goal: Goal | None = None) -> int:
+    """The candidate that every ensemble is compared with: best on the tune split, else the best on select."""
+    named = pool.best_on_tune(goal)
     if named is not None:
         return named
-    accuracies = [metrics.accuracy(p, pool.labels) for p in pool.probs]
-    best = [m for m, accuracy in enumerate(accuracies) if accuracy == max(accuracies)]
-    return min(best, key=lambda m: (metrics.log_loss(pool.probs[m], pool.labels), m))
+    judge = Judge(goal or Goal(), pool.labels, len(pool.classes))
+    credit = [judge.credit(np.asarray(p)).mean() for p in pool.probs]
+    best = [m for m in range(len(credit)) if credit[m] == max(credit)]
+    return min(best, key=lambda m: (judge.losses(np.asarray(pool.probs[m])).mean(), m))
 
 
-def score_all(pool: Pool, blend: Blend, single: int, held_out: HeldOut | None = None) -> dict[str, Any]:
+def score_all(
+    pool: Pool, blend: Blend, single: int, held_out: HeldOut | None = None, goal: Goal | None = None
+) -> dict[str, Any]:
     """The select scores of the ensemble and of the best single candidate (an index).
 
     `claim` is what to expect on new images, held out; so are then `best_single` and `best_single_calibrated`, and
@@ -304,24 +320,25 @@ def score_all(pool: Pool, blend: Blend, single: int, held_out: HeldOut | None = 
     named = {
         "id": pool.candidates[single].id,
         "run": pool.run_of(single),
-        "named_by": "select" if pool.best_on_tune() is None else "tune",
+        "named_by": "select" if pool.best_on_tune(goal) is None else "tune",
     }
     alone = np.asarray(pool.probs[single])
-    scores = {"select": fitted | describe(blend(pool.probs), pool.labels)}
+    goal = goal or Goal()
+    scores = {"select": fitted | describe(blend(pool.probs), pool.labels, goal)}
     if held_out is None:
         right, single_right = metrics.correct(blend(pool.probs), pool.labels), metrics.correct(alone, pool.labels)
         mean, low, high = metrics.paired_bootstrap(right, single_right)
         gain = {"accuracy": mean, "interval": [low, high]}
-        return scores | {"best_single": named | fitted | describe(alone, pool.labels), "gain": fitted | gain}
-    claimed = claim(held_out)
+        return scores | {"best_single": named | fitted | describe(alone, pool.labels, goal), "gain": fitted | gain}
+    claimed = claim(held_out, goal)
     temperature = temperature_of(alone, pool.labels, SPREADS["wide"])
     return scores | {
         "claim": split | claimed,
-        "best_single": named | split | score(held_out.single, pool.labels),
+        "best_single": named | split | score(held_out.single, pool.labels, goal),
         "best_single_calibrated": named
         | {"temperature": temperature}
         | split
-        | score(held_out.calibrated, pool.labels),
+        | score(held_out.calibrated, pool.labels, goal),
         "gain": split | claimed["gain"],
     }
 
@@ -331,10 +348,18 @@ def where(pool: Pool) -> dict[str, Any]:
     return {"split": "select", "images": len(pool.labels), "shared": pool.shared}
 
 
-def describe(probs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, log-loss, Brier score and calibration error of probs (N, C), as plain JSON."""
-    right = int(metrics.correct(probs, labels).sum())
-    return {
+def describe(
+    probs: np.ndarray, labels: np.ndarray, goal: Goal | None = None, decision: Decision | None = None
+) -> dict[str, Any]:
+    """Accuracy with its 95 % interval, log-loss, Brier score and calibration error of probs (N, C), as plain JSON.
+
+    Answers are the goal's, by the decision if one is given; see `score` in claim.py.
+    """
+    goal = goal or Goal()
+    decision = decision or goal.decide(probs[None], labels)
+    right = int((decision.answers(probs) == labels).sum())
+    more = {} if goal.is_scored else {"metric": goal.measure(probs[None], labels, decision)}
+    return more | {
         "accuracy": right / len(labels),
         "interval": list(metrics.wilson(right, len(labels))),
         "log_loss": metrics.log_loss(probs, labels),

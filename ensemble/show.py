@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SHOWN_CLASSES = 3
+SCORES = ("accuracy", "95 % interval", "log-loss", "Brier", "ECE")  # columns
 PLAIN_WIDTH = 130
 
 
@@ -57,19 +58,45 @@ def where(score: dict[str, Any]) -> str:
 def claim_in_words(claim: dict[str, Any]) -> str:
     """One line for `scores["claim"]`: what to expect on new images."""
     low, high = claim["interval"]
+    told = f"{metric_in_words(claim['metric'])} and " if "metric" in claim else ""
     return (
-        f"expect {claim['accuracy']:.2%} on new images (95 % {low:.2%} to {high:.2%}), "
+        f"expect {told}{claim['accuracy']:.2%} on new images (95 % {low:.2%} to {high:.2%}), "
         f"log-loss {claim['log_loss']:.4f}: cross-validated as a whole on the {where(claim)}"
     )
+
+
+def metric_name(metric: dict[str, Any]) -> str:
+    """The name of a score's `metric` in words."""
+    return {"auroc": "AUROC", "macro_f1": "macro F1"}.get(metric["name"], metric["name"].replace("_", " "))
+
+
+def metric_in_words(metric: dict[str, Any]) -> str:
+    """A score's `metric` with its interval."""
+    low, high = (show_metric(metric, end) for end in metric["interval"])
+    return f"{metric_name(metric)} {show_metric(metric, metric['value'])} (95 % {low} to {high})"
+
+
+def show_metric(metric: dict[str, Any], value: float) -> str:
+    """A value of a metric: costs as they are, all others in per cent."""
+    return f"{value:.4f}" if metric["name"] == "cost" else f"{value:.2%}"
+
+
+def _signed(metric: dict[str, Any], value: float) -> str:
+    return f"{value:+.4f}" if metric["name"] == "cost" else f"{100 * value:+.2f} points"
 
 
 def gain_in_words(gain: dict[str, Any]) -> str:
     """One line for `scores["gain"]`."""
     low, high = gain["interval"]
+    more = ""
+    if "metric" in gain:
+        found = gain["metric"]
+        ends = [_signed(found, end) for end in found["interval"]]
+        more = f", {metric_name(found)} {_signed(found, found['value'])} (95 % {ends[0]} to {ends[1]})"
     p = f", McNemar p = {gain['mcnemar_p']:.2g}" if "mcnemar_p" in gain else ""
     return (
         f"ensemble minus best single: {100 * gain['accuracy']:+.2f} points "
-        f"(95 % {100 * low:+.2f} to {100 * high:+.2f}{p}) on the {where(gain)}"
+        f"(95 % {100 * low:+.2f} to {100 * high:+.2f}{p}){more} on the {where(gain)}"
     )
 
 
@@ -142,12 +169,14 @@ def _scores(ensemble: Ensemble) -> Any:
     from rich.table import Table
 
     table = Table(title=f"on the {where(ensemble.scores['select'])}", title_justify="left")
-    for heading in ("", "accuracy", "95 % interval", "log-loss", "Brier", "ECE"):
+    metric = ensemble.scores["select"].get("metric")
+    for heading in ("", *([metric_name(metric)] if metric else []), *SCORES):
         table.add_column(heading, justify="right" if heading else "left")
     for label, score in score_rows(ensemble.scores):
         low, high = score["interval"]
         table.add_row(
             label,
+            *([show_metric(score["metric"], score["metric"]["value"])] if metric else []),
             f"{score['accuracy']:.2%}",
             f"{low:.2%} to {high:.2%}",
             f"{score['log_loss']:.4f}",

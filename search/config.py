@@ -15,7 +15,7 @@ from trainables.job import LaneRequest, WeightSource
 
 Sampler = Literal["tpe", "gp", "random"]
 Pruner = Literal["asha", "hyperband", "median", "promote", "wilcoxon", "none"]
-Objective = Literal["accuracy", "log_loss", "ensemble"]
+Objective = Literal["metric", "log_loss", "ensemble"]
 Fit = Literal["squash", "crop", "pad"]
 Scale = Literal["full", "tiny"]
 
@@ -78,10 +78,12 @@ class SearchConfig:
     Predictions are kept for all, and weights for the members of every saved ensemble."""
     top_k: int = 9
     """Most members of the ensemble."""
-    objective: Objective = "accuracy"
-    """What the sampler maximises (accuracy) or minimises (log_loss) on the tune split; ensemble: minimises the log-loss
-    of the ensemble so far with the candidate added (benchmarks.search: on recorded curves no worse, not surely
-    better)."""
+    metric: str = "accuracy"
+    """What the ensemble is to be best at: accuracy, log_loss, balanced_accuracy, macro_f1, auroc or cost:FILE (see
+    ensemble.select). The sampler, the selection, the claim and the report are about it."""
+    objective: Objective = "metric"
+    """What the sampler looks at, on the tune split: the candidate's own metric or log_loss; ensemble: the log-loss of
+    the ensemble so far with the candidate added (benchmarks.search: on recorded curves no worse, not surely better)."""
     sampler: Sampler = "tpe"
     """Optuna sampler: proposes configurations."""
     pruner: Pruner = "promote"
@@ -197,6 +199,7 @@ class Task:
         classes: number of classes.
         images, train_images: size of all splits together, and of the train split.
         trainings: networks that are trained for one candidate: more than one where few images are cross-fitted.
+        imbalance: images of the largest class for one of the smallest, 1 or more.
         stored_size: shorter side in pixels of the stored images.
         device: "cuda" or "cpu".
         left: seconds that a lane has left, None for no limit.
@@ -212,3 +215,4 @@ class Task:
     left: float | None
     costs: dict[str, Cost]
     trainings: int = 1
+    imbalance: float = 1.0

@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 from upath import UPath
 
 from cluster.connect import in_cluster
+from ensemble.selection.goal import Goal, read_goal
 from search.config import SearchConfig, Task
 from search.costs import Costs
 from search.spaces import Space, known_spaces, load_space
@@ -51,6 +52,7 @@ class Plan:
     costs: Costs  # of the backbones with pretrained weights
     left_out: list[str]  # backbones of the space that it does not want for these images and this budget
     notes: list[str]  # on the splits
+    goal: Goal = field(default_factory=Goal)  # what --metric names
 
 
 def with_budget(config: SearchConfig) -> SearchConfig:
@@ -118,13 +120,14 @@ def make_plan(config: SearchConfig) -> Plan:
     study = study_name(run) if info is not None else f"{run.name}-{uuid.uuid4().hex[:8]}"
     other_budget = config.minutes or config.device_hours or config.target_accuracy or config.stop_on_plateau
     trials = config.trials or (None if other_budget else space.trials)
-    metric = "tune_accuracy" if config.objective == "accuracy" else "tune_log_loss"
+    goal = read_goal(config.metric, list(data.classes))
+    metric = "tune_accuracy" if config.objective == "metric" and goal.higher_is_better else "tune_log_loss"
 
     def propose(trial: optuna.Trial) -> TrialConfig:
         return space.suggest(trial, task)
 
     earlier = [t for old in config.warm_start for t in read_earlier(old, metric, propose)]
-    return Plan(run, data, splits, space, backbones, trials, study, missing, earlier, costs, left_out, notes)
+    return Plan(run, data, splits, space, backbones, trials, study, missing, earlier, costs, left_out, notes, goal)
 
 
 def _is_of_before(info: RunInfo, data: Data, config: SearchConfig) -> bool:
@@ -145,9 +148,10 @@ def make_task(
 ) -> Task:  # fmt: skip
     """What a space is told, for trials on `device` with `left` seconds (None: no limit) to go."""
     side = min(data.images.shape[1:3])
+    counts = np.bincount(np.asarray(data.labels), minlength=len(data.classes))
     return Task(
         backbones, len(data.classes), costs.images, len(splits.train), side, device, left, costs.table(),
-        splits.trainings,
+        splits.trainings, float(counts.max() / counts.min()),
     )  # fmt: skip
 
 

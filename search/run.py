@@ -33,7 +33,7 @@ from search.config import SearchConfig, Task
 from search.plan import Plan, checked, make_plan, make_task, with_budget
 from search.show import describe_lanes, print_first, print_leaderboard, print_missing, print_start, short_path
 from search.study.mirror import Mirror, open_mirror
-from search.study.objective import Contribution
+from search.study.objective import value_by
 from search.study.proposals import with_backbones
 from search.sweep import Sweep
 from trainables.config import TrialConfig
@@ -78,7 +78,7 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
     print_missing(console, plan)
     opened = _open(plan, config)
     budget = _make_budget(plan, config, opened.records.spent, began)
-    live = EnsembleSoFar(plan.run, config.top_k)
+    live = EnsembleSoFar(plan.run, config.top_k, plan.goal)
     lanes = Lanes(config.lane_request(), console.print)
 
     def task(left: float) -> Task:
@@ -92,10 +92,11 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
         return checked(plan.space.suggest(trial, now), now)
 
     tune_labels = np.asarray(plan.data.labels)[plan.splits.tune]
+    valued, contribution = value_by(plan.goal, config.objective, tune_labels, config.top_k)
     sweep = Sweep(
         opened.records, plan.run, _source(plan, config), budget, plan.backbones, suggest,
-        config.sampler, config.seed, config.objective, config.pruner, plan.earlier, plan.costs, live,
-        contribution=Contribution(tune_labels, config.top_k) if config.objective == "ensemble" else None,
+        config.sampler, config.seed, valued, config.pruner, plan.earlier, plan.costs, live,
+        contribution=contribution,
         store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
         mirror=opened.mirror, workers=config.workers_per_trial,
     )  # fmt: skip
@@ -147,7 +148,7 @@ class _Opened:
 
 def _open(plan: Plan, config: SearchConfig) -> _Opened:
     """Open the run directory and its study; raises UserError before anything is written."""
-    maximise = config.objective == "accuracy"
+    maximise = config.objective == "metric" and plan.goal.higher_is_better
     if config.storage:  # one that cannot be opened is told before anything is written
         open_mirror(plan.run, config.storage, plan.study, maximise, ())
     try:
@@ -244,11 +245,12 @@ def _check_continues(plan: Plan, config: SearchConfig, begun: RunInfo) -> None:
             f"{plan.run} is a sweep over {', '.join(begun.backbones)}, not over {', '.join(asked)}; "
             "ask for the same backbones (and have their weights), or name another with --run"
         )
-    objective = begun.search.get("objective", config.objective)
-    if objective != config.objective:
-        raise UserError(
-            f"this run's objective is {objective}, not {config.objective}; use --objective {objective} or another --run"
-        )
+    for option, asked_for, usual in (("objective", config.objective, "metric"), ("metric", config.metric, "accuracy")):
+        of_run = begun.search.get(option, usual)
+        if asked_for != ("metric" if option == "objective" and of_run == "accuracy" else of_run):  # as it was called
+            raise UserError(
+                f"this run's {option} is {of_run}, not {asked_for}; use --{option} {of_run} or another --run"
+            )
     was = (begun.space or plan.space.name, begun.search.get("scale", config.scale))
     if was != (plan.space.name, config.scale):
         raise UserError(
@@ -271,7 +273,7 @@ def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, 
     if not list_candidates(plan.run):
         console.print("no trial has finished, so there is no ensemble")
         return None
-    args = Select(top_k=config.top_k, run=(str(plan.run),))
+    args = Select(top_k=config.top_k, metric=config.metric, run=(str(plan.run),))
     pool = open_pool(args)
     ensemble = choose_from(pool, args)
     write_ensemble(plan.run, ensemble)
@@ -287,7 +289,10 @@ def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, 
         console.print(f"report: {short_path(plan.run / PAGE)}", markup=False)
     console.print(f"\n{len(pool.candidates)} candidates in {short_path(plan.run)} after {time.time() - began:.0f} s")
     console.print("next:")
-    console.print(f"  python -m ensemble.select --top-k {config.top_k} --run {short_path(plan.run)}", markup=False)
+    metric = "" if config.metric == "accuracy" else f"--metric {config.metric} "
+    console.print(
+        f"  python -m ensemble.select --top-k {config.top_k} {metric}--run {short_path(plan.run)}", markup=False
+    )
     console.print(f"  python -m ensemble.predict --run {short_path(plan.run)} --images FOLDER", markup=False)
     return ensemble
 

@@ -16,10 +16,10 @@ from upath import UPath
 
 from ensemble.running import EnsembleSoFar
 from search.budget import Budget, Goal, WeightStore
-from search.config import Objective, Pruner, Sampler
+from search.config import Pruner, Sampler
 from search.costs import Costs
 from search.study.mirror import Mirror
-from search.study.objective import Contribution
+from search.study.objective import Contribution, OwnScores, Valued
 from search.study.promotion import FACTOR, Rungs, rung_epochs
 from search.study.proposals import Proposals, Suggest
 from search.study.pruning import Pruning
@@ -56,7 +56,7 @@ class Sweep:
         warm: trials of earlier sweeps that the sampler learns from.
         costs: what trials take whose like has not been seen yet.
         live: the ensemble so far, which gets every candidate; needed by the budget's target, plateau and final seeds.
-        contribution: values candidates by what they add to an ensemble; None: by their own score.
+        contribution: values candidates by what they add to an ensemble, or by a metric; None: by their own score.
         store: deletes weights beyond the disk budget.
         mirror: shows the trials to Optuna's tools.
         workers: of a trial.
@@ -68,10 +68,10 @@ class Sweep:
     def __init__(
         self, records: Records, run: UPath, data: DataSource, budget: Budget,
         weights: dict[str, WeightSource | None], suggest: Suggest,
-        sampler: Sampler = "tpe", seed: int = 0, objective: Objective = "accuracy", pruner: Pruner = "promote",
+        sampler: Sampler = "tpe", seed: int = 0, objective: Valued = "accuracy", pruner: Pruner = "promote",
         warm: Iterable[FrozenTrial] = (), costs: Costs | None = None, live: EnsembleSoFar | None = None,
-        contribution: Contribution | None = None, store: WeightStore | None = None, mirror: Mirror | None = None,
-        workers: int = 1, clock: Callable[[], float] = time.time,
+        contribution: Contribution | OwnScores | None = None, store: WeightStore | None = None,
+        mirror: Mirror | None = None, workers: int = 1, clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self.records, self.run, self.data, self.budget, self.weights = records, run, data, budget, weights
         self.live, self.contribution, self.store, self.mirror = live, contribution, store, mirror

@@ -18,10 +18,9 @@ from ensemble.selection.options import GREEDY, Option, Table, screen
 STEPS = 20  # points of the growth curve
 
 
-def confusion(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def confusion(answers: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """How many images of each class were called what, int64 (C, C): row the label, column the answer."""
-    classes = probs.shape[1]
-    return np.bincount(labels * classes + probs.argmax(axis=1), minlength=classes**2).reshape(classes, classes)
+    return np.bincount(labels * classes + answers, minlength=classes**2).reshape(classes, classes)
 
 
 def per_class(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -61,15 +60,15 @@ def confused_classes(matrix: np.ndarray, most: int) -> list[int]:
     return sorted(chosen) or list(range(most))
 
 
-def worst(probs: np.ndarray, labels: np.ndarray, most: int) -> list[dict[str, Any]]:
+def worst(probs: np.ndarray, answers: np.ndarray, labels: np.ndarray, most: int) -> list[dict[str, Any]]:
     """The rows of the highest log-loss: index, label, answer, its confidence, the label's probability, the loss."""
     losses = log_losses(probs, labels)
     return [
         {
             "index": int(i),
             "label": int(labels[i]),
-            "answer": int(probs[i].argmax()),
-            "confidence": float(probs[i].max()),
+            "answer": int(answers[i]),
+            "confidence": float(probs[i, answers[i]]),
             "of_label": float(probs[i, labels[i]]),
             "loss": float(losses[i]),
         }

@@ -21,6 +21,7 @@ from ensemble.select import where as select_split
 from ensemble.selection import metrics
 from ensemble.selection.blend import Blend, scale
 from ensemble.selection.explain import class_gain, explain
+from ensemble.selection.goal import MOST_PROBABLE, Decision
 from ensemble.selection.limits import Limits
 from trainables.run_directory import RunInfo
 from trainables.storage import hide_password
@@ -38,6 +39,7 @@ class Evidence:
         shared: the select split was also tuned on.
         labels: int64 (N,).
         ensemble, single: their predictions, float (N, C).
+        decision: how probabilities become answers.
         looks: at the test labels so far, this one last.
         images: uint8 (.., H, W, 3), of which `rows` (N,) are the split's; None when they are not on this machine.
     """
@@ -49,7 +51,18 @@ class Evidence:
     single: np.ndarray
     images: np.ndarray | None
     rows: np.ndarray
+    decision: Decision = MOST_PROBABLE
     looks: list[Look] = field(default_factory=list)
+
+    @property
+    def answers(self) -> np.ndarray:
+        """The ensemble's, int64 (N,)."""
+        return self.decision.answers(self.ensemble)
+
+    @property
+    def right(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the ensemble and the best single model are, bool (N,) each."""
+        return self.answers == self.labels, self.decision.answers(self.single) == self.labels
 
     @property
     def where(self) -> dict[str, Any]:
@@ -62,10 +75,10 @@ def findings(
     trials: list[Trial],
 ) -> dict[str, Any]:  # fmt: skip
     """All numbers of a report as plain JSON; every score names its split and the number of its images."""
-    scores = score_all(pool, blend, single)
+    scores = score_all(pool, blend, single, goal=ensemble.goal)
     if ensemble.claim is not None:  # what was held out when it was selected
         scores |= {key: ensemble.scores[key] for key in HELD_OUT if key in ensemble.scores}
-    matrix = diagnosis.confusion(evidence.ensemble, evidence.labels)
+    matrix = diagnosis.confusion(evidence.answers, evidence.labels, len(pool.classes))
     found: dict[str, Any] = {"run": run.name, "created": time.time()}
     if evidence.split == "test":
         found["test"] = test_scores(ensemble, pool.candidates[single].id, evidence)
@@ -76,7 +89,8 @@ def findings(
         "splits": dataclasses.asdict(info.splits),
         "classes": pool.classes,
         "ensemble": {
-            "name": ensemble.name, "selector": ensemble.selector, "temperature": ensemble.temperature,
+            "name": ensemble.name, "selector": ensemble.selector, "metric": ensemble.metric,
+            "temperature": ensemble.temperature,
             "members": _members(pool, blend, single),
         },
         "candidates": len(pool.candidates),
@@ -84,11 +98,11 @@ def findings(
         "growth": select_split(pool) | _growth(ensemble, pool, blend),
         "mistakes": evidence.where | {
             "classes": diagnosis.per_class(matrix, pool.classes),
-            "gains": class_gain(evidence.ensemble, evidence.single, evidence.labels, pool.classes),
+            "gains": class_gain(*evidence.right, evidence.labels, pool.classes),
             "confused": [
                 {"label": a, "answer": b, "images": n} for a, b, n in diagnosis.confused_pairs(matrix)
             ],
-            "worst": diagnosis.worst(evidence.ensemble, evidence.labels, WORST),
+            "worst": diagnosis.worst(evidence.ensemble, evidence.answers, evidence.labels, WORST),
         },
         "calibration": evidence.where | {
             "ensemble": diagnosis.calibration(evidence.ensemble, evidence.labels),
@@ -110,21 +124,22 @@ def test_scores(ensemble: Ensemble, single: str, evidence: Evidence) -> dict[str
 
     `best_single_calibrated` is the single model at the temperature that the select split gave it, where that is known.
     """
-    right, single_right = (metrics.correct(p, evidence.labels) for p in (evidence.ensemble, evidence.single))
+    right, single_right = evidence.right
+    goal, decision, labels = ensemble.goal, ensemble.decision, evidence.labels
     mean, low, high = metrics.paired_bootstrap(right, single_right)
     found = {
-        "ensemble": {"name": ensemble.name} | evidence.where | describe(evidence.ensemble, evidence.labels),
-        "best_single": {"id": single} | evidence.where | describe(evidence.single, evidence.labels),
+        "ensemble": {"name": ensemble.name} | evidence.where | describe(evidence.ensemble, labels, goal, decision),
+        "best_single": {"id": single} | evidence.where | describe(evidence.single, labels, goal, decision),
         "gain": evidence.where
         | {"accuracy": mean, "interval": [low, high], "mcnemar_p": metrics.mcnemar(right, single_right)},
     }
     if ensemble.risk is not None:
-        found["risk"] = evidence.where | measure(ensemble.risk, evidence.ensemble[None], evidence.labels)
+        found["risk"] = evidence.where | measure(ensemble.risk, evidence.ensemble[None], labels, decision)
     named = ensemble.scores.get("best_single_calibrated", {})
     if named.get("id") == single and isinstance(named.get("temperature"), float):
         heat = {"id": single, "temperature": named["temperature"]}
         calibrated = scale(np.asarray(evidence.single, np.float64), named["temperature"])
-        found["best_single_calibrated"] = heat | evidence.where | describe(calibrated, evidence.labels)
+        found["best_single_calibrated"] = heat | evidence.where | describe(calibrated, labels, goal, decision)
     return found
 
 

@@ -12,7 +12,7 @@ from ensemble.report import diagnosis, figures
 from ensemble.report.looks import in_words
 from ensemble.report.numbers import Evidence
 from ensemble.report.trials import Trial, described, list_trials
-from ensemble.show import score_rows, where
+from ensemble.show import metric_name, score_rows, show_metric, where
 from trainables.page.shell import percent, render
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -45,6 +45,8 @@ def report_page(
         scores=scores,
         scale=(min(row["interval"][0] for row in scores), max(row["interval"][1] for row in scores)),
         where=where,
+        metric_name=metric_name,
+        show_metric=show_metric,
         on=where(evidence.where),
         risk=told,
         look=in_words(evidence.looks) if evidence.looks else "",
@@ -78,7 +80,7 @@ def _day(seconds: Any) -> str:
 
 
 def _confusion(evidence: Evidence, classes: list[str]) -> Any:
-    matrix = diagnosis.confusion(evidence.ensemble, evidence.labels)
+    matrix = diagnosis.confusion(evidence.answers, evidence.labels, len(classes))
     shown = diagnosis.confused_classes(matrix, CONFUSED)
     totals = matrix.sum(axis=1)
     return figures.confusion(matrix[np.ix_(shown, shown)], totals[shown], [classes[c] for c in shown])
@@ -95,7 +97,7 @@ def _shot(evidence: Evidence, classes: list[str], i: int, by_verdict: bool = Tru
     """Image i of the split as parts.html shows it: its label, and what the ensemble calls it."""
     assert evidence.images is not None
     probs, label = evidence.ensemble[i], int(evidence.labels[i])
-    answer = int(probs.argmax())
+    answer = int(evidence.decision.answers(probs[None])[0])
     right = answer == label
     note = (
         percent(float(probs[answer]), 0) if right else f"called {classes[answer]}, {percent(float(probs[answer]), 0)}"
@@ -112,9 +114,9 @@ def _pairs(evidence: Evidence, classes: list[str]) -> list[dict[str, Any]]:
     """The most confused pairs of classes with the images of which the ensemble was most sure."""
     if evidence.images is None:
         return []
-    answers = evidence.ensemble.argmax(axis=1)
+    answers = evidence.answers
     pairs = []
-    for label, answer, count in diagnosis.confused_pairs(diagnosis.confusion(evidence.ensemble, evidence.labels))[
+    for label, answer, count in diagnosis.confused_pairs(diagnosis.confusion(answers, evidence.labels, len(classes)))[
         :PAIRS
     ]:
         rows = np.flatnonzero((evidence.labels == label) & (answers == answer))

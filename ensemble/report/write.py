@@ -6,7 +6,7 @@ nothing else reads the test labels. Whatever else is told of the select split sa
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from ensemble.report.study import as_study
 from ensemble.report.trials import list_trials
 from ensemble.select import best_single
 from ensemble.selection.blend import Blend
+from ensemble.selection.goal import LOWER_IS_BETTER
+from ensemble.show import metric_in_words
 from trainables.command import progress
 from trainables.data.dataset import Data, open_test
 from trainables.data.share import open_run_data, select_images
@@ -64,11 +66,11 @@ def write_report(runs: Sequence[UPath], ensemble: Ensemble) -> dict[str, Any]:
     elif info.splits.test:
         missing["test"] = missing["images"]
     if evidence is None:
-        evidence = _on_select(run, pool, blend, single, data, splits, missing)
+        evidence = replace(_on_select(run, pool, blend, single, data, splits, missing), decision=ensemble.decision)
     records, study = [], None
     try:
         records = read_records(run)
-        study = as_study(records, info.search.get("objective", "accuracy") == "accuracy")
+        study = as_study(records, _maximises(info))
     except UserError as error:
         missing["study"] = str(error)
     if not records and not missing.get("study"):
@@ -78,6 +80,12 @@ def write_report(runs: Sequence[UPath], ensemble: Ensemble) -> dict[str, Any]:
     write_bytes(run / PAGE, report_page(found, evidence, pool, trials, study))
     write_json(run / NUMBERS, found)
     return found
+
+
+def _maximises(info: RunInfo) -> bool:
+    """Whether the sweep's objective was to be high: a metric, accuracy unless it says so."""
+    metric = str(info.search.get("metric", "accuracy")).partition(":")[0]
+    return info.search.get("objective", "metric") in ("metric", "accuracy") and metric not in LOWER_IS_BETTER
 
 
 def _blend(runs: Sequence[UPath], ensemble: Ensemble, pool: Pool) -> tuple[Blend, int]:
@@ -132,7 +140,17 @@ def _on_test(runs: Sequence[UPath], ensemble: Ensemble, alone: Candidate, data: 
         for path, candidate in networks.items():
             probs[path] = predict_all(candidate_predictor(candidate), images, advance)
     together = ensemble.predict([probs[str(candidate.path)] for candidate in candidates])
-    return Evidence("test", False, labels, together, probs[str(alone.path)], images, np.arange(len(labels)), looks)
+    return Evidence(
+        "test",
+        False,
+        labels,
+        together,
+        probs[str(alone.path)],
+        images,
+        np.arange(len(labels)),
+        ensemble.decision,
+        looks,
+    )
 
 
 def _on_select(
@@ -161,8 +179,9 @@ def summary(found: dict[str, Any]) -> list[str]:
         score = found[split][key]
         low, high = score["interval"]
         also = ", also used to tune: optimistic" if score["shared"] else ""
+        told = f"{metric_in_words(score['metric'])}, " if "metric" in score else ""
         lines.append(
-            f"{name:<12} {score['split']} accuracy {score['accuracy']:.2%} "
+            f"{name:<12} {score['split']} {told}accuracy {score['accuracy']:.2%} "
             f"({low:.2%} to {high:.2%}, {score['images']} images{also}), log-loss {score['log_loss']:.4f}"
         )
     if len(looks := found.get("looks", [])) > 1:

@@ -17,8 +17,9 @@ import numpy as np
 
 from ensemble.selection.blend import Blend, Probs
 from ensemble.selection.claim import FOLDS, Folds, HeldOut, deal, deal_folds, leave_out
+from ensemble.selection.goal import Goal
 from ensemble.selection.limits import Limits
-from ensemble.selection.metrics import accuracy, brier, clearly_lower, log_loss, log_losses, standard_error
+from ensemble.selection.metrics import accuracy, brier, clearly_lower, log_loss, standard_error
 from ensemble.selection.options import Option, Table, list_options
 from ensemble.selection.selectors import NINE
 
@@ -77,6 +78,7 @@ def choose_selector(
     seed: int = 0,
     single: int | None = None,
     hold_out: bool = True,
+    goal: Goal | None = None,
 ) -> Choice:
     """Choose an option by repeated cross-validation on these rows, then fit it on all of them; see `_Rule`.
 
@@ -85,10 +87,11 @@ def choose_selector(
     because every one of them comes from a fit that saw the fold. On 60 rows that flatters by one to two points
     (benchmarks/coverage.py), from NESTED_ROWS on by nothing that could be seen.
 
-    single: see `leave_out`. hold_out: predict held-out rows, which takes most of the time. Deterministic for a seed,
-    which deals the rows into folds. Rows below FEWEST_ROWS: the best single candidate.
+    goal: what options are compared by, see goal.py; None: accuracy. single: see `leave_out`. hold_out: predict held-out
+    rows, which takes most of the time. Deterministic for a seed, which deals the rows into folds. Rows below
+    FEWEST_ROWS: the best single candidate.
     """
-    table = Table(probs, labels, limits)
+    table = Table(probs, labels, limits, goal)
     ensembles, singles = list_options(limits, probs[0].shape[1])
     whole = table.on(np.arange(len(labels)))
     if len(labels) < FEWEST_ROWS or len(probs) == 1:
@@ -165,8 +168,8 @@ class _Rule:
 def _cross_validate(table: Table, options: list[Option], folds: Folds) -> tuple[list[list[list[Blend]]], np.ndarray]:
     """O options fitted without every fold: the blends by repeat, fold and option, and losses (O, N).
 
-    A row's loss is its log-loss under the blends that did not see it, as a mean over repeats. Rows that are in no fold
-    take no part.
+    A row's loss is what the goal compares by, under the blends that did not see it, as a mean over repeats. Rows that
+    are in no fold take no part.
     """
     losses = np.zeros((len(options), len(table.labels)))
     blends: list[list[list[Blend]]] = []
@@ -176,7 +179,7 @@ def _cross_validate(table: Table, options: list[Option], folds: Folds) -> tuple[
             fold = table.on(np.setdiff1d(np.concatenate(parts), held))
             blends[-1].append([fold.fit(option) for option in options])
             for o, blend in enumerate(blends[-1][-1]):
-                losses[o, held] += log_losses(table.predict(blend, held), table.labels[held]) / len(folds)
+                losses[o, held] += table.judge.losses(table.predict(blend, held), held) / len(folds)
     return blends, losses
 
 

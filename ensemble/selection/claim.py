@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ensemble.selection.blend import Blend
+from ensemble.selection.goal import Decision, Goal
 from ensemble.selection.metrics import Z95, brier_scores, ece, log_losses
 from ensemble.selection.options import SPREADS, Table, temperature_of
 
@@ -87,23 +88,33 @@ def leave_out(
     return held_out
 
 
-def score(probs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, log-loss, Brier score and calibration error of held-out probs (R, N, C)."""
-    repeats = len(probs)
-    return {
-        "accuracy": float(_right(probs, labels).mean()),
-        "interval": list(accuracy_interval(_right(probs, labels))),
+def score(probs: np.ndarray, labels: np.ndarray, goal: Goal | None = None) -> dict[str, Any]:
+    """Accuracy with its 95 % interval, log-loss, Brier score and calibration error of held-out probs (R, N, C).
+
+    Answers are those that the goal asks for, and where it is neither accuracy nor log-loss, `metric` is its score.
+    """
+    repeats, goal = len(probs), goal or Goal()
+    decision = goal.decide(probs, labels)
+    right = _right(probs, labels, decision)
+    more = {} if goal.is_scored else {"metric": goal.measure(probs, labels, decision, VARIANCE)}
+    return more | {
+        "accuracy": float(right.mean()),
+        "interval": list(accuracy_interval(right)),
         "log_loss": float(np.mean([log_losses(p, labels).mean() for p in probs])),
         "brier": float(np.mean([brier_scores(p, labels).mean() for p in probs])),
         "ece": ece(probs.reshape(-1, probs.shape[2]), np.tile(labels, repeats)),
     }
 
 
-def claim(held: HeldOut) -> dict[str, Any]:
-    """`score` of the ensemble, and `gain`: its accuracy minus the best single candidate's, on the same rows."""
-    difference = _right(held.ensemble, held.labels) - _right(held.single, held.labels)
-    gain = {"accuracy": float(difference.mean()), "interval": list(paired_interval(difference))}
-    return score(held.ensemble, held.labels) | {"gain": gain}
+def claim(held: HeldOut, goal: Goal | None = None) -> dict[str, Any]:
+    """`score` of the ensemble, and `gain`: its accuracy (and metric) minus the best single candidate's."""
+    goal = goal or Goal()
+    own, alone = (goal.decide(probs, held.labels) for probs in (held.ensemble, held.single))
+    difference = _right(held.ensemble, held.labels, own) - _right(held.single, held.labels, alone)
+    gain: dict[str, Any] = {"accuracy": float(difference.mean()), "interval": list(paired_interval(difference))}
+    if not goal.is_scored:
+        gain["metric"] = goal.measure(held.ensemble, held.labels, own, VARIANCE, minus=(held.single, alone))
+    return score(held.ensemble, held.labels, goal) | {"gain": gain}
 
 
 def accuracy_interval(right: np.ndarray, z: float = Z95) -> tuple[float, float]:
@@ -130,6 +141,6 @@ def paired_interval(difference: np.ndarray, z: float = Z95) -> tuple[float, floa
     return max(-1.0, float(won - lost) - half), min(1.0, float(won - lost) + half)
 
 
-def _right(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _right(probs: np.ndarray, labels: np.ndarray, decision: Decision) -> np.ndarray:
     """How often each row is right over the repeats, float64 (N,)."""
-    return (probs.argmax(axis=2) == labels).mean(axis=0)
+    return np.mean([decision.answers(p) == labels for p in probs], axis=0)

@@ -23,7 +23,7 @@ def explain(blend: Blend, probs: Probs, labels: np.ndarray, single: int, classes
         "leave_one_out": leave_one_out(small, parts, labels),
         "disagreement": disagreement(parts).tolist(),
         "repairs": repairs(together, alone, parts, labels),
-        "classes": class_gain(together, alone, labels, classes),
+        "classes": class_gain(correct(together, labels), correct(alone, labels), labels, classes),
     }
 
 
@@ -77,10 +77,12 @@ def repairs(together: np.ndarray, alone: np.ndarray, probs: Probs, labels: np.nd
 
 
 def class_gain(
-    together: np.ndarray, alone: np.ndarray, labels: np.ndarray, classes: list[str]
+    right: np.ndarray, single_right: np.ndarray, labels: np.ndarray, classes: list[str]
 ) -> list[dict[str, str | int | float]]:
-    """For each class of which there are rows: their number, the share of them that is right, and by how much more."""
-    right, single_right = correct(together, labels), correct(alone, labels)
+    """For each class of which there are rows: their number, the share of them that is right, and by how much more.
+
+    right, single_right: which rows are, bool (N,), by the ensemble and by what it is compared with.
+    """
     gains: list[dict[str, str | int | float]] = []
     for c, name in enumerate(classes):
         rows = labels == c

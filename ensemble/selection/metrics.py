@@ -30,8 +30,38 @@ def accuracy(probs: np.ndarray, labels: np.ndarray) -> float:
 
 def balanced_accuracy(probs: np.ndarray, labels: np.ndarray) -> float:
     """Mean recall of the classes that there are rows of, 0 to 1: a rare class counts as much as a frequent one."""
-    right, rows = np.bincount(labels, weights=correct(probs, labels)), np.bincount(labels)
+    return mean_recall(np.argmax(probs, axis=1), labels)
+
+
+def mean_recall(answers: np.ndarray, labels: np.ndarray) -> float:
+    """Of answers int (N,): the mean share of right ones of the classes that there are rows of, 0 to 1."""
+    right, rows = np.bincount(labels, weights=answers == labels), np.bincount(labels)
     return float((right[rows > 0] / rows[rows > 0]).mean())
+
+
+def macro_f1(answers: np.ndarray, labels: np.ndarray) -> float:
+    """Of answers int (N,): the mean F1 of the classes that occur among answers or labels, 0 to 1."""
+    classes = 1 + max(int(answers.max()), int(labels.max()))
+    both = np.bincount(labels[answers == labels], minlength=classes)
+    either = np.bincount(answers, minlength=classes) + np.bincount(labels, minlength=classes)
+    return float((2 * both[either > 0] / either[either > 0]).mean())
+
+
+def auroc(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve, 0 to 1: the mean over classes of each against all others ("one versus rest", macro).
+
+    The share of pairs of a row of the class and one of another in which the first has the higher probability; equal
+    ones count half (Mann and Whitney 1947). Classes that all rows or none are of are left out; 0.5 without any other.
+    """
+    areas = []
+    for c in np.unique(labels):
+        values, of, counts = np.unique(probs[:, c], return_inverse=True, return_counts=True)
+        mine = np.bincount(of[labels == c], minlength=len(values))
+        others = counts - mine
+        if others.sum():
+            below = np.cumsum(others) - others
+            areas.append(float((mine * (below + others / 2)).sum() / (mine.sum() * others.sum())))
+    return float(np.mean(areas)) if areas else 0.5
 
 
 def true_class(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ensemble.selection.blend import Blend, Probs, measure_temperature, scale, shrink
-from ensemble.selection.convex import mixture_weights
+from ensemble.selection.goal import Goal, Judge
 from ensemble.selection.limits import Limits
-from ensemble.selection.metrics import correct, log_losses, true_class
+from ensemble.selection.metrics import true_class
 from ensemble.selection.scorers import Brier, LogLoss
-from ensemble.selection.selectors import grow, trim, uniform_from
+from ensemble.selection.selectors import grow, mixture_weights, trim, uniform_from
 from ensemble.selection.stacking import small_layer
 
 POOL = 100  # most accurate candidates that are looked at
@@ -56,14 +56,18 @@ def list_options(limits: Limits, classes: int) -> tuple[list[Option], list[Optio
 
 
 class Table:
-    """M candidates on N rows: what they predict, where they are right, what they lose, and their temperatures."""
+    """M candidates on N rows: what they predict, where they are right, what they lose, and their temperatures.
 
-    def __init__(self, probs: Probs, labels: np.ndarray, limits: Limits) -> None:
+    The goal (see goal.py) says what being right counts, and what is lost.
+    """
+
+    def __init__(self, probs: Probs, labels: np.ndarray, limits: Limits, goal: Goal | None = None) -> None:
         self.probs, self.labels, self.limits = probs, labels, limits
+        self.judge = Judge(goal or Goal(), labels, probs[0].shape[1])
         self.right = np.empty((len(probs), len(labels)), np.float32)
         self.losses = np.empty((len(probs), len(labels)), np.float32)
         for m, p in enumerate(probs):
-            self.right[m], self.losses[m] = correct(np.asarray(p), labels), log_losses(p, labels)
+            self.right[m], self.losses[m] = self.judge.credit(np.asarray(p)), self.judge.losses(np.asarray(p))
         self.starts: dict[int, float] = {}  # a temperature that some rows gave is a good guess at other rows'
 
     def on(self, rows: np.ndarray, pool: np.ndarray | None = None) -> "Fold":
@@ -71,7 +75,7 @@ class Table:
         return Fold(self, rows, pool)
 
     def ranking(self, rows: np.ndarray) -> np.ndarray:
-        """The candidates from the most accurate on these rows to the least; log-loss breaks ties. int (M,)."""
+        """The candidates from the best on these rows to the worst; what they lose breaks ties. int (M,)."""
         mask = np.zeros(len(self.labels), np.float32)
         mask[rows] = 1
         return np.lexsort((self.losses @ mask, -(self.right @ mask)))

@@ -176,11 +176,12 @@ class Answerer:
         classes = self.voters.classes
         ensemble = self.voters.ensemble
         probs = ensemble.predict(list(votes[:, None]))[0]
+        answer = int(ensemble.decision.answers(probs[None])[0])
         sure: dict[str, Any] = {"agreement": round(float(ensemble.agreement(votes[:, None], probs[None])[0]), 6)}
         if ensemble.risk is not None:
-            chosen = ensemble.risk.sets(probs[None])[0]
+            chosen = ensemble.risk.sets(probs[None], ensemble.decision)[0]
             sure["set"] = [name for name, is_in in zip(classes, chosen, strict=True) if is_in]
-            sure["unsure"] = bool(ensemble.risk.unsure(probs[None])[0])
+            sure["unsure"] = bool(ensemble.risk.unsure(probs[None], ensemble.decision)[0])
         members = [
             {
                 "id": member.id,
@@ -192,8 +193,8 @@ class Answerer:
             for member, architecture, vote in zip(ensemble.members, self.architectures, votes, strict=True)
         ]
         return {
-            "label": classes[int(probs.argmax())],
-            "probability": round(float(probs.max()), 6),
+            "label": classes[answer],
+            "probability": round(float(probs[answer]), 6),
             **sure,
             "probs": {name: round(float(p), 6) for name, p in zip(classes, probs, strict=True)},
             "members": members,

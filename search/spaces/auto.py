@@ -32,6 +32,7 @@ BACKBONES = {
     "tf_efficientnet_lite1": "if found",
     "tf_efficientnet_lite2": "if found",
 }
+UNEQUAL = 4.0  # images of the largest class for one of the smallest, from which on classes may be weighed
 SMALL, FEWEST = 96, 1000  # largest side in pixels, and fewest images, for nets from scratch
 QUICK = 0.05  # share of the time left up to which a probe comes before everything else
 SHARES = (1.0, 0.86, 0.71, 0.57, 0.43, 0.29)  # of its native side, at which a backbone may be used
@@ -54,7 +55,8 @@ def first(task: Task) -> list[dict[str, Any]]:
     """What is tried first: quick probes, the best backbone tuned, beside it the other probes, then the others tuned."""
     pretrained = [backbone for backbone, weights in task.backbones.items() if weights is not None]
     tuned = [{"backbone": name, "way": "tuned", f"{_family(name)}_lr": RATES[_family(name)][1],
-              f"{_family(name)}_decay": DECAYS[_family(name)][1], **USUAL} for name in pretrained]  # fmt: skip
+              f"{_family(name)}_decay": DECAYS[_family(name)][1], **USUAL,
+              **({"class_weights": False} if task.imbalance >= UNEQUAL else {})} for name in pretrained]  # fmt: skip
     cheapest = sorted(pretrained, key=lambda name: task.costs[name].forward)
     quick = [b for b in cheapest if _probe_seconds(task, b, _probe(task, b).image_size) <= QUICK * _left(task)]
     probes = [{"backbone": name, "way": "probe"} for name in [*quick, *(b for b in cheapest if b not in quick)]]
@@ -116,6 +118,7 @@ def _tuned(trial: optuna.Trial, task: Task, backbone: str) -> TrialConfig:
         scale=trial.suggest_float("scale", 0.2, 0.8),
         jitter=0.2,
         clip_norm=5.0,
+        class_weights=task.imbalance >= UNEQUAL and trial.suggest_categorical("class_weights", [False, True]),
         flip="random",
         tta="mirror",
         seed=trial.number,

@@ -7,8 +7,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from ensemble.report.study import as_trial
-from search.config import Objective
-from search.study.objective import Contribution
+from search.study.objective import Contribution, OwnScores, Valued
 from search.study.promotion import Rungs
 from search.study.warm_start import rescaled
 from trainables.job import Outcome
@@ -26,12 +25,12 @@ class Values:
     Args:
         objective: what trials are valued by.
         rungs: where trials wait, with --pruner promote.
-        contribution: values candidates by what they add to an ensemble; None: by their own score.
+        contribution: values candidates by what they add to an ensemble, or by a metric; None: by their own score.
         warm: trials of earlier sweeps, see warm_start.py.
     """
 
     def __init__(
-        self, objective: Objective, rungs: Rungs | None, contribution: Contribution | None,
+        self, objective: Valued, rungs: Rungs | None, contribution: Contribution | OwnScores | None,
         warm: Iterable[FrozenTrial] = (),
     ) -> None:  # fmt: skip
         self.rungs, self.contribution, self.warm = rungs, contribution, list(warm)

@@ -18,7 +18,7 @@ def pool():
 def test_confusion_and_per_class_scores_are_scikit_learns(pool):
     probs, labels = pool[0][0], pool[1]
     answers = probs.argmax(1)
-    matrix = diagnosis.confusion(probs, labels)
+    matrix = diagnosis.confusion(probs.argmax(axis=1), labels, probs.shape[1])
     assert np.array_equal(matrix, confusion_matrix(labels, answers, labels=range(5)))
     rows = diagnosis.per_class(matrix, list("abcde"))
     expected = precision_recall_fscore_support(labels, answers, labels=range(5), zero_division=0)
@@ -34,7 +34,7 @@ def test_a_class_that_is_never_seen_or_never_called_has_no_precision():
 
 
 def test_confused_pairs_come_in_order_and_add_up(pool):
-    matrix = diagnosis.confusion(pool[0][0], pool[1])
+    matrix = diagnosis.confusion(pool[0][0].argmax(axis=1), pool[1], pool[0][0].shape[1])
     pairs = diagnosis.confused_pairs(matrix)
     counts = [count for *_, count in pairs]
     assert counts == sorted(counts, reverse=True)
@@ -54,7 +54,7 @@ def test_confused_classes_are_those_of_the_most_frequent_mistakes():
 
 def test_the_worst_have_the_highest_loss(pool):
     probs, labels = pool[0][0], pool[1]
-    worst = diagnosis.worst(probs, labels, 10)
+    worst = diagnosis.worst(probs, probs.argmax(axis=1), labels, 10)
     of_label = probs[np.arange(len(labels)), labels]
     assert [row["index"] for row in worst] == np.argsort(of_label, kind="stable")[:10].tolist()
     assert worst[0]["loss"] == pytest.approx(log_losses(probs, labels).max())

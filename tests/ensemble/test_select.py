@@ -115,7 +115,7 @@ def test_limits_reach_the_selector(tmp_path):
     assert sum(latency[m.id] for m in cheap.members) <= 6
     mixed = choose(Select(run=(str(run),), min_per_architecture=1))
     assert {int(m.id[1:]) % 3 for m in mixed.members} == {0, 1, 2}
-    assert cheap.options == {"top_k": 9, "max_latency_ms": 6, "max_params": 5000, "risk": 0.05}
+    assert cheap.options == {"top_k": 9, "metric": "accuracy", "max_latency_ms": 6, "max_params": 5000, "risk": 0.05}
 
 
 def test_auto_says_how_it_chose_and_claims_what_it_would_score_elsewhere(tmp_path):

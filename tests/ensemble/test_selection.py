@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from ensemble.selection import selectors as selection
 from ensemble.selection.auto import auto
 from ensemble.selection.blend import ROWS, Blend, combine
-from ensemble.selection.convex import convex
 from ensemble.selection.limits import Limits
 from ensemble.selection.metrics import SCORES
 from ensemble.selection.scorers import Accuracy, LogLoss, true_probs
+from ensemble.selection.selectors import convex
 from ensemble.selection.stacking import stacking
 from trainables.errors import UserError
 

@@ -297,7 +297,7 @@ def test_a_run_that_cannot_go_on_says_so(pictures: Path, tmp_path: Path, capsys:
     config = SearchConfig(data="folder", data_dir=pictures, space="auto", run=str(tmp_path / "run"))
     plan = make_plan(config)
     search_run._open_run(plan, config)
-    with pytest.raises(UserError, match="objective is accuracy, not log_loss"):
+    with pytest.raises(UserError, match="objective is metric, not log_loss"):
         search_run._open_run(plan, replace(config, objective="log_loss"))
     info = read_json(plan.run / "run.json")
     del info["format"]

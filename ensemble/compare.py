@@ -123,7 +123,9 @@ def open_side(run: UPath, name: str | None = None) -> Side:
     args = _chosen_with(ensemble)
     if args is None:
         return Side(pool, ensemble, fitted, None, True)
-    limits = limits_for(pool, args.top_k, args.min_per_architecture, args.max_latency_ms, args.max_params)
+    limits = limits_for(
+        pool, args.top_k, args.min_per_architecture, args.max_latency_ms, args.max_params, args.max_flops
+    )
     blend, held_out, _ = fit(pool, limits, args, ensemble.goal)
     again = {pool.candidates[m].id for m in np.flatnonzero(blend.weights)}
     return Side(pool, ensemble, fitted, held_out, again == {member.id for member in ensemble.members})

@@ -6,7 +6,7 @@ normalised, duplicated or made on other splits are named with the reason and lef
 
 import difflib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from upath import UPath
@@ -16,6 +16,7 @@ from ensemble.selection.blend import chunks
 from ensemble.selection.goal import Goal
 from ensemble.selection.limits import Limits
 from trainables.errors import UserError
+from trainables.run.latencies import Latencies, read_latencies
 from trainables.run_directory import Candidate, find_candidates, read_run, select_labels
 from trainables.storage import Damaged
 
@@ -36,6 +37,7 @@ class Pool:
         shared: the select split is also the one that the search optimised, so scores on it are optimistic.
         runs: where they come from; the first is the one that an ensemble is written to.
         left_out: reason by candidate id (by run/id from the second run on).
+        device: on which the candidates' latencies were measured together; "" where each has its own trial's figure.
     """
 
     candidates: list[Candidate]
@@ -46,6 +48,7 @@ class Pool:
     shared: bool
     runs: list[UPath]
     left_out: dict[str, str] = field(default_factory=dict)
+    device: str = ""
 
     def run_of(self, m: int) -> str:
         """What Member.run says about where candidate m lies: "" for the first run."""
@@ -94,8 +97,10 @@ def load_pool(runs: Sequence[UPath], exclude: Collection[str] = ()) -> Pool:
     left_out: dict[str, str] = {}
     seen: dict[bytes, list[int]] = {}
     found: list[tuple[str, Candidate]] = []  # under the names that the first run has for them
-    for run in runs:
+    measured = [read_latencies(run) for run in runs]
+    for run, latencies in zip(runs, measured, strict=True):
         candidates, damaged = find_candidates(run)
+        candidates = [_timed(candidate, latencies) for candidate in candidates]
         prefix = "" if run is runs[0] else f"{run.name}/"
         found += [(f"{prefix}{candidate.id}", candidate) for candidate in candidates]
         left_out |= {f"{prefix}{id}": reason for id, reason in damaged.items()}
@@ -131,7 +136,15 @@ def load_pool(runs: Sequence[UPath], exclude: Collection[str] = ()) -> Pool:
     if not usable:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
         raise UserError(f"{runs[0]} has {total} candidates and none is usable ({reasons})")
-    return Pool(usable, probs, labels, classes, fingerprint, first.splits.shared, list(runs), left_out)
+    return Pool(
+        usable, probs, labels, classes, fingerprint, first.splits.shared, list(runs), left_out, measured[0].device
+    )
+
+
+def _timed(candidate: Candidate, latencies: Latencies) -> Candidate:
+    """The candidate with the latency that was measured together with the others', where there is one."""
+    found = latencies.candidates.get(candidate.id)
+    return candidate if found is None else replace(candidate, info=replace(candidate.info, latency_ms=found.ms))
 
 
 def limits_for(
@@ -140,9 +153,10 @@ def limits_for(
     min_per_architecture: int = 0,
     max_latency_ms: float | None = None,
     max_params: float | None = None,
+    max_flops: float | None = None,
 ) -> Limits:
     """These demands as Limits for a pool; a candidate of unknown latency or size never fits a budget on it."""
-    asked = [("latency_ms", max_latency_ms), ("params", max_params)]
+    asked = [("latency_ms", max_latency_ms), ("params", max_params), ("flops", max_flops)]
     budgets = [(key, budget) for key, budget in asked if budget is not None]
     costs = [pool.numbers(key) for key, _ in budgets]
     groups = np.unique([c.architecture for c in pool.candidates], return_inverse=True)[1]

@@ -80,8 +80,9 @@ class Select:
         selector: auto (cross-validated), greedy, uniform, accuracy_weighted, convex, stacking or best_single.
         score: what greedy, uniform and best_single optimise. Default: log_loss.
         min_per_architecture: at least so many members of every architecture.
-        max_latency_ms: most milliseconds per image of all members together.
+        max_latency_ms: most milliseconds per image of all members together, on the device that latencies.json names.
         max_params: most parameters of all members together.
+        max_flops: most operations (two for each multiply-add) for one view of an image by all members together.
         metric: what the ensemble is to be best at: accuracy, log_loss, balanced_accuracy (mean recall of the classes),
             macro_f1, auroc (mean over classes), or cost:FILE, a table of what each wrong answer costs, as CSV: a header
             label,<classes>, then for each label a row. Options are compared by it, answers given for it, and the
@@ -103,6 +104,7 @@ class Select:
     min_per_architecture: int = 0
     max_latency_ms: float | None = None
     max_params: float | None = None
+    max_flops: float | None = None
     metric: str = "accuracy"
     risk: float = USUAL_RISK
     temperature_scaling: bool = False
@@ -150,9 +152,9 @@ def _runs(args: Select) -> list[UPath]:
 
 # What an option adds to the name of a file, so that a selection with other limits is another file.
 _SUFFIXES = {
-    "metric": "{}",
-    "top_k": "top{:g}", "score": "{}", "min_per_architecture": "min{:g}", "max_latency_ms": "{:g}ms",
-    "max_params": "{:g}params", "risk": "risk{:g}", "temperature_scaling": "tempered", "exclude": "without{}",
+    "metric": "{}", "top_k": "top{:g}", "score": "{}", "min_per_architecture": "min{:g}", "max_latency_ms": "{:g}ms",
+    "max_params": "{:g}params", "max_flops": "{:g}flops", "risk": "risk{:g}", "temperature_scaling": "tempered",
+    "exclude": "without{}",
 }  # fmt: skip
 LONGEST_NAME = 80
 
@@ -209,7 +211,9 @@ def check(args: Select) -> None:
 
 def choose_from(pool: Pool, args: Select) -> Ensemble:
     """As `choose`, for candidates that are already loaded."""
-    limits = limits_for(pool, args.top_k, args.min_per_architecture, args.max_latency_ms, args.max_params)
+    limits = limits_for(
+        pool, args.top_k, args.min_per_architecture, args.max_latency_ms, args.max_params, args.max_flops
+    )
     goal = read_goal(args.metric, pool.classes)
     blend, held_out, choice = fit(pool, limits, args, goal)
     heaviest = [m for m in np.argsort(-blend.weights, kind="stable").tolist() if blend.weights[m] > 0]

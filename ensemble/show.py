@@ -41,7 +41,7 @@ def show(pool: Pool, ensemble: Ensemble) -> None:
     for line in _classes(ensemble.insight.get("classes", [])):
         console.print(line, markup=False)
     if len(ensemble.frontier) > 1:
-        console.print(_frontier(ensemble))
+        console.print(_frontier(ensemble, pool.device))
     left_out: dict[str, list[str]] = {}  # by the reason, for --keep-weights leaves out many
     for id, reason in ensemble.left_out.items():
         left_out.setdefault(reason, []).append(id)
@@ -189,10 +189,11 @@ def _scores(ensemble: Ensemble) -> Any:
     return table
 
 
-def _frontier(ensemble: Ensemble) -> Any:
+def _frontier(ensemble: Ensemble, device: str) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"what latency buys, on the {where(ensemble.scores['select'])}", title_justify="left")
+    of = f" ({device})" if device else ""
+    table = Table(title=f"what latency buys{of}, on the {where(ensemble.scores['select'])}", title_justify="left")
     for heading in ("ms per image", "members", "accuracy", "log-loss"):
         table.add_column(heading, justify="right")
     for point in ensemble.frontier:

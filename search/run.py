@@ -41,6 +41,8 @@ from trainables.data.share import share_data
 from trainables.data.splits import save_splits
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import DataSource
+from trainables.models.latency import measure_latencies
+from trainables.run.latencies import write_latencies
 from trainables.run.lease import Lease
 from trainables.run.records import Records, Spent
 from trainables.run_directory import (
@@ -273,6 +275,9 @@ def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, 
     if not list_candidates(plan.run):
         console.print("no trial has finished, so there is no ensemble")
         return None
+    if not sweep.stopping:
+        shape, classes = plan.data.images.shape[1:], len(plan.data.classes)
+        write_latencies(plan.run, measure_latencies(list_candidates(plan.run), shape, classes))
     args = Select(top_k=config.top_k, metric=config.metric, run=(str(plan.run),))
     pool = open_pool(args)
     ensemble = choose_from(pool, args)

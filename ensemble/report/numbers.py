@@ -91,7 +91,7 @@ def findings(
         "ensemble": {
             "name": ensemble.name, "selector": ensemble.selector, "metric": ensemble.metric,
             "temperature": ensemble.temperature,
-            "members": _members(pool, blend, single),
+            "device": pool.device, "members": _members(pool, blend, single),
         },
         "candidates": len(pool.candidates),
         "risk": None if ensemble.risk is None else dataclasses.asdict(ensemble.risk),

@@ -166,8 +166,9 @@ def wrong_commands(text: str) -> list[str]:
 def known_options() -> frozenset[str]:
     """All options of all commands that the documentation names."""
     modules = {module for page in PAGES for module, _ in commands(text_of(page)) if module.split(".")[0] in FOLDERS}
-    fields = {name for module in modules for name in parser(module).__dataclass_fields__}
-    return frozenset(f"--{name.replace('_', '-')}" for name in fields) | {"--help", "--no-peers"}
+    fields = [field for module in modules for field in parser(module).__dataclass_fields__.values()]
+    names = {field.name for field in fields} | {f"no_{field.name}" for field in fields if field.default is True}
+    return frozenset(f"--{name.replace('_', '-')}" for name in names) | {"--help", "--no-peers"}
 
 
 def wrong_options(text: str) -> list[str]:

@@ -77,6 +77,13 @@ def _refit() -> Command:
     return Refit, main
 
 
+def _distil() -> Command:
+    """Teach one network what an ensemble knows."""
+    from search.distil import Distil, main
+
+    return Distil, main
+
+
 def _explore() -> Command:
     """Look at a data set: what is in it, what leaks from one split into another, what cannot be read."""
     from trainables.explore.__main__ import main
@@ -94,6 +101,7 @@ VERBS = {
     "export": _export,
     "compare": _compare,
     "refit": _refit,
+    "distil": _distil,
     "explore": _explore,
 }
 

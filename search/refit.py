@@ -123,7 +123,7 @@ def refit(args: Refit) -> tuple[UPath, Ensemble]:
     images = len(load_splits(target).train)
     console.print(f"{ensemble.name} of {source}: {len(missing)} of {len(jobs)} members to train on all {images} images")
     if missing:
-        _train(missing, _lane_config(info), Progress(console=console))
+        train_all(missing, lane_config(info), Progress(console=console))
     refitted = _refitted(ensemble)
     write_ensemble(target, refitted)
     if lock is not None:
@@ -138,7 +138,7 @@ def _refitted_run(target: UPath) -> UPath:
     return open_run(target.parent / target.name.removesuffix("-refit"))
 
 
-def _train(jobs: list[Job], config: SearchConfig, progress: Progress) -> None:
+def train_all(jobs: list[Job], config: SearchConfig, progress: Progress) -> None:
     training = Jobs(jobs, progress)
     with Lanes(config.lane_request()) as lanes, progress:
         run_trials(training, run_trial, lanes.spec, lambda: lanes.now(wanted=len(jobs)))
@@ -182,8 +182,10 @@ def _to_train(ensemble: Ensemble) -> list[Member]:
 def _job(runs: list[UPath], target: UPath, info: RunInfo, member: Member, args: Refit) -> Job:
     """What a lane needs to train one member anew."""
     old = member.candidate(runs).info
-    if old.config is None or old.soup or not info.data.folder:
-        what = "is a soup" if old.soup else "only brought predictions, or its run does not say of which images"
+    if old.config is None or old.soup or old.taught_by or not info.data.folder:
+        what = "only brought predictions, or its run does not say of which images"
+        if old.soup or old.taught_by:
+            what = "is a soup" if old.soup else "was taught by an ensemble"
         raise UserError(f"member {member.id} cannot be retrained: it {what}; select without it")
     config = without_validation(old.config, old.curve)
     weights = find_weights(config.backbone, args.weights_dir) if config.pretrained else None
@@ -227,7 +229,7 @@ def _new_id(member: Member) -> str:
     return f"{Path(member.run).name}-{member.id}" if member.run else member.id
 
 
-def _lane_config(info: RunInfo) -> SearchConfig:
+def lane_config(info: RunInfo) -> SearchConfig:
     """The sweep's own resources for a trial; raises UserError when run.json does not hold any that make sense."""
     try:
         return SearchConfig(**{key: info.search[key] for key in REUSED if key in info.search})

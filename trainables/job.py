@@ -114,6 +114,36 @@ class LaneRequest:
 
 
 @dataclass(frozen=True)
+class LessonMember:
+    """A candidate that teaches: the path or URL of its folder, its weight and its temperature in the ensemble."""
+
+    path: str
+    weight: float
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a network learns from an ensemble (distillation).
+
+    Attributes:
+        members: of the ensemble.
+        name: the ensemble's.
+        temperature: of the members' average, as the ensemble has it.
+        softness: by which the average's log-probabilities are divided, too; above 1 says more of the other classes.
+        share: of the teacher's answer in what a labelled image's target is, 0 to 1; the rest is the label.
+        unlabelled: path or URL of an array of other images, uint8 (N, H, W, 3), in the form of the data set; "": none.
+    """
+
+    members: tuple[LessonMember, ...]
+    name: str = ""
+    temperature: float = 1.0
+    softness: float = 1.0
+    share: float = 0.7
+    unlabelled: str = ""
+
+
+@dataclass(frozen=True)
 class Job:
     """One trial to train.
 
@@ -126,6 +156,7 @@ class Job:
         gpus: of each worker of the lane, which fills it in.
         deadline: time.time() at which it finishes with what it has; None: never.
         stops_at: epochs at whose report the sweep may stop it, so that it waits for the verdict.
+        lesson: what it learns from an ensemble; None: from labels alone.
         hang_s: seconds without a sign of life after which it counts as hung.
         node: the machine that it runs on; the lane fills it in.
     """
@@ -140,6 +171,7 @@ class Job:
     stops_at: tuple[int, ...] = ()
     hang_s: float = HANG_S
     node: str = ""
+    lesson: Lesson | None = None
 
 
 @dataclass(frozen=True)

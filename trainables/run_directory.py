@@ -170,6 +170,7 @@ class CandidateInfo:
         soup: ids of the candidates whose weights it averages.
         refitted: a probe's head was fitted once more on all labelled images after its predictions were made, so the
             weights are better than its scores, which no image of tune or select can check any longer.
+        taught_by: name of the ensemble that it learned from beside the labels.
         weights_deleted: they were, to save space.
     """
 
@@ -194,6 +195,7 @@ class CandidateInfo:
     tune_and_select_shared: bool = False
     soup: tuple[str, ...] = ()
     refitted: bool = False
+    taught_by: str = ""
     weights_deleted: bool = False
 
 

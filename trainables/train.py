@@ -20,7 +20,7 @@ from trainables.config import TrialConfig
 from trainables.data.dataset import Data
 from trainables.data.splits import Splits
 from trainables.inference import scores
-from trainables.job import Metrics, Outcome, WeightSource
+from trainables.job import Lesson, Metrics, Outcome, WeightSource
 from trainables.storage import Damaged
 from trainables.training.augment import Pixels
 from trainables.training.averaging import WeightAverage
@@ -158,6 +158,7 @@ def train(
     deadline: float | None = None,
     device: str | None = None,
     tick: Callable[[], None] = lambda: None,
+    lesson: Lesson | None = None,
 ) -> Trained:
     """Train one network and predict the tune and select splits with it.
 
@@ -170,6 +171,7 @@ def train(
         checkpoint: file that is written after each epoch but the last, and continued from when it exists.
         deadline: time.time() after which the running epoch is ended early and the trial finishes with what it has.
         tick: called at every step, as a sign of life.
+        lesson: an ensemble to learn from, beside the labels.
 
     Raises Diverged; torch.OutOfMemoryError when memory runs out (trial.py then halves the micro-batch); Damaged for a
     checkpoint that cannot be continued from; OutOfTime when the deadline passes before the head is fitted; UserError,
@@ -179,7 +181,7 @@ def train(
     state = None if checkpoint is None else from_first(lambda: read_checkpoint(checkpoint, torch.device("cpu")))
     progress = Progress()
     try:
-        learner = Learner(config, data, splits, weights, device, deadline, tick, state and state["learner"])
+        learner = Learner(config, data, splits, weights, device, deadline, tick, state and state["learner"], lesson)
         model = learner.model
         average = WeightAverage.of(model, config, steps=_steps(config, splits))
         stopping = EarlyStopping(config, progress)

@@ -90,13 +90,16 @@ def _train_within_memory(job: Job, data: Data, splits: Splits, report: Reporter)
     """train() or cross_fit(), halving the micro-batch while memory runs out: the effective batch stays as asked for."""
     config, run = job.config, UPath(job.run)
     checkpoint = run / "checkpoints" / job.id / "state.safetensors"
+    if splits.folds and job.lesson is not None:
+        raise UserError("these images are too few for a select split, so what was taught could not be scored")
+    taught = {} if job.lesson is None else {"lesson": job.lesson}
     # without a GPU slot of its own a trial must not take somebody else's
     device = "cpu" if torch.cuda.is_available() and not job.gpus else None
     while True:
         try:
             return (cross_fit if splits.folds else train)(
                 config, data, splits, report, weights=job.weights, checkpoint=checkpoint, deadline=job.deadline,
-                device=device, tick=report.alive,
+                device=device, tick=report.alive, **taught,
             )  # fmt: skip
         except Damaged:  # the trial starts anew; on every rank, because all of them read the same file
             remove_checkpoint(run, job.id)
@@ -161,6 +164,7 @@ def _write(job: Job, data: Data, splits: Splits, trained: Trained) -> None:
         split_fingerprint=splits.fingerprint,
         finished=time.time(),
         refitted=trained.refitted,
+        taught_by=job.lesson.name if job.lesson is not None else "",
     )
     write_candidate(
         UPath(job.run), info, trained.probs.get("select"), trained.probs.get("tune"), save_safetensors(state)

@@ -125,6 +125,17 @@ def _tuned(trial: optuna.Trial, task: Task, backbone: str) -> TrialConfig:
     )
 
 
+def usual_tuning(backbone: str, size: int, epochs: int) -> TrialConfig:
+    """A pretrained backbone tuned as usual, where nothing is searched for."""
+    family = _family(backbone)
+    return TrialConfig(
+        backbone=backbone, pretrained=True, image_size=size, epochs=epochs, batch_size=int(USUAL["batch_size"]),
+        lr=RATES[family][1], layer_decay=DECAYS[family][1], weight_decay=USUAL["weight_decay"],
+        dropout=USUAL["dropout"], label_smoothing=USUAL["label_smoothing"], scale=USUAL["scale"], jitter=0.2,
+        clip_norm=5.0, flip="random", tta="mirror",
+    )  # fmt: skip
+
+
 def _affordable(task: Task, backbone: str, smaller: bool) -> tuple[int, int]:
     """Image size and epochs of a tuned trial: the largest size that leaves time for enough epochs, then as many as fit.
 

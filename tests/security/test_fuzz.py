@@ -163,7 +163,7 @@ def commands(run: UPath, pictures: Path, out: Path) -> dict[str, Callable[[], ob
     def refit() -> None:
         runs, args = [open_run(str(run))], refitting.Refit(run=(str(run),))
         info = refitting.read_run(runs[0])
-        refitting._lane_config(info)
+        refitting.lane_config(info)
         for member in refitting._to_train(read_ensemble(runs[0])):
             refitting._job(runs, UPath(out / "refit"), info, member, args)
 

@@ -21,13 +21,14 @@ from trainables.data.splits import Splits
 from trainables.errors import UserError
 from trainables.features import Features
 from trainables.inference import autocast, pick_device, predict_probs
-from trainables.job import WeightSource
+from trainables.job import Lesson, WeightSource
 from trainables.models.backbones import build, check_image_size, head_of, normalisation, set_frozen
 from trainables.models.weights import read_pretrained
 from trainables.training.augment import Pixels, augmented, mix
 from trainables.training.head import Head, fit_at, fit_head
 from trainables.training.optim import lr_factor, make_optimizers
 from trainables.training.precision import choose_layout
+from trainables.training.teacher import Teacher
 
 WHITENING_IMAGES = 2000
 
@@ -60,6 +61,7 @@ class Learner:
         deadline: float | None = None,
         tick: Callable[[], None] = lambda: None,
         state: dict[str, Any] | None = None,
+        lesson: Lesson | None = None,
     ) -> None:
         """See train() for the arguments; `state` is an earlier Learner's `state_dict`, to continue from.
 
@@ -74,6 +76,7 @@ class Learner:
         if config.pretrained and weights is None:
             raise UserError(f"{config.backbone} is to start from pretrained weights, but their source was not given")
         self.config, self.data, self.splits, self.tick = config, data, splits, tick
+        self.teacher: Teacher | None = None
         self.device = pick_device(device)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         torch.manual_seed(config.seed)
@@ -112,6 +115,8 @@ class Learner:
                 self.features.rows, data.labels, splits.train, splits.tune, len(data.classes), self._weighs(), tick
             )
             self._set_head(self.head)
+        if lesson is not None:
+            self.teacher = Teacher(lesson, data, splits, self.device, tick)
         self.forward: nn.Module = self.model
         self.learns: set[int] = set()  # which parameters do, in the epoch
         self.epoch, self.cached, self.image_size, self.lr = 0, False, config.image_size, config.lr
@@ -190,7 +195,10 @@ class Learner:
                 for parameter in group["params"]:
                     parameter.requires_grad = False  # their gradient costs time, too
         self._wrap()
-        return _batches(config, self.data.labels, self.splits.train, epoch)
+        rows = self.splits.train
+        if self.teacher is not None and self.teacher.unlabelled is not None:
+            rows = np.concatenate([rows, len(self.data.labels) + np.arange(len(self.teacher.unlabelled))])
+        return _batches(config, self.data.labels, rows, epoch)
 
     def _wrap(self) -> None:
         """Let the ranks' gradients meet; anew whenever other parameters learn than before."""
@@ -246,6 +254,8 @@ class Learner:
     def _logits(self, micro: np.ndarray, progress: float) -> tuple[Tensor, Tensor]:
         images, targets = self._images(micro), self._targets(micro)
         x = augmented(images, micro, self.config, self.image_size, self.epoch, self.generator, self.pixels)
+        if self.teacher is not None:
+            targets = self.teacher.targets(x, self.pixels, targets)
         x, targets = mix(x, targets, self.config, progress, self.generator)
         with autocast(self.device, self.precision):
             return self.forward(x), targets
@@ -255,12 +265,21 @@ class Learner:
         return head_of(self.model)(self.features.batch(micro, self.epoch, self.generator)), self._targets(micro)
 
     def _images(self, indices: np.ndarray) -> Tensor:
-        images = torch.from_numpy(np.ascontiguousarray(self.data.images[indices]))
-        return images.to(self.device, non_blocking=True)
+        known = len(self.data.labels)
+        if self.teacher is not None and self.teacher.unlabelled is not None and int(indices.max()) >= known:
+            is_known = indices < known
+            pixels = np.empty((len(indices), *self.data.images.shape[1:]), np.uint8)
+            pixels[is_known] = self.data.images[indices[is_known]]
+            pixels[~is_known] = self.teacher.unlabelled[indices[~is_known] - known]
+        else:
+            pixels = np.ascontiguousarray(self.data.images[indices])
+        return torch.from_numpy(pixels).to(self.device, non_blocking=True)
 
     def _targets(self, indices: np.ndarray) -> Tensor:
-        labels = torch.from_numpy(np.ascontiguousarray(self.data.labels[indices]))
-        return F.one_hot(labels, len(self.data.classes)).float().to(self.device, non_blocking=True)
+        known = indices < len(self.data.labels)  # an image without a label has a row of zeros
+        labels = torch.from_numpy(np.where(known, self.data.labels[np.where(known, indices, 0)], 0))
+        targets = F.one_hot(labels, len(self.data.classes)).float() * torch.from_numpy(known)[:, None]
+        return targets.to(self.device, non_blocking=True)
 
     def _without_sync(self) -> Any:
         return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else nullcontext()

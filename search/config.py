@@ -96,6 +96,9 @@ class SearchConfig:
     """GPUs of one worker, 0 to 1; default: 1 when the cluster has any, else 0."""
     cpus_per_trial: float | None = None
     """CPUs of one worker; default: the cluster's, spread over its GPUs, or over at most 8 trials without any."""
+    refit: bool = False
+    """In the end retrain the members on all labelled images (see search.refit), which takes about as long as training
+    them took, beyond --minutes; the claim stays the one from before."""
     run: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
     """Run directory; default: runs/<data>-<space>."""
     storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None

@@ -31,6 +31,7 @@ from search.board import LiveBoard, WatchedSweep
 from search.budget import Budget, WeightStore, parse_keep
 from search.config import SearchConfig, Task
 from search.plan import Plan, checked, make_plan, make_task, with_budget
+from search.refit import Refit, refit
 from search.show import describe_lanes, print_first, print_leaderboard, print_missing, print_start, short_path
 from search.study.mirror import Mirror, open_mirror
 from search.study.objective import value_by
@@ -130,6 +131,8 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
         sweep.close()
     ensemble = _conclude(console, plan, config, sweep, began)
     opened.lock.release()
+    if config.refit and ensemble is not None and not sweep.stopping:
+        _refit(console, plan, config, ensemble)
     return ensemble
 
 
@@ -300,6 +303,21 @@ def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, 
     )
     console.print(f"  python -m ensemble.predict --run {short_path(plan.run)} --images FOLDER", markup=False)
     return ensemble
+
+
+def _refit(console: Console, plan: Plan, config: SearchConfig, ensemble: Ensemble) -> None:
+    """Retrain the members on all labelled images, into <run>-refit. A sweep is complete without: nothing is raised."""
+    if plan.splits.folds:
+        console.print("the candidates are cross-fitted: their networks are trained on all labelled images already")
+        return
+    args = Refit((str(plan.run),), ensemble.name, config.data_dir, config.labels, config.weights_dir)
+    try:
+        refitted, _ = refit(args)
+    except UserError as error:
+        console.print(f"not refitted: {error}; python -m search.refit --run {short_path(plan.run)}", style="yellow")
+        return
+    console.print(f"refitted: {short_path(refitted)}; the claim is of the members before, which saw fewer images")
+    console.print(f"  python -m ensemble.predict --run {short_path(refitted)} --images FOLDER", markup=False)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m search.run") -> None:

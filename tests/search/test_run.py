@@ -6,18 +6,24 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from upath import UPath
 
 from cluster import capacity
 from cluster.capacity import Lanes, lanes_for
 from cluster.connect import Node, _like_ctrl_c, free_port
+from ensemble.file import Ensemble, read_ensemble
+from ensemble.show import make_console
 from search import run as search_run
 from search.config import SearchConfig
 from search.plan import make_plan
+from search.refit import Refit
 from trainables.config import TrialConfig
+from trainables.data.splits import load_splits
 from trainables.errors import UserError
 from trainables.job import LaneRequest
 from trainables.models.backbones import build
@@ -304,3 +310,28 @@ def test_a_run_that_cannot_go_on_says_so(pictures: Path, tmp_path: Path, capsys:
     write_json(plan.run / "run.json", info)
     with pytest.raises(UserError, match="earlier version"):
         search_run._open_run(plan, config)
+
+
+def test_a_refit_follows_where_there_are_images_to_add(
+    small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = SearchConfig(data="folder", data_dir=tmp_path, weights_dir=tmp_path / "weights", refit=True)
+    splits = load_splits(small_run)
+    asked = []
+
+    def refit(args: Refit) -> tuple[UPath, Ensemble]:
+        asked.append(args)
+        if len(asked) > 1:
+            raise UserError("the images have changed")
+        return UPath(f"{small_run}-refit"), ensemble
+
+    monkeypatch.setattr(search_run, "refit", refit)
+    ensemble, console = read_ensemble(small_run), make_console()
+    for folds in ((), (), (splits.train,)):
+        plan = SimpleNamespace(run=small_run, splits=replace(splits, folds=folds))
+        search_run._refit(console, plan, config, ensemble)  # type: ignore[arg-type]
+    assert asked == [Refit((str(small_run),), "equal", tmp_path, None, tmp_path / "weights")] * 2
+    told = " ".join(capsys.readouterr().out.split())
+    assert "small-refit; the claim is of the members before, which saw fewer images" in told
+    assert "not refitted: the images have changed; python -m search.refit --run" in told
+    assert "the candidates are cross-fitted" in told

@@ -32,7 +32,7 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for candidate in sorted((home / "few" / "candidates").iterdir())[2:]:
         shutil.rmtree(candidate)
     for name in ("few", "many"):
-        select(Select(run=(str(home / name),), selector="greedy", temperature_scaling=True))
+        select(Select(run=(str(home / name),), selector="greedy", temperature_scaling=True, name="greedy"))
     return home
 
 

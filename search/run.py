@@ -36,6 +36,8 @@ from search.study.mirror import Mirror, open_mirror
 from search.study.objective import value_by
 from search.study.proposals import with_backbones
 from search.sweep import Sweep
+from search.track.tracker import Tracker
+from search.track.tracking import Tracking, make_trackers
 from trainables.config import TrialConfig
 from trainables.data.share import share_data
 from trainables.data.splits import save_splits
@@ -74,11 +76,12 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
     began = time.time()
     console = make_console()
     asked, config = config, with_budget(config)
+    trackers = make_trackers(config.track)
     plan = make_plan(config)
     if config != asked:
         console.print(f"no budget was given, so this sweep takes {config.minutes:g} minutes in all; see --minutes")
     print_missing(console, plan)
-    opened = _open(plan, config)
+    opened = _open(plan, config, trackers)
     budget = _make_budget(plan, config, opened.records.spent, began)
     live = EnsembleSoFar(plan.run, config.top_k, plan.goal)
     lanes = Lanes(config.lane_request(), console.print)
@@ -100,7 +103,7 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
         config.sampler, config.seed, valued, config.pruner, plan.earlier, plan.costs, live,
         contribution=contribution,
         store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
-        mirror=opened.mirror, workers=config.workers_per_trial,
+        mirror=opened.mirror, tracking=opened.tracking, workers=config.workers_per_trial,
     )  # fmt: skip
     if sweep.has_more():
         print_start(console, plan, config, sweep)
@@ -109,6 +112,7 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
             sweep.proposals.enqueue(with_backbones(plan.space.first(first), list(plan.backbones)))
             links = [f"Ray dashboard {lanes.dashboard}"] if lanes.dashboard else []
             links.append(f"study: optuna-dashboard {'(as in --storage)' if config.storage else opened.mirror.url}")
+            links += opened.tracking.places()
             console.print("\n".join([describe_lanes(lanes), *links]), markup=False)
             print_first(console, plan, first, sweep)
             earlier = len(sweep.tried) - len(sweep.waiting())
@@ -129,6 +133,7 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
     if not sweep.stopping:
         sweep.close()
     ensemble = _conclude(console, plan, config, sweep, began)
+    opened.tracking.close(ensemble, complete=not sweep.stopping)
     opened.lock.release()
     return ensemble
 
@@ -140,15 +145,17 @@ class _Opened:
     Attributes:
         records: of its trials.
         mirror: shows them to Optuna's tools.
+        tracking: shows them to experiment trackers.
         lock: on the run directory.
     """
 
     records: Records
     mirror: Mirror
+    tracking: Tracking
     lock: FileLock | Lease
 
 
-def _open(plan: Plan, config: SearchConfig) -> _Opened:
+def _open(plan: Plan, config: SearchConfig, trackers: Sequence[Tracker]) -> _Opened:
     """Open the run directory and its study; raises UserError before anything is written."""
     maximise = config.objective == "metric" and plan.goal.higher_is_better
     if config.storage:  # one that cannot be opened is told before anything is written
@@ -160,7 +167,9 @@ def _open(plan: Plan, config: SearchConfig) -> _Opened:
         raise UserError(f"run directory {plan.run} cannot be written ({error}); name another with --run") from error
     remove_temporaries(plan.run)
     records = Records(plan.run)
-    return _Opened(records, open_mirror(plan.run, config.storage, plan.study, maximise, records), lock)
+    mirror = open_mirror(plan.run, config.storage, plan.study, maximise, records)
+    tracking = Tracking(trackers, plan.run, records, "tune_accuracy" if maximise else "tune_log_loss")
+    return _Opened(records, mirror, tracking, lock)
 
 
 def _make_budget(plan: Plan, config: SearchConfig, spent: Spent, began: float) -> Budget:

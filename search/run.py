@@ -82,6 +82,20 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
         console.print(f"no budget was given, so this sweep takes {config.minutes:g} minutes in all; see --minutes")
     print_missing(console, plan)
     opened = _open(plan, config, trackers)
+    try:
+        ensemble, complete = _sweep(console, plan, config, opened, began)
+    except BaseException:
+        opened.tracking.leave()  # in a notebook the process lives on, and may continue the sweep
+        raise
+    opened.tracking.close(ensemble, complete)
+    opened.lock.release()
+    return ensemble
+
+
+def _sweep(
+    console: Console, plan: Plan, config: SearchConfig, opened: "_Opened", began: float
+) -> tuple[Ensemble | None, bool]:
+    """Run the trials and conclude; returns the ensemble, and whether the sweep is complete."""
     budget = _make_budget(plan, config, opened.records.spent, began)
     live = EnsembleSoFar(plan.run, config.top_k, plan.goal)
     lanes = Lanes(config.lane_request(), console.print)
@@ -132,10 +146,7 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
         sweep.remove_stale_checkpoints()
     if not sweep.stopping:
         sweep.close()
-    ensemble = _conclude(console, plan, config, sweep, began)
-    opened.tracking.close(ensemble, complete=not sweep.stopping)
-    opened.lock.release()
-    return ensemble
+    return _conclude(console, plan, config, sweep, began), not sweep.stopping
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Runs are found again by their tags, `ninefold.sweep` and `ninefold.trial`, and e
 own. So a trial that is sent twice, because an answer was lost, is one run with the same points.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,8 @@ class MlflowTracker:
 
     def __init__(self) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(RETRIES))
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines for each trial
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each of the retries
         try:
             import mlflow
         except ImportError as error:

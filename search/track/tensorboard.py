@@ -13,7 +13,7 @@ from typing import Any
 
 from search.track.tracker import CURVE, EndedTrial, SweepEnd, SweepInfo, missing
 from trainables.run_directory import refuse_links
-from trainables.storage import remove_folder
+from trainables.storage import Damaged, is_link, remove_folder
 
 FOLDER, SWEEP = "tensorboard", "sweep"
 
@@ -70,6 +70,8 @@ class TensorBoardTracker:
         """A writer into an empty folder of that name; what a process that was killed has left there goes."""
         assert self.sweep is not None
         folder = self.sweep.run / FOLDER / name
+        if is_link(folder):
+            raise Damaged(f"{folder} is a symbolic link, which is not followed")
         remove_folder(folder)
         return self.writer(str(folder))
 

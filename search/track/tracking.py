@@ -71,7 +71,8 @@ class Feed:
         self.sent: set[int] = set()
         self.run: str | None = None  # the tracker's key of the sweep's run; None before it was opened
         self.is_open = False
-        self.end: SweepEnd | None = None
+        self.is_ending = self.is_complete = False
+        self.ensemble: Ensemble | None = None
         self.problem = ""
         self.is_told = self.has_all = False
         self.steps = 0  # that have succeeded: while they grow it is not stuck
@@ -86,10 +87,13 @@ class Feed:
             self.waiting.append(record)
             self.change.notify()
 
-    def conclude(self, end: SweepEnd) -> None:
-        """Let it have the end, after all that it lacks; then the thread ends. Never waits, `join` does."""
+    def conclude(self, ensemble: Ensemble | None, complete: bool) -> None:
+        """Let it have the end, after all that it lacks; then the thread ends. Never waits, `join` does.
+
+        complete: the sweep is not to be continued.
+        """
         with self.change:
-            self.end = end
+            self.ensemble, self.is_complete, self.is_ending = ensemble, complete, True
             self.change.notify()
 
     def join(self) -> None:
@@ -113,8 +117,8 @@ class Feed:
         while True:
             try:
                 self._send()
-                if is_last and self.end is not None:
-                    self.tracker.conclude(self.end)
+                if is_last:
+                    self.tracker.conclude(sweep_end(self.sweep.run, self.ensemble, self.ended, self.is_complete))
                     self.has_all = True
                 self.problem = ""
             except Exception as error:  # every library has its own, and none may harm the sweep
@@ -123,10 +127,10 @@ class Feed:
                 return
             with self.change:
                 if self.problem:
-                    self.change.wait_for(lambda: self.end is not None, AGAIN_S)
+                    self.change.wait_for(lambda: self.is_ending, AGAIN_S)
                 else:
-                    self.change.wait_for(lambda: self.end is not None or bool(self.waiting))
-                is_last = self.end is not None
+                    self.change.wait_for(lambda: self.is_ending or bool(self.waiting))
+                is_last = self.is_ending
 
     def _send(self) -> None:
         """Send what it lacks, until something fails; the trial that did comes last the next time."""
@@ -172,7 +176,8 @@ class Feed:
 
     def _remembered(self) -> Sent:
         try:
-            return parse(read_json(self.memory), Sent, self.memory) if exists(self.memory) else Sent()
+            is_there = exists(self.memory) and not is_link(self.memory)
+            return parse(read_json(self.memory), Sent, self.memory) if is_there else Sent()
         except Damaged:  # then it is sent everything, which no tracker shows twice
             return Sent()
 
@@ -209,9 +214,14 @@ class Tracking:
         Returns when each has everything, or cannot be reached now.
         """
         for feed in self.feeds:
-            feed.conclude(sweep_end(self.sweep.run, ensemble, feed.ended, complete))
+            feed.conclude(ensemble, complete)
         for feed in self.feeds:
             feed.join()
+
+    def leave(self) -> None:
+        """Let all have what there is, as of a sweep that is to be continued, and do not wait for it."""
+        for feed in self.feeds:
+            feed.conclude(None, complete=False)
 
 
 def make_trackers(names: Iterable[Track]) -> list[Tracker]:

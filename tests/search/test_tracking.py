@@ -185,6 +185,19 @@ def test_a_tracker_that_hangs_at_the_end_is_left(
     notebook.hangs.set()
 
 
+def test_a_sweep_that_fails_leaves_its_trackers_without_waiting(tmp_path: Path) -> None:
+    notebook = Notebook()
+    s = sweep(tmp_path, trackers=[notebook], trials=2)
+    notebook.hangs.clear()
+    finish(s, take(s))
+    assert s.tracking is not None
+    s.tracking.leave()
+    assert notebook.end is None
+    notebook.hangs.set()
+    wait_until(lambda: notebook.end is not None and not notebook.end.complete)
+    assert notebook.ids == ["0000"]
+
+
 def test_a_trial_that_a_tracker_refuses_does_not_hold_up_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,7 @@ class Feed:
         self.is_ending = self.is_complete = False
         self.ensemble: Ensemble | None = None
         self.problem = ""
-        self.is_told = self.has_all = False
+        self.is_told = self.is_concluded = False
         self.steps = 0  # that have succeeded: while they grow it is not stuck
         self.change = threading.Condition()
         self.thread = threading.Thread(target=self._work, name=f"track {tracker.name}", daemon=True)
@@ -105,10 +105,11 @@ class Feed:
                 if self.steps > steps:
                     advance(self.steps - steps)
                     steps, moved = self.steps, time.monotonic()
-        if not self.has_all:
+        if self.waiting or not self.is_concluded:
+            what = "trials" if self.is_concluded else "trials and the end"
             print(
-                f"{self.tracker.name} lacks {len(self.waiting)} of {len(self.ended)} trials and the end; the same "
-                f"command sends them: {self.problem or 'it does not answer'}",
+                f"{self.tracker.name} lacks {len(self.waiting)} of {len(self.ended)} {what}; the same command sends "
+                f"them: {self.problem or 'it does not answer'}",
                 file=sys.stderr,
             )
 
@@ -119,8 +120,9 @@ class Feed:
                 self._send()
                 if is_last:
                     self.tracker.conclude(sweep_end(self.sweep.run, self.ensemble, self.ended, self.is_complete))
-                    self.has_all = True
-                self.problem = ""
+                    self.is_concluded = True
+                if not self.waiting:
+                    self.problem = ""
             except Exception as error:  # every library has its own, and none may harm the sweep
                 self._note(error)
             if is_last:
@@ -133,20 +135,24 @@ class Feed:
                 is_last = self.is_ending
 
     def _send(self) -> None:
-        """Send what it lacks, until something fails; the trial that did comes last the next time."""
+        """Send what it lacks. A trial that alone is refused is left for the next time; raises when all would be."""
         if not self.is_open:
             self._open()
-        while self.waiting:
+        refused = 0
+        while len(self.waiting) > refused:
             record = self.waiting[0]
-            if record.number not in self.sent:
-                try:
+            try:
+                if record.number not in self.sent:
                     self.tracker.add(ended_trial(self.sweep.run, record, self.metric))
-                except Exception:
-                    with self.change:
-                        self.waiting.rotate(-1)
-                    raise
-                self.sent.add(record.number)
-                self._remember()
+            except Exception as error:
+                with self.change:
+                    self.waiting.rotate(-1)
+                self._note(error)
+                self._open()  # which fails, too, when the tracker is away
+                refused += 1
+                continue
+            self.sent.add(record.number)
+            self._remember()
             with self.change:
                 self.waiting.popleft()
             self.steps += 1

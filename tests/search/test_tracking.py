@@ -199,11 +199,11 @@ def test_a_sweep_that_fails_leaves_its_trackers_without_waiting(tmp_path: Path) 
 
 
 def test_a_trial_that_a_tracker_refuses_does_not_hold_up_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     class Choosy(Notebook):
         def add(self, trial: EndedTrial) -> None:
-            if trial.id == "0000":
+            if trial.id in ("0000", "0002"):
                 raise ValueError("no such name")
             super().add(trial)
 
@@ -212,8 +212,30 @@ def test_a_trial_that_a_tracker_refuses_does_not_hold_up_the_others(
     s = sweep(tmp_path, trackers=[choosy], trials=4)
     for _ in range(4):
         finish(s, take(s))
-    wait_until(lambda: choosy.ids == ["0001", "0002", "0003"])
+    wait_until(lambda: choosy.ids == ["0001", "0003"])
     close(s)
+    assert choosy.end is not None
+    assert "notebook lacks 2 of 4 trials; the same command sends them: no such name" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_makes_no_trial_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tracker has the trial, but that it has cannot be noted, until there is room again."""
+    monkeypatch.setattr(tracking, "AGAIN_S", 0.05)
+    failures = ["no space left"]
+
+    def write(path: UPath, value: object) -> None:
+        if failures:
+            raise OSError(failures.pop())
+        write_json(path, value)
+
+    monkeypatch.setattr(tracking, "write_json", write)
+    notebook = Notebook()
+    s = sweep(tmp_path, trackers=[notebook], trials=1)
+    finish(s, take(s))
+    memory = UPath(tmp_path) / "tracking" / "notebook.json"
+    wait_until(lambda: memory.exists() and read_json(memory)["trials"] == [[0, 0]])
+    close(s)
+    assert notebook.ids == ["0000"]
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"trials": [[0, 1e300]]}', '{"run": 3}', '{"trials": "all"}'])

@@ -112,6 +112,7 @@ class Feed:
                 f"them: {self.problem or 'it does not answer'}",
                 file=sys.stderr,
             )
+            self.is_told = True
 
     def _work(self) -> None:
         is_last = False

@@ -11,7 +11,7 @@ from typing import Any
 from search.track.tracker import CURVE, PROJECT, EndedTrial, SweepEnd, SweepInfo, missing
 from trainables.errors import UserError
 
-FINISH_S = 30.0  # that a run's upload may take before it is tried again
+ANSWER_S = 30.0  # that Weights & Biases may take for a run's start, and for its upload, before it is tried again
 
 
 class WandbTracker:
@@ -29,9 +29,9 @@ class WandbTracker:
         self.parent: Any = None
         self.project = os.environ.get("WANDB_PROJECT", PROJECT)
         self.mode = str(wandb.setup().settings.mode)
-        if self.mode in ("online", "shared", "run"):  # else nobody would be asked for a key before the first trial ends
+        if self.mode in ("online", "shared", "run"):  # a key is asked for now, not in the middle of the sweep
             try:
-                is_logged_in = wandb.login()
+                is_logged_in = wandb.login(verify=False)  # a server that is away is no mistake
             except wandb.Error as error:
                 raise UserError(f"--track wandb: {str(error).strip().splitlines()[0]}; {_LOGIN}") from None
             if not is_logged_in:
@@ -73,7 +73,7 @@ class WandbTracker:
             project=self.project, group=self.sweep.key, job_type=kind, id=f"{self.sweep.key}-{id}", name=name,
             resume="allow", reinit="create_new",
             settings=self.wandb.Settings(
-                silent=True, console="off", finish_timeout=FINISH_S, finish_timeout_raises=True,
+                silent=True, console="off", init_timeout=ANSWER_S, finish_timeout=ANSWER_S, finish_timeout_raises=True,
                 x_disable_meta=True, x_disable_stats=True,  # the command line, which may have a password, and this CPU
             ),
         )  # fmt: skip

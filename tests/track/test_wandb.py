@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from upath import UPath
 
+from search.track import tracking
 from search.track.tracking import make_trackers
 from tests.hand_sweep import finish, sweep, take
 from tests.track.conftest import conclude, every_end
@@ -162,6 +163,21 @@ def test_a_folder_that_is_away_does_no_harm(
     assert {name: len(folders) for name, folders in runs(away).items()} == {
         tmp_path.name: 1, "0000": 1, "0001": 1, "0002": 1, "0003": 1,
     }  # fmt: skip
+
+
+def test_a_server_that_is_away_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Nobody listens on that port. wandb itself waits for half a minute, in the tracker's thread."""
+    for name, value in (("MODE", "online"), ("BASE_URL", "http://127.0.0.1:9"), ("API_KEY", 40 * "0")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setattr(tracking, "STUCK_S", 1.0)
+    s = sweep(tmp_path, trials=4, pruner="median", trackers=make_trackers(["wandb"]))
+    every_end(s)
+    assert len([record for record in s.records if record.outcome is not None]) == 4
+    conclude(s)
+    assert "wandb lacks 4 of 4 trials and the end; the same command sends them" in capsys.readouterr().err
+    assert not (tmp_path / "tracking" / "wandb.json").exists()
 
 
 def test_nobody_is_asked_for_a_key_in_the_middle_of_a_sweep(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # CI installs what was tested, file by file; everybody else what the ranges in pyproject.toml admit.
 PINS   := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: dry-run check test test-slow test-cluster test-browser test-storage lint setup clean
+.PHONY: dry-run check test test-slow test-cluster test-browser test-storage test-track lint setup clean
 
 dry-run: setup          ## the main job: sweep the embedded digits, end in an ensemble
 	$(VENV)/bin/python -m search.run
@@ -32,6 +32,10 @@ test-storage: setup     ## a real PostgreSQL, started by the tests, and optuna-d
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || (apt-get update && apt-get install -y postgresql)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[storage]'
 	$(VENV)/bin/python -m pytest -m storage
+
+test-track: setup       ## a real MLflow server, TensorBoard's event files, wandb offline; installs what is missing
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[mlflow,tensorboard,wandb]'
+	$(VENV)/bin/python -m pytest -m track
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -18,6 +18,7 @@ Pruner = Literal["asha", "hyperband", "median", "promote", "wilcoxon", "none"]
 Objective = Literal["metric", "log_loss", "ensemble"]
 Fit = Literal["squash", "crop", "pad"]
 Scale = Literal["full", "tiny"]
+Track = Literal["mlflow", "tensorboard", "wandb"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,9 @@ class SearchConfig:
     """Run directory; default: runs/<data>-<space>."""
     storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
     """Optuna storage; default: study.db in the run directory."""
+    track: tuple[Track, ...] = ()
+    """Experiment trackers that show the sweep (extras of these names): mlflow, to where MLFLOW_TRACKING_URI says;
+    tensorboard, into the run directory; wandb, as its own variables say (WANDB_MODE=offline needs no account)."""
     seed: int = 0
     """Of the sampler."""
     split_seed: int = 0
@@ -125,6 +129,11 @@ class SearchConfig:
             parse_keep(self.keep_weights)
         if self.top_k < 1:
             raise UserError(f"--top-k is {self.top_k}, expected at least 1")
+        if "tensorboard" in self.track and "://" in (self.run or ""):
+            raise UserError(
+                f"--track tensorboard writes event files, which cannot be written to {self.run}; expected a folder: "
+                "name one with --run, or track with mlflow or wandb"
+            )
         if self.workers_per_trial < 1:
             raise UserError(f"--workers-per-trial is {self.workers_per_trial}, expected at least 1")
         if self.cpus_per_trial is not None and not self.cpus_per_trial > 0:

@@ -37,6 +37,8 @@ from search.study.mirror import Mirror, open_mirror
 from search.study.objective import value_by
 from search.study.proposals import with_backbones
 from search.sweep import Sweep
+from search.track.tracker import Tracker
+from search.track.tracking import Tracking, make_trackers
 from trainables.config import TrialConfig
 from trainables.data.share import share_data
 from trainables.data.splits import save_splits
@@ -75,11 +77,28 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
     began = time.time()
     console = make_console()
     asked, config = config, with_budget(config)
+    trackers = make_trackers(config.track)
     plan = make_plan(config)
     if config != asked:
         console.print(f"no budget was given, so this sweep takes {config.minutes:g} minutes in all; see --minutes")
     print_missing(console, plan)
-    opened = _open(plan, config)
+    opened = _open(plan, config, trackers)
+    try:
+        ensemble, complete = _sweep(console, plan, config, opened, began)
+    except BaseException:
+        opened.tracking.leave()  # in a notebook the process lives on, and may continue the sweep
+        raise
+    opened.tracking.close(ensemble, complete)
+    opened.lock.release()
+    if config.refit and ensemble is not None and complete:
+        _refit(console, plan, config, ensemble)
+    return ensemble
+
+
+def _sweep(
+    console: Console, plan: Plan, config: SearchConfig, opened: "_Opened", began: float
+) -> tuple[Ensemble | None, bool]:
+    """Run the trials and conclude; returns the ensemble, and whether the sweep is complete."""
     budget = _make_budget(plan, config, opened.records.spent, began)
     live = EnsembleSoFar(plan.run, config.top_k, plan.goal)
     lanes = Lanes(config.lane_request(), console.print)
@@ -101,7 +120,7 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
         config.sampler, config.seed, valued, config.pruner, plan.earlier, plan.costs, live,
         contribution=contribution,
         store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
-        mirror=opened.mirror, workers=config.workers_per_trial,
+        mirror=opened.mirror, tracking=opened.tracking, workers=config.workers_per_trial,
     )  # fmt: skip
     if sweep.has_more():
         print_start(console, plan, config, sweep)
@@ -110,6 +129,7 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
             sweep.proposals.enqueue(with_backbones(plan.space.first(first), list(plan.backbones)))
             links = [f"Ray dashboard {lanes.dashboard}"] if lanes.dashboard else []
             links.append(f"study: optuna-dashboard {'(as in --storage)' if config.storage else opened.mirror.url}")
+            links += opened.tracking.places()
             console.print("\n".join([describe_lanes(lanes), *links]), markup=False)
             print_first(console, plan, first, sweep)
             earlier = len(sweep.tried) - len(sweep.waiting())
@@ -129,11 +149,7 @@ def run_sweep(config: SearchConfig) -> Ensemble | None:
         sweep.remove_stale_checkpoints()
     if not sweep.stopping:
         sweep.close()
-    ensemble = _conclude(console, plan, config, sweep, began)
-    opened.lock.release()
-    if config.refit and ensemble is not None and not sweep.stopping:
-        _refit(console, plan, config, ensemble)
-    return ensemble
+    return _conclude(console, plan, config, sweep, began), not sweep.stopping
 
 
 @dataclass(frozen=True)
@@ -143,15 +159,17 @@ class _Opened:
     Attributes:
         records: of its trials.
         mirror: shows them to Optuna's tools.
+        tracking: shows them to experiment trackers.
         lock: on the run directory.
     """
 
     records: Records
     mirror: Mirror
+    tracking: Tracking
     lock: FileLock | Lease
 
 
-def _open(plan: Plan, config: SearchConfig) -> _Opened:
+def _open(plan: Plan, config: SearchConfig, trackers: Sequence[Tracker]) -> _Opened:
     """Open the run directory and its study; raises UserError before anything is written."""
     maximise = config.objective == "metric" and plan.goal.higher_is_better
     if config.storage:  # one that cannot be opened is told before anything is written
@@ -163,7 +181,9 @@ def _open(plan: Plan, config: SearchConfig) -> _Opened:
         raise UserError(f"run directory {plan.run} cannot be written ({error}); name another with --run") from error
     remove_temporaries(plan.run)
     records = Records(plan.run)
-    return _Opened(records, open_mirror(plan.run, config.storage, plan.study, maximise, records), lock)
+    mirror = open_mirror(plan.run, config.storage, plan.study, maximise, records)
+    tracking = Tracking(trackers, plan.run, records, "tune_accuracy" if maximise else "tune_log_loss")
+    return _Opened(records, mirror, tracking, lock)
 
 
 def _make_budget(plan: Plan, config: SearchConfig, spent: Spent, began: float) -> Budget:

@@ -26,6 +26,7 @@ from search.study.pruning import Pruning
 from search.study.sampling import Sampling
 from search.study.values import Values
 from search.timing import Timing
+from search.track.tracking import Tracking
 from trainables.config import TrialConfig
 from trainables.job import DataSource, Job, Metrics, Outcome, Result, WeightSource
 from trainables.run.records import Records, Stage, TrialRecord
@@ -59,6 +60,7 @@ class Sweep:
         contribution: values candidates by what they add to an ensemble, or by a metric; None: by their own score.
         store: deletes weights beyond the disk budget.
         mirror: shows the trials to Optuna's tools.
+        tracking: shows them to experiment trackers; whoever made it closes it.
         workers: of a trial.
         clock: time.time(), or a simulation's.
 
@@ -71,11 +73,12 @@ class Sweep:
         sampler: Sampler = "tpe", seed: int = 0, objective: Valued = "accuracy", pruner: Pruner = "promote",
         warm: Iterable[FrozenTrial] = (), costs: Costs | None = None, live: EnsembleSoFar | None = None,
         contribution: Contribution | OwnScores | None = None, store: WeightStore | None = None,
-        mirror: Mirror | None = None, workers: int = 1, clock: Callable[[], float] = time.time,
+        mirror: Mirror | None = None, tracking: Tracking | None = None, workers: int = 1,
+        clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self.records, self.run, self.data, self.budget, self.weights = records, run, data, budget, weights
-        self.live, self.contribution, self.store, self.mirror = live, contribution, store, mirror
-        self.workers = workers
+        self.live, self.contribution, self.store = live, contribution, store
+        self.mirror, self.tracking, self.workers = mirror, tracking, workers
         self.time, self.goal = Timing(records.spent, budget, clock), Goal(budget, live)
         self.time.know(costs)
         self.saved = clock()
@@ -318,6 +321,8 @@ class Sweep:
             self.pruning.end(record)
         if self.mirror is not None:
             self.mirror.add(record)
+        if self.tracking is not None:
+            self.tracking.add(record)
         return record
 
     def close(self) -> None:

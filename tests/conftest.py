@@ -17,7 +17,8 @@ from trainables.data.dataset import Data
 from trainables.data.prepare import prepare
 from trainables.data.splits import Splits, draw
 
-SUITES = {"slow": "slow", "multinode": "cluster", "browser": "browser", "storage": "storage"}  # folder -> marker
+# folder -> marker
+SUITES = {"slow": "slow", "multinode": "cluster", "browser": "browser", "storage": "storage", "track": "track"}
 # Files whose tests start Ray or servers, or train for many seconds: left out of `make check`
 HEAVY = {
     "cluster/test_lane.py", "cluster/test_tuner.py", "ensemble/serve/test_answer.py", "ensemble/serve/test_app.py",

@@ -16,6 +16,8 @@ from search.study.mirror import open_mirror
 from search.study.objective import Contribution
 from search.study.proposals import Suggest
 from search.sweep import Sweep
+from search.track.tracker import Tracker
+from search.track.tracking import Tracking
 from trainables.config import TrialConfig
 from trainables.job import DataSource, Job, Outcome, Result
 from trainables.run.records import Records
@@ -32,7 +34,7 @@ LABELS = np.array([0, 1, 0, 1])  # of the tune and of the select split
 
 def sweep(
     run: Path, trials: int | None = 4, deadline: float | None = None, keep: str = "", suggest: Suggest = suggest,
-    storage: str | None = None, name: str = "test", **options: Any,
+    storage: str | None = None, name: str = "test", trackers: Sequence[Tracker] = (), **options: Any,
 ) -> Sweep:  # fmt: skip
     """A sweep with its live ensemble; options are the sweep's or those of the budget."""
     asked = {
@@ -48,12 +50,13 @@ def sweep(
         write_array(UPath(run / "select_labels.npy"), LABELS)
         write_json(UPath(run / "run.json"), {"classes": ["a", "b"], "split_fingerprint": "f"})
     records = Records(UPath(run))
+    tracking = Tracking(trackers, UPath(run), records, "tune_accuracy")
     return Sweep(
         records, UPath(run), DataSource("/nowhere/x-0123456789abcdef", "folder"), Budget(trials, deadline, **asked),
         {}, suggest, **own, live=EnsembleSoFar(UPath(run), 2),
         contribution=Contribution(LABELS, 2) if own["objective"] == "ensemble" else None,
         store=WeightStore(UPath(run), parse_keep(keep)) if keep else None,
-        mirror=open_mirror(UPath(run), storage, name, own["objective"] == "accuracy", records),
+        mirror=open_mirror(UPath(run), storage, name, own["objective"] == "accuracy", records), tracking=tracking,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@
       checkpoints/<id>/         latest checkpoint of a trial that has not finished
       ensembles/<name>.json
       report.html, report.json  of the ensemble written last
+      tracking/, tensorboard/   of --track: what each experiment tracker has; event files
       .lock, lease.json         held by the one search.run or search.refit that is at work here
       data/<name>-<fingerprint>/  of a run on a cluster or an object store: the prepared data set, see share.py
 
@@ -57,7 +58,9 @@ from trainables.storage import (
 
 RUNS = "runs"
 FORMAT = 2  # of run directories that are made now; 1: of before trials/, which can be selected from but not continued
-OWN = ("candidates", "checkpoints", "ensembles", "data", "trials", "study.db", ".lock")  # what commands write into
+OWN = (  # what commands write into
+    "candidates", "checkpoints", "ensembles", "data", "trials", "study.db", ".lock", "tensorboard", "tracking",
+)  # fmt: skip
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _DATA_FOLDER = re.compile(r"[a-z0-9_]{1,40}-[0-9a-f]{16}")
 

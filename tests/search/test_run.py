@@ -91,6 +91,16 @@ def test_mistakes_on_the_command_line(
     assert expected in line
 
 
+@pytest.mark.parametrize("tracker", ["mlflow", "tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed(
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, tracker, None)  # then it cannot be imported
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    line = refused(capsys, monkeypatch, tmp_path / "run", "--track", tracker)
+    assert f"--track {tracker} needs the package {tracker}; pip install 'ninefold[{tracker}]'" in line
+
+
 def test_unknown_option_is_exit_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["search.run", "--tirals", "3"])
     with pytest.raises(SystemExit) as exit:

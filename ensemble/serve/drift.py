@@ -163,13 +163,10 @@ class Drift:
         last = f"drift: the last {len(self):,} answers"
         if not clear or self.reference is None:
             return f"{last} are like those to the select split again"
-        sides = (self.confidence(), self.counts()), (self.reference.confidence, self.reference.counts)
-        means, commonest = zip(
-            *((f"{sure.mean():.1%}", self._commonest(counts)) for sure, counts in sides), strict=True
-        )
+        there = self.reference
         gaps = {
-            "confidence": "mean confidence {}, there {}".format(*means),
-            "classes": "most often {}, there {}".format(*commonest),
+            "confidence": f"mean confidence {self.confidence().mean():.1%}, there {there.confidence.mean():.1%}",
+            "classes": f"most often {self._commonest(self.counts())}, there {self._commonest(there.counts)}",
         }
         reasons = "; ".join(f"{gaps[name]} (p = {p:.0e})" for name, p in clear.items())
         return f"{last} differ from those to the select split: {reasons}; see /drift"

@@ -117,7 +117,10 @@ class _OtherMethods:
 
 
 class Counted:
-    """An ASGI app, of which every answer is counted: it stands before the guard, so refusals are, too."""
+    """An ASGI app, of which every answer is counted: it stands before the guard, so refusals are, too.
+
+    What is no HTTP has no route; uvicorn answers it by itself, uncounted.
+    """
 
     def __init__(self, app: App, metrics: Metrics) -> None:
         self.app = app

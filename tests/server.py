@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ class Server:
         status, body, _ = self.ask("POST", "/predict", content, **headers)
         return status, json.loads(body)
 
+    def post_batch(self, pictures: Sequence[bytes], name: str = "files") -> tuple[int, dict[str, Any]]:
+        kind, content = form(pictures, name)
+        status, body, _ = self.ask("POST", "/predict/batch", content, Content_Type=kind)
+        return status, json.loads(body)
+
     def connect(self, *, timeout: float = 60) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
 
@@ -87,9 +92,8 @@ class Server:
         """A file given to the page: what its functions take as a value."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         with contextlib.closing(connection):
-            head = b'--cut\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-            form = {"Content-Type": "multipart/form-data; boundary=cut"}
-            connection.request("POST", "/gradio_api/upload", head + content + b"\r\n--cut--\r\n", form)
+            kind, body = form([content])
+            connection.request("POST", "/gradio_api/upload", body, {"Content-Type": kind})
             response = connection.getresponse()
             assert response.status == 200, response.read()
             return {"path": json.loads(response.read())[0], "meta": {"_type": "gradio.FileData"}}
@@ -106,6 +110,13 @@ class Server:
         """SIGTERM, and what it had to say on stderr."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.communicate(timeout=60)[1]
+
+
+def form(contents: Sequence[bytes], name: str = "files") -> tuple[str, bytes]:
+    """Content type and body of a form with these files, as a browser or curl sends it."""
+    head = f'--cut\r\nContent-Disposition: form-data; name="{name}"; filename="a.png"\r\n\r\n'.encode()
+    parts = b"".join(head + content + b"\r\n" for content in contents)
+    return "multipart/form-data; boundary=cut", parts + b"--cut--\r\n"
 
 
 def read_all(connection: socket.socket) -> bytes:

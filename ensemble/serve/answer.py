@@ -7,8 +7,10 @@ import os
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,21 @@ SMALL = 2**20  # pixels of a picture that does not wait for large ones, which ta
 SMALL_AT_A_TIME = 4 * SMALL  # pixels of small pictures that are decoded at a time
 WAITING = 256  # pictures that wait to be decoded, small and large
 PILLOW_BLOCK = 64 * 2**20  # bytes; see Decoders
+BATCH_SIZE = "batch"  # of an answer, for the server's own books: how many images the network took together
+
+
+@dataclass(frozen=True, eq=False)
+class Votes:
+    """Of one image.
+
+    Attributes:
+        probs: float32 (M, C), one row for each member.
+        batch: how many images the network took together, for the first of them; None for the others, so that a batch
+            is counted once.
+    """
+
+    probs: np.ndarray
+    batch: int | None
 
 
 class Batcher:
@@ -35,12 +52,12 @@ class Batcher:
     def __init__(self, votes: Callable[[np.ndarray], list[np.ndarray]]) -> None:
         """votes: uint8 images (N, H, W, 3) to M arrays (N, C); called from one thread only."""
         self._votes = votes
-        self._waiting: queue.SimpleQueue[tuple[np.ndarray, Future[np.ndarray]]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[np.ndarray, Future[Votes]]] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True, name="batcher").start()
 
-    def submit(self, image: np.ndarray) -> "Future[np.ndarray]":
-        """The members' probabilities, float32 (M, C), of one image; in the future also what predicting raised."""
-        answer: Future[np.ndarray] = Future()
+    def submit(self, image: np.ndarray) -> "Future[Votes]":
+        """The members' probabilities of one image; in the future also what predicting raised."""
+        answer: Future[Votes] = Future()
         self._waiting.put((image, answer))
         return answer
 
@@ -55,10 +72,10 @@ class Batcher:
                 for _, answer in batch:
                     answer.set_exception(error)
                 continue
-            for (_, answer), vote in zip(batch, votes, strict=True):
-                answer.set_result(vote)
+            for number, ((_, answer), vote) in enumerate(zip(batch, votes, strict=True)):
+                answer.set_result(Votes(vote, None if number else len(batch)))
 
-    def _gather(self) -> list[tuple[np.ndarray, "Future[np.ndarray]"]]:
+    def _gather(self) -> list[tuple[np.ndarray, "Future[Votes]"]]:
         batch = [self._waiting.get()]
         end = time.monotonic() + GATHERING
         while len(batch) < LARGEST_BATCH:
@@ -138,6 +155,7 @@ class Answerer:
     """
 
     def __init__(self, runs: list[str], ensemble: str | None, device: str | None, most_pixels: int) -> None:
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of damaged pictures; a log could fill
         homes = open_runs(runs)
         self.voters = Voters.load(homes, read_ensemble(homes[0], ensemble), device)
         self.architectures = [m.candidate(homes).architecture for m in self.voters.ensemble.members]
@@ -155,7 +173,7 @@ class Answerer:
         (each with `id`, `architecture`, `weight`, `label`, `probability`, at the temperature at which it is averaged),
         and where the ensemble knows them `set` (classes among which the right one is) and `unsure`; or, for what is no
         image or too large a one, or when too many wait, `error` in words and an HTTP `status`. Once it is cancelled, a
-        waiting picture is not decoded.
+        waiting picture is not decoded. Of the images that the network took together the first has BATCH_SIZE, too.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -167,7 +185,8 @@ class Answerer:
         except Busy:
             return {"error": "the server is busy; try again later", "status": 503}
         votes = await asyncio.wrap_future(self.batcher.submit(image))
-        return self._describe(votes)
+        batch = {} if votes.batch is None else {BATCH_SIZE: votes.batch}
+        return self._describe(votes.probs) | batch
 
     def _decode(self, content: bytes) -> np.ndarray:
         return decode_bytes(content, self.voters.canvas, self.most_pixels)

@@ -3,9 +3,13 @@
     curl --data-binary @cat.jpg http://127.0.0.1:7860/predict
 
 answers with the label, its probability, those of all classes, and every member's vote, as JSON. What is no picture, or
-too large a one, is refused in words with status 413 or 415; a busy server answers 503 with Retry-After. GET /health
-says that it runs. `--ray-serve` predicts in replicas of a Ray Serve deployment instead of in this process; page and API
-are the same.
+too large a one, is refused in words with status 413 or 415; a busy server answers 503 with Retry-After.
+
+    curl -F files=@cat.jpg -F files=@dog.jpg http://127.0.0.1:7860/predict/batch
+
+answers several at once, each as above. GET /health says that the server runs, /metrics counts for Prometheus, /drift
+compares the last answers with those to the select split, and /openapi.json describes all of it. `--ray-serve` predicts
+in replicas of a Ray Serve deployment instead of in this process; page and API are the same.
 
 On the loopback interface the server answers requests for its own names only. Beyond it a token is needed:
 
@@ -15,10 +19,10 @@ On the loopback interface the server answers requests for its own names only. Be
 and http://HOST:7860/?token=SECRET for the page. Without TLS in front of it whoever sees the traffic can read it.
 """
 
-import asyncio
 import contextlib
 import functools
 import ipaddress
+import logging
 import math
 import os
 import socket
@@ -27,19 +31,17 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import tyro
 
 from ensemble.file import read_ensemble
 from ensemble.serve.answer import Answerer
+from ensemble.serve.drift import Drift, Reference
 from ensemble.serve.page import Answer, Examples, build_page, mount_options
 from trainables.errors import UserError
-from trainables.run_directory import open_runs
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI, Request
+from trainables.run_directory import open_runs, read_run
 
 TOKEN = "NINEFOLD_TOKEN"  # environment variable
 ONGOING = 64  # requests that a replica works on at a time, which are what it batches
@@ -71,50 +73,6 @@ class Serve:
     """Predict in Ray Serve replicas: those of the cluster when run as its job, else on this machine."""
     replicas: int = 2
     """Of --ray-serve."""
-
-
-def make_app(answer: Answer, about: dict[str, Any]) -> "FastAPI":
-    """POST /predict, and GET /health, which says `about`; the page is mounted on it."""
-    from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse, Response
-
-    from ensemble.serve.guard import RETRY
-
-    app = FastAPI(title="Ninefold", docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
-
-    @app.post("/predict")
-    async def predict(request: Request) -> Response:
-        result = await _answer_while_connected(request, answer)
-        if result is None:
-            return Response(status_code=400)  # nobody is there to read it
-        status = result.pop("status", 200)
-        return JSONResponse(result, status, {"Retry-After": RETRY} if status == 503 else None)
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", **about}
-
-    @app.get("/predict")
-    async def explain() -> Response:  # or Gradio says "Not Found" to who opens it in a browser
-        return JSONResponse({"error": "expected a POST request with the bytes of a picture"}, 405, {"Allow": "POST"})
-
-    @app.exception_handler(Exception)
-    async def fail(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": "the server failed; its log says why"}, 500)
-
-    return app
-
-
-async def _answer_while_connected(request: "Request", answer: Answer) -> dict[str, Any] | None:
-    """The answer to the request's body; None once the client has left, whose picture need not be decoded then."""
-    answering = asyncio.ensure_future(answer(await request.body()))
-    leaving = asyncio.ensure_future(request.receive())  # the body has come, so nothing else can follow
-    try:
-        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return answering.result() if answering.done() else None
-    finally:
-        answering.cancel()
-        leaving.cancel()
 
 
 def gpu_share(gpus: float, replicas: int) -> float:
@@ -180,6 +138,10 @@ def open_listener(host: str, port: int, token: str) -> tuple[socket.socket, bool
 
 def serve(args: Serve) -> None:
     """Answer until interrupted. Raises UserError for whatever a user can fix, before anything is answered."""
+    try:
+        from ensemble.serve.metrics import Metrics
+    except ImportError:
+        raise UserError("the server needs the package prometheus-client; pip install 'ninefold[serve]'") from None
     runs = open_runs(args.run)
     run, ensemble = runs[0], read_ensemble(runs[0], args.ensemble)
     token = (args.token or os.environ.get(TOKEN, "")).strip()
@@ -191,13 +153,19 @@ def serve(args: Serve) -> None:
         tempfile.TemporaryDirectory(prefix="ninefold-") as uploads,
         replicas(args, *what) if args.ray_serve else contextlib.nullcontext(Answerer(*what)) as answer,
     ):
+        metrics = Metrics(Drift(read_run(run).classes, Reference.of(runs, ensemble)), ensemble.risk is not None)
+        answer = metrics.counted(answer)
         page = build_page(run, ensemble, Examples.of(run), answer, Path(uploads))
         import gradio
         import uvicorn
 
+        from ensemble.serve.document import describe_api
         from ensemble.serve.guard import LOOPBACK, Connection, Guard
+        from ensemble.serve.routes import Counted, make_app
 
-        app = make_app(answer, {"run": run.name, "ensemble": ensemble.name, "members": len(ensemble.members)})
+        about = {"run": run.name, "ensemble": ensemble.name, "members": len(ensemble.members)}
+        document = describe_api(ensemble.risk is not None, bool(token))
+        app = make_app(answer, about, metrics, document)
         gradio.mount_gradio_app(app, page, path="/", max_file_size=most_bytes, **mount_options())
         hosts = (*LOOPBACK, args.host.lower()) if is_local else None
         guard = Guard(app, hosts, token, most_bytes, args.most_seconds, Path(uploads))  # type: ignore[arg-type]
@@ -207,8 +175,9 @@ def serve(args: Serve) -> None:
             shown = quote(args.token.strip(), safe="") if args.token else f"${TOKEN}"
             print(f"with a token: {address}/?token={shown} (page) and 'Authorization: Bearer TOKEN' (HTTP API)")
         sys.stdout.flush()
+        logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # as uvicorn's below
         config = uvicorn.Config(
-            guard,
+            Counted(guard, metrics),  # type: ignore[arg-type]
             http=functools.partial(Connection, seconds=args.most_seconds),  # type: ignore[arg-type]
             ws="none",
             log_level="error",  # what is wrong with a request is said to its sender; a log of it could fill a disk

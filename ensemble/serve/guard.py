@@ -12,6 +12,7 @@ import io
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,21 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-PREDICT, HEALTH, UPLOAD = "/predict", "/health", "/gradio_api/upload"
+PREDICT, BATCH, UPLOAD = "/predict", "/predict/batch", "/gradio_api/upload"
+HEALTH, METRICS, DRIFT, DOCUMENT = "/health", "/metrics", "/drift", "/openapi.json"
+WATCHED = (HEALTH, METRICS, DRIFT, DOCUMENT)  # answered however busy the server is: at once, and in little
+ROUTES = (PREDICT, BATCH, *WATCHED)  # all others are the page's
+FORMS = (BATCH, UPLOAD)  # take files in a form
 OPEN = (HEALTH, "/manifest.json")  # without a token: browsers ask for the latter without cookies; it has the title
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 CONNECTIONS = 200  # below the 256 open files that macOS grants a process
-PREDICT_REQUESTS = 128  # that are worked on at a time
-PAGE_REQUESTS = 64  # likewise; every open tab keeps a stream. Both together leave connections that may be closed
+PREDICT_REQUESTS = 120  # that are worked on at a time
+BATCH_REQUESTS = 8  # likewise
+PAGE_REQUESTS = 64  # likewise; every open tab keeps a stream. All together leave connections that may be closed
 HELD = 64 * 2**20  # bytes of all bodies at a time, of each what exceeds FREE; one may exceed it, so that it ends
 FREE = 256 * 2**10  # bytes of a body that need no room: most pictures, which large bodies must not keep waiting
-FORM = 64 * 2**10  # bytes of an upload to the page besides its file
+FORM = 64 * 2**10  # bytes of a form besides its files
 MESSAGE = 8 * 2**10  # bytes of what else the page sends: Gradio keeps ten copies of it for each of 2000 sessions
 HEAD = 16 * 2**10  # bytes of a request's head; h11 limits only one that comes in pieces
 SLOW = 2.0  # seconds that a body may take while others wait for its room
@@ -109,7 +115,7 @@ class Guard:
         self.held = 0
         self.arriving: dict[Body, float] = {}  # and when each began
         self.turn = asyncio.Lock()  # of the body that may exceed HELD
-        self.ongoing = {True: 0, False: 0}  # requests of the page, and others
+        self.ongoing: Counter[str] = Counter()  # requests by kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # start and end of the server; there are no WebSockets
@@ -139,16 +145,16 @@ class Guard:
             if not await self._read(body, receive, scope):
                 return  # the client has left
             # Of a form that came in one piece, Gradio would keep every line apart until all are parsed.
-            receive = body.replay(receive, STEP if scope["path"] == UPLOAD else max(body.size, 1))
+            receive = body.replay(receive, STEP if scope["path"] in FORMS else max(body.size, 1))
             self._check_ongoing(scope)
-        is_page = _is_page(scope)
-        self.ongoing[is_page] += 1
+        kind = _kind(scope)
+        self.ongoing[kind] += 1
         try:
             if scope["path"] == UPLOAD:
                 await asyncio.to_thread(clear_oldest, self.uploads, DISK * self.most_bytes - body.size)
             await self.app(scope, receive, send)
         finally:
-            self.ongoing[is_page] -= 1
+            self.ongoing[kind] -= 1
 
     def _check_origin(self, scope: Scope) -> None:
         # A page of another site could have its own name resolve to 127.0.0.1, and would then read every answer: the
@@ -191,15 +197,17 @@ class Guard:
         raise Refused(401, f"this server needs a token; {way}", ("WWW-Authenticate", "Bearer"))
 
     def _check_ongoing(self, scope: Scope) -> None:
-        is_page = _is_page(scope)
-        if scope["path"] != HEALTH and self.ongoing[is_page] >= (PAGE_REQUESTS if is_page else PREDICT_REQUESTS):
+        most = {"page": PAGE_REQUESTS, PREDICT: PREDICT_REQUESTS, BATCH: BATCH_REQUESTS}
+        kind = _kind(scope)
+        if kind in most and self.ongoing[kind] >= most[kind]:
             raise Refused(503, "the server is busy; try again later", ("Retry-After", RETRY))
 
     def _most(self, scope: Scope) -> int:
-        return {PREDICT: self.most_bytes, UPLOAD: self.most_bytes + FORM}.get(scope["path"], MESSAGE)
+        forms = dict.fromkeys(FORMS, self.most_bytes + FORM)
+        return {PREDICT: self.most_bytes, **forms}.get(scope["path"], MESSAGE)
 
     def _too_large(self, scope: Scope) -> Refused:
-        if scope["path"] in (PREDICT, UPLOAD):
+        if scope["path"] in (PREDICT, *FORMS):
             return Refused(413, f"the upload is too large, expected at most {self.most_bytes / 2**20:g} MiB")
         return Refused(413, f"the request is too large, expected at most {MESSAGE // 2**10} KiB")
 
@@ -356,8 +364,9 @@ def clear_oldest(folder: Path, most_bytes: int) -> None:
         total -= size
 
 
-def _is_page(scope: Scope) -> bool:
-    return scope["path"] not in (PREDICT, HEALTH)
+def _kind(scope: Scope) -> str:
+    """Of requests that are counted together: those of the page, or of one route."""
+    return scope["path"] if scope["path"] in ROUTES else "page"
 
 
 def _values(scope: Scope, name: bytes) -> list[str]:

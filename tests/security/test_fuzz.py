@@ -31,6 +31,7 @@ from ensemble.predict import Predict, Voters, predict_folder
 from ensemble.report.write import write_report
 from ensemble.running import EnsembleSoFar
 from ensemble.select import Select, choose_from, open_pool
+from ensemble.serve.drift import Drift, Reference
 from ensemble.serve.page import Examples
 from ensemble.show import show
 from ensemble.soup import kitchens
@@ -175,6 +176,7 @@ def commands(run: UPath, pictures: Path, out: Path) -> dict[str, Callable[[], ob
     def serve() -> None:
         voters = Voters.load([open_run(str(run))], read_ensemble(run), "cpu")
         voters(np.zeros((1, *voters.canvas.shape), np.uint8))
+        Drift(voters.classes, Reference.of([run], voters.ensemble)).report()
         if (examples := Examples.of(run)) is not None:
             examples.png(0), examples.label(0)
 

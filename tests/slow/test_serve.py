@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 from upath import UPath
 
-from tests.ensemble.serve.conftest import picture, run, server  # noqa: F401
+from tests.contract import check_contract
+from tests.ensemble.serve.conftest import picture, run, server, wary, wary_run  # noqa: F401
+from tests.ensemble.serve.test_metrics import read_metrics
 from tests.ensemble.serve.test_siege import besiege, check_siege
 from tests.server import Server, bomb, encoded
 
@@ -78,5 +80,17 @@ def test_replicas_of_ray_serve_answer_alike(
     assert sum("ServeReplica" in " ".join(process.cmdline()) for process in family) == 2
     assert replicated.post(b"text")[0] == 415
     assert replicated.post(bomb())[0] == 415
+    status, told = replicated.post_batch([path.read_bytes() for path in paths[:8]] + [b"text"])
+    assert status == 200
+    assert [answer["label"] for answer in told["answers"][:-1]] == [answer["label"] for _, answer in answers[:8]]
+    metrics = read_metrics(replicated)
+    assert metrics["ninefold_images_answered_total",] == len(paths) + 8, "of both replicas"
+    assert metrics["ninefold_batch_images_sum",] == len(paths) + 8
+    assert metrics["ninefold_images_refused_total", "415"] == 3
+    assert metrics["ninefold_drift_images",] == len(paths) + 8
     replicated.stop()
     assert psutil.wait_procs(family, timeout=60)[1] == [], "Ray's processes have ended"
+
+
+def test_schemathesis_finds_no_fault_in_2000_cases(wary: Server, tmp_path: Path) -> None:
+    assert check_contract(wary, tmp_path, 1000) >= 2000

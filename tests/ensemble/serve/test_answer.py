@@ -77,6 +77,7 @@ def test_what_is_no_picture_is_refused_in_words(server: Server, picture: Image.I
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
         (eps, "not an image"),
         (png[: len(png) // 2], "truncated"),
+        (encoded(picture, "TIFF")[:20], "not an image"),  # of which Pillow warns, in the log
         (bomb(), "100,000,000 pixels, expected at most 50,000,000"),
         (bomb(40_000), "pixels"),  # Pillow itself refuses this one
     ):
@@ -128,8 +129,9 @@ def test_waiting_images_are_predicted_together() -> None:
     futures += [batcher.submit(np.full((2, 2, 3), i, np.uint8)) for i in range(1, 50)]
     go.set()
     for i, future in enumerate(futures):
-        np.testing.assert_allclose(future.result(timeout=30), np.full((3, 2), i / 255))
+        np.testing.assert_allclose(future.result(timeout=30).probs, np.full((3, 2), i / 255))
     assert sizes == [1, LARGEST_BATCH, 49 - LARGEST_BATCH]
+    assert [size for future in futures if (size := future.result().batch)] == sizes, "each is counted once"
 
 
 def test_a_failed_batch_and_a_cancelled_request_are_not_the_end() -> None:
@@ -153,7 +155,7 @@ def test_a_failed_batch_and_a_cancelled_request_are_not_the_end() -> None:
     go.set()
     with pytest.raises(RuntimeError, match="out of memory"):
         failing.result(timeout=30)
-    assert batcher.submit(image).result(timeout=30).shape == (1, 2)
+    assert batcher.submit(image).result(timeout=30).probs.shape == (1, 2)
 
 
 def test_large_pictures_are_decoded_one_by_one_and_small_ones_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """ensemble.serve.app: who may ask a real server, for how long, and with how much."""
 
-import asyncio
 import contextlib
 import json
 import socket
@@ -9,7 +8,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import psutil
@@ -203,40 +201,6 @@ def test_what_is_no_http_is_refused(server: Server) -> None:
     status, body, told = server.ask("GET", "/predict")
     assert (status, told["Allow"]) == (405, "POST")
     assert "POST" in json.loads(body)["error"]
-
-
-def test_who_has_left_is_not_answered() -> None:
-    left = asyncio.Event()
-    cancelled = []
-
-    async def answer(content: bytes) -> dict[str, Any]:
-        left.set()
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            cancelled.append(content)
-            raise
-        return {}
-
-    messages = iter([{"type": "http.request", "body": b"picture", "more_body": False}, {"type": "http.disconnect"}])
-
-    async def receive() -> dict[str, Any]:
-        message = next(messages)
-        if message["type"] == "http.disconnect":
-            await left.wait()
-        return message
-
-    async def send(message: Any) -> None:
-        pass
-
-    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": []}
-
-    async def ask() -> None:
-        await serving.make_app(answer, {})(scope, receive, send)
-        await asyncio.sleep(0)
-
-    asyncio.run(asyncio.wait_for(ask(), 30))
-    assert cancelled == [b"picture"]
 
 
 def test_other_machines_need_a_token(small_run: UPath, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,18 +213,36 @@ def test_a_body_in_tiny_parts_takes_no_more_memory(tmp_path: Path) -> None:
 def test_too_many_at_a_time_are_told_to_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guarding, "PREDICT_REQUESTS", 2)
     monkeypatch.setattr(guarding, "PAGE_REQUESTS", 3)
+    monkeypatch.setattr(guarding, "BATCH_REQUESTS", 1)
+    paths = ("/predict",) * 3 + ("/gradio_api/queue/join",) * 4 + ("/predict/batch",) * 2
 
     async def check() -> None:
         async with guarded(tmp_path) as (guard, app):
-            requests = [Request(guard, path).add(b"x") for path in ("/predict",) * 3 + ("/gradio_api/queue/join",) * 4]
-            await until(lambda: len(app.bodies) == 5)
-            for refused in (requests[2], requests[6]):
+            requests = [Request(guard, path).add(b"x") for path in paths]
+            await until(lambda: len(app.bodies) == 6)
+            for refused in (requests[2], requests[6], requests[8]):
                 assert await refused.status() == 503
                 assert refused.header(b"retry-after") == b"5"
-            health = Request(guard, "/health").add(b"")
-            await until(lambda: len(app.bodies) == 6)
+            watched = [Request(guard, path).add(b"") for path in guarding.WATCHED * 3]
+            await until(lambda: len(app.bodies) == 6 + 12)
             app.go.set()
-            assert await health.status() == 200
+            assert [await request.status() for request in watched] == [200] * 12
+
+    asyncio.run(check())
+
+
+def test_a_batch_may_be_as_large_as_one_picture(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with guarded(tmp_path) as (guard, app):
+            app.go.set()
+            most = MIB + guarding.FORM
+            assert await Request(guard, "/predict/batch", most).add(bytes(most)).status() == 200
+            assert await Request(guard, "/predict/batch", most + 1).status() == 413
+            chunked = Request(guard, "/predict/batch").add(bytes(most), more=True).add(b"x")
+            assert await chunked.status() == 413
+            assert chunked.error() == "the upload is too large, expected at most 1 MiB"
+            for path in guarding.WATCHED:
+                assert await Request(guard, path, guarding.MESSAGE + 1).status() == 413
 
     asyncio.run(check())
 

@@ -64,6 +64,9 @@ def besiege(server: Server, seconds: float, picture: Image.Image) -> Siege:
     def send_largest(number: int) -> None:
         post(largest[number % len(largest)])
 
+    def send_batches(number: int) -> None:
+        siege.attacks[f"status {server.post_batch([largest[2]] * 3 + bombs * 7)[0]}"] += 1
+
     def send_bombs(number: int) -> None:
         post(bombs[number % len(bombs)])
 
@@ -107,8 +110,8 @@ def besiege(server: Server, seconds: float, picture: Image.Image) -> Siege:
             server.ask("POST", "/gradio_api/queue/join", body, Content_Type="application/json")
 
     attacks: list[Callable[[int], None]] = [
-        *[send_largest] * 6, *[send_bombs] * 3, *[send_much] * 3, *[rebind] * 2, *[trickle] * 4, *[send_half_heads] * 3,
-        lie_about_length, send_huge_head, leave_early, fill_page,
+        *[send_largest] * 5, *[send_bombs] * 3, *[send_much] * 3, *[rebind] * 2, *[trickle] * 4, *[send_half_heads] * 3,
+        send_batches, lie_about_length, send_huge_head, leave_early, fill_page,
     ]  # fmt: skip
     assert len(attacks) == 25
 

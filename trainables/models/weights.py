@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 from trainables.job import WeightSource
-from trainables.models.backbones import SQUEEZENETS, build, check_backbone
+from trainables.models.architecture import SQUEEZENETS
+from trainables.models.backbones import build, check_backbone
 from trainables.models.classic import NETWORKS
 from trainables.run_directory import Candidate
 from trainables.storage import Damaged, read_bytes

@@ -24,7 +24,6 @@ from trainables.errors import UserError
 CALIBRATED = 256  # train images
 BATCH = 32
 QUANTISED = ["Conv", "MatMul", "Gemm"]
-NETWORKS = "members."  # in the names of what belongs to a network; the rest is preprocessing, and how members combine
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +60,7 @@ def quantise(fp32: Path, path: Path, calibration: Calibration) -> Runtime:
     try:
         with silence():
             quant_pre_process(fp32, prepared, skip_symbolic_shape=True)
-            nodes = [node for node in onnx.load(prepared).graph.node if node.op_type in QUANTISED]
-            chosen = [node.name for node in nodes if any(NETWORKS in name for name in node.input)]
+            chosen = layers(onnx.load(prepared).graph)
             quantize_static(
                 prepared, path, _Reader(calibration.train), quant_format=QuantFormat.QDQ, per_channel=True,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTISED,
@@ -71,6 +69,13 @@ def quantise(fp32: Path, path: Path, calibration: Calibration) -> Runtime:
     finally:
         prepared.unlink(missing_ok=True)
     return open_onnx(path)
+
+
+def layers(graph: Any) -> list[str]:
+    """Names of the nodes of an ONNX graph that are layers of networks, because they have weights: products of
+    activations, as in attention, stay in fp32, and so does the layer that stacks members."""
+    weights = {one.name for one in graph.initializer if not one.name.startswith("coefficients_")}
+    return [node.name for node in graph.node if node.op_type in QUANTISED and weights & set(node.input[1:2])]
 
 
 class _Reader:

@@ -9,7 +9,6 @@ artifacts/ensemble/                                  config.json and model.safet
 import contextlib
 import io
 import json
-import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from upath import UPath
 from ensemble.export.check import Runtime
 from ensemble.export.model import EnsembleModule
 from ensemble.export.package import PACKAGE, describe_model, open_package, requirements, write_package
+from ensemble.export.torch_file import silence
 from ensemble.file import Ensemble
 from trainables.errors import UserError
 
@@ -49,14 +49,12 @@ def write_mlflow(
     # any type, because MLflow has none for pixels beside paths and bytes
     signature = ModelSignature(Schema([ColSpec(AnyType(), "image")]), Schema(outputs))
     parts = folder.with_name(f"{folder.name}.parts")
-    logger = logging.getLogger("mlflow")
-    level = logger.level
     (parts / "ensemble").mkdir(parents=True)
     try:
-        logger.setLevel(logging.ERROR)  # it warns of a type that is any, and of versions that it guesses
         write_package(parts / "ensemble", module, describe_model(runs, ensemble), code=parts)
         shutil.copyfile(Path(__file__).with_name(CODE), parts / CODE)
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # bars of copying
+        # it warns of a type that is any, and shows bars of copying
+        with silence(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             mlflow.pyfunc.save_model(
                 path=str(folder),
                 python_model=str(parts / CODE),
@@ -68,7 +66,6 @@ def write_mlflow(
                 metadata={name: json.loads(text) for name, text in metadata.items()},
             )
     finally:
-        logger.setLevel(level)
         shutil.rmtree(parts, ignore_errors=True)
     return open_package(folder / "artifacts" / "ensemble", code=folder / "code").probabilities
 

@@ -82,7 +82,6 @@ class EnsembleModule(nn.Module, PyTorchModelHubMixin):
     (H, W) is the size to which the run's data set was decoded; `read` brings pictures there.
     """
 
-    coefficients: Tensor
     intercept: Tensor
 
     def __init__(
@@ -107,14 +106,15 @@ class EnsembleModule(nn.Module, PyTorchModelHubMixin):
         self.temperature, self.stacked = temperature, stacked
         self.decision, self.risk = decision or {}, risk
         if stacked:
-            self.register_buffer("coefficients", torch.zeros(len(members), size, size))
+            for number in range(len(members)):  # one each: int8.py knows them by name
+                self.register_buffer(f"coefficients_{number}", torch.zeros(size, size))
             self.register_buffer("intercept", torch.zeros(size))
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         logs = [member(images) for member in self.members]
         if self.stacked:
-            votes = [log.clamp(min=LOG_FLOOR) @ self.coefficients[k] for k, log in enumerate(logs)]
+            votes = [log.clamp(min=LOG_FLOOR) @ getattr(self, f"coefficients_{k}") for k, log in enumerate(logs)]
             together = F.log_softmax(torch.stack(votes).sum(0) + self.intercept, dim=1)
         else:
             shares = [weight * log.exp() for weight, log in zip(self.weights, logs, strict=True)]

@@ -78,15 +78,16 @@ def _describe_member(candidate: Candidate, classes: int) -> dict[str, Any]:
 
 def load_module(runs: Sequence[UPath], ensemble: Ensemble) -> EnsembleModule:
     """The ensemble as a module on the CPU. Raises UserError when a member or its weights are gone."""
-    module = EnsembleModule(**describe_model(runs, ensemble))
+    config = describe_model(runs, ensemble)
     state: dict[str, torch.Tensor] = {}
     for number, member in enumerate(member for member in ensemble.members if member.weight > 0):
         weights = load_weights(member.candidate(runs))
         state |= {f"members.{number}.network.{name}": tensor for name, tensor in weights.items()}
     if ensemble.stack is not None:
-        coefficients = torch.from_numpy(ensemble.stack.coefficients).float()  # (C, K, C)
-        state["coefficients"] = coefficients.permute(1, 2, 0).contiguous()
+        coefficients = torch.from_numpy(ensemble.stack.coefficients).float().permute(1, 2, 0)  # (K, C, C)
+        state |= {f"coefficients_{k}": one.contiguous() for k, one in enumerate(coefficients)}
         state["intercept"] = torch.from_numpy(ensemble.stack.intercept).float()
+    module = EnsembleModule(**config)  # only now: load_weights knows what would not fit before it takes memory
     module.load_state_dict(state)
     return module.eval()
 

@@ -21,6 +21,26 @@ from trainables.training.memory import is_out_of_memory
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+HUB = "hf-hub:"
+
+
+def plain_name(name: str) -> str:
+    """timm's name for `hf-hub:timm/NAME`, which is how timm's own repositories are called; others as they are.
+
+    Raises UserError for repositories of others: their network is only known once their files are read, and a candidate
+    must be loaded where there is no hub.
+    """
+    if not name.startswith(HUB):
+        return name
+    owner, _, model = name.removeprefix(HUB).partition("/")
+    if owner != "timm":
+        raise UserError(
+            f"backbone {name!r} is not one of timm's own, expected {HUB}timm/NAME; download its weights as "
+            "<timm name>.safetensors into a folder, and name that with --weights-dir"
+        )
+    return model
+
+
 def check_backbone(name: str) -> None:
     """Raise UserError, with near matches, unless `name` can be built."""
     known = [*NETWORKS, *SQUEEZENETS, *timm.list_models()]

@@ -202,6 +202,22 @@ def test_the_card_says_what_it_is_worth_and_under_which_licences(small_run: UPat
     assert "random weights" in text
 
 
+def test_the_card_names_the_licences_of_pretrained_weights(small_run: UPath, tmp_path: Path) -> None:
+    run = UPath(shutil.copytree(str(small_run), tmp_path / "run"))
+    for number, backbone in enumerate(("tf_efficientnet_lite0", "vit_small_patch14_dinov2", "eva02_tiny_patch14_224")):
+        path = run / f"candidates/{number:04}/candidate.json"
+        values = json.loads(path.read_text())
+        values["config"] |= {"backbone": backbone, "pretrained": True}
+        path.write_text(json.dumps(values))
+    card = write_card([run], read_ensemble(run), None)
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert "- Weights of `tf_efficientnet_lite0`: apache-2.0." in card
+    assert "- Weights of `eva02_tiny_patch14_224`: mit." in card
+    assert header["license"] == "other"
+    assert header["base_model"][0] == "timm/tf_efficientnet_lite0.in1k"
+    assert "[its pretrained weights](https://huggingface.co/timm/tf_efficientnet_lite0.in1k) | apache-2.0 |" in card
+
+
 def test_names_in_a_run_do_not_become_markup(small_run: UPath, tmp_path: Path) -> None:
     run = UPath(shutil.copytree(str(small_run), tmp_path / "run"))
     info = json.loads((run / "run.json").read_text())
@@ -264,7 +280,7 @@ def test_a_push_without_a_token_is_refused_before_any_work(
 # --- MLflow -----------------------------------------------------------------------------------------------------------
 
 PYFUNC = """
-import json, pathlib
+import base64, json, pathlib
 import mlflow.pyfunc, numpy as np, pandas as pd
 from PIL import Image
 model = mlflow.pyfunc.load_model(MODEL)
@@ -275,6 +291,8 @@ columns = {
     "bytes": pd.DataFrame({"image": [path.read_bytes() for path in files]}),
     "pixels": pd.DataFrame({"image": list(pixels)}),
     "array": {"image": pixels},
+    "urls": pd.DataFrame({"image": ["data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+                                    for path in files]}),
 }
 found = {name: json.loads(model.predict(column).to_json()) for name, column in
          columns.items()}
@@ -302,7 +320,7 @@ def test_an_mlflow_model_is_loaded_by_mlflow_without_this_repository(
     script = f"MODEL, ALBUM = {str(tmp_path / 'model')!r}, {str(album)!r}\n{PYFUNC}"
     found = json.loads(clean(script, tmp_path / "elsewhere"))
     probs, labels = expected_of(small_run, cautious, album)
-    for kind in ("paths", "bytes"):
+    for kind in ("paths", "bytes", "urls"):
         assert list(found[kind]["label"].values()) == labels
         np.testing.assert_allclose(list(found[kind]["probabilities"].values()), probs, atol=1e-4)
         assert cautious.risk is not None

@@ -57,7 +57,7 @@ def _serve() -> Command:
 
 
 def _export() -> Command:
-    """Write an ensemble as one file for other runtimes, and check it against PyTorch."""
+    """Write an ensemble for other runtimes and libraries, and check it against PyTorch."""
     from ensemble.export import Export, main
 
     return Export, main
@@ -92,6 +92,13 @@ def _explore() -> Command:
     return Explore, main
 
 
+def _fetch() -> Command:
+    """Put a space's pretrained weights into a folder, for machines that reach no hub."""
+    from search.fetch import Fetch, main
+
+    return Fetch, main
+
+
 VERBS = {
     "sweep": _sweep,
     "select": _select,
@@ -103,6 +110,7 @@ VERBS = {
     "refit": _refit,
     "distil": _distil,
     "explore": _explore,
+    "fetch": _fetch,
 }
 
 

@@ -37,7 +37,7 @@ from trainables.data.decode import read_images
 from trainables.data.splits import load_splits
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import DataSource, Job, Lesson, LessonMember
-from trainables.models.backbones import check_backbone
+from trainables.models.backbones import check_backbone, plain_name
 from trainables.models.latency import measure_latencies
 from trainables.models.speed import native_size
 from trainables.models.weights import find_weights
@@ -95,6 +95,7 @@ def distil(args: Distil) -> tuple[UPath, dict[str, Any]]:
     `latency_ms`, `params`, on the select split. Raises UserError, before anything is written, for a run or an ensemble
     that cannot teach.
     """
+    args = dataclasses.replace(args, backbone=plain_name(args.backbone))
     check_backbone(args.backbone)
     runs = open_runs(args.run)
     run, info = runs[0], read_run(runs[0])
@@ -282,7 +283,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m search.d
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
         _print(run, table)
-        name = args.name or f"distilled-{args.backbone}"
+        name = args.name or f"distilled-{plain_name(args.backbone)}"
         print(f"next:\n  python -m ensemble.predict --run {run} --ensemble {name} --images FOLDER")
 
 

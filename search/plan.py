@@ -24,7 +24,7 @@ from trainables.data.share import open_run_data
 from trainables.data.splits import Splits, notes_on, split_data
 from trainables.errors import UserError
 from trainables.job import WeightSource
-from trainables.models.backbones import check_backbone, check_image_size
+from trainables.models.backbones import check_backbone, check_image_size, plain_name
 from trainables.models.classic import NETWORKS
 from trainables.models.speed import gflops, native_size, training_rate
 from trainables.models.weights import find_weights
@@ -66,10 +66,10 @@ def with_budget(config: SearchConfig) -> SearchConfig:
 def make_plan(config: SearchConfig) -> Plan:
     """Load the space, find the weights, prepare and split the data; raises UserError for what the user can fix."""
     space = load_space(_auto_space(config) if config.space == "auto" else config.space, config.scale)
-    wanted = dict(space.backbones)
+    wanted = {plain_name(name): start for name, start in space.backbones.items()}
     if config.backbones:
         # in one order however they are named, for Optuna wants the same choices when a sweep goes on
-        names = sorted(config.backbones)
+        names = sorted({plain_name(name) for name in config.backbones})
         wanted = {b: "scratch" if config.from_scratch or b in NETWORKS else "pretrained" for b in names}
     for name in wanted:
         check_backbone(name)

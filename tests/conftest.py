@@ -23,7 +23,8 @@ SUITES = {"slow": "slow", "multinode": "cluster", "browser": "browser", "storage
 HEAVY = {
     "cluster/test_lane.py", "cluster/test_tuner.py", "ensemble/serve/test_answer.py", "ensemble/serve/test_app.py",
     "ensemble/serve/test_document.py", "ensemble/serve/test_metrics.py", "ensemble/serve/test_page.py",
-    "ensemble/serve/test_routes.py", "ensemble/serve/test_siege.py", "ensemble/test_export.py",
+    "ensemble/serve/test_routes.py", "ensemble/serve/test_siege.py", "ensemble/export/test_files.py",
+    "ensemble/export/test_folders.py", "ensemble/export/test_int8.py", "search/test_fetch.py", "search/test_distil.py",
     "ensemble/test_predict.py", "ensemble/test_report.py", "search/test_pipeline.py", "search/test_refit.py",
     "search/test_run.py", "search/test_spaces.py", "security/test_fuzz.py", "test_front_door.py", "test_layers.py",
     "trainables/data/test_duplicates.py", "trainables/models/test_networks.py", "trainables/test_s3.py",

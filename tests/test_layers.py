@@ -24,7 +24,7 @@ LIBRARIES = {  # which places may import them
     "timm": ("trainables/",),
 }
 TORCH = (
-    "trainables/", "cluster/ranks.py", "ensemble/export.py", "ensemble/soup.py", "search/plan.py",
+    "trainables/", "cluster/ranks.py", "ensemble/export/", "ensemble/soup.py", "search/plan.py",
     "search/track/tensorboard.py",
 )  # fmt: skip
 PRIVATE = ("ray._private", "optuna.storages._", "study._storage", "._get_trials", "._trial_id", "._study_id")

@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from trainables.config import TestTimeAugmentation
 from trainables.errors import UserError
-from trainables.training.augment import Pixels
+from trainables.models.views import Pixels, view_logits
 from trainables.training.memory import fitting, halved
 
 EVAL_BATCH = 500
@@ -84,23 +84,6 @@ def predict_probs(
         tick()
     model.train(was_training)
     return np.concatenate(probs)
-
-
-def view_logits(model: nn.Module, batch: Tensor, pixels: Pixels, size: int, tta: TestTimeAugmentation) -> Tensor:
-    """Logits (N, C) of uint8 images (N, H, W, 3), averaged over the views of `tta`."""
-
-    def both(images: Tensor) -> Tensor:
-        x = pixels(images, size)
-        return 0.5 * model(x).float() + 0.5 * model(x.flip(3)).float()
-
-    if tta == "none":
-        return model(pixels(batch, size)).float()
-    if tta == "mirror":
-        return both(batch)
-    height, width = batch.shape[1:3]
-    padded = F.pad(batch.permute(0, 3, 1, 2).float(), (1, 1, 1, 1), mode="reflect").permute(0, 2, 3, 1)
-    shifted = 0.5 * both(padded[:, :height, :width]) + 0.5 * both(padded[:, 2:, 2:])
-    return 0.5 * both(batch) + 0.5 * shifted
 
 
 def scores(probs: np.ndarray, labels: np.ndarray, split: str) -> dict[str, float]:

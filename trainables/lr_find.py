@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +24,7 @@ from trainables.data.prepare import prepare
 from trainables.data.splits import Splits, split_data
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import WeightSource
+from trainables.models.backbones import plain_name
 from trainables.models.weights import find_weights
 from trainables.storage import write_bytes
 from trainables.training.learner import Learner
@@ -140,7 +141,7 @@ def plot(lrs: np.ndarray, losses: np.ndarray, suggestion: float | None, title: s
 def main() -> None:
     with exit_on_user_error():
         args = tyro.cli(LrFind, description=LrFind.__doc__, prog="python -m trainables.lr_find")
-        config = args.config
+        config = replace(args.config, backbone=plain_name(args.config.backbone))
         weights = find_weights(config.backbone, args.weights_dir) if config.pretrained else None
         data = prepare(args.data, args.data_dir, size=args.stored_size)
         splits = split_data(data)

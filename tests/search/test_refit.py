@@ -97,7 +97,7 @@ def test_members_are_trained_on_everything_and_the_selection_stays(
     # and reported on when its ensemble does not say which single model was best
     found = write_report([target], dataclasses.replace(ensemble, scores={}))
     assert found["test"].keys() == {"ensemble"}
-    assert [line.split()[0] for line in summary(found)] == ["ensemble"]
+    assert [line.split()[0] for line in summary(found)] == ["ensemble", "this"], "and that it is another look"
 
     with pytest.raises(UserError, match="select"):
         open_pool(Select(run=(str(target),)))

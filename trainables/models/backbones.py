@@ -14,13 +14,31 @@ from torch import Tensor, nn
 
 from trainables.config import Stem, TrialConfig
 from trainables.errors import UserError
+from trainables.models.architecture import SQUEEZENETS, SqueezeNet, keep_resolution
 from trainables.models.classic import NETWORKS, build_classic
 from trainables.training.memory import is_out_of_memory
 
-SQUEEZENETS = ("squeezenet1_0", "squeezenet1_1")  # timm has none
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# attribute paths of the first strided convolution and of the pooling behind it, by family
-_STEMS = (("conv1", "maxpool"), ("features.conv0", "features.pool0"))
+
+
+HUB = "hf-hub:"
+
+
+def plain_name(name: str) -> str:
+    """timm's name for `hf-hub:timm/NAME`, which is how timm's own repositories are called; others as they are.
+
+    Raises UserError for repositories of others: their network is only known once their files are read, and a candidate
+    must be loaded where there is no hub.
+    """
+    if not name.startswith(HUB):
+        return name
+    owner, _, model = name.removeprefix(HUB).partition("/")
+    if owner != "timm":
+        raise UserError(
+            f"backbone {name!r} is not one of timm's own, expected {HUB}timm/NAME; download its weights as "
+            "<timm name>.safetensors into a folder, and name that with --weights-dir"
+        )
+    return model
 
 
 def check_backbone(name: str) -> None:
@@ -71,19 +89,35 @@ def build(config: TrialConfig, num_classes: int, weights: dict[str, Tensor] | No
             options["drop_path_rate"] = config.drop_path
         if takes_image_size(name):
             options["img_size"] = config.image_size
-        model = _create(name, options)
+        model, _ = _create(name, options)
     if weights is not None:
         load_pretrained(model, name, weights)
     if config.stem == "small":
-        _keep_resolution(model, name)
+        try:
+            keep_resolution(model)
+        except ValueError:
+            raise UserError(
+                f"stem='small' is for ResNet- and DenseNet-like stems; {name} has none; use stem='default'"
+            ) from None
     return model
 
 
-def _create(name: str, options: dict[str, Any]) -> nn.Module:
-    """timm's network; of these options what its family does not take (stochastic depth, an image size) is left out."""
+def describe_architecture(config: TrialConfig, num_classes: int) -> dict[str, Any]:
+    """What `architecture.assemble` takes to build the network of a trial, but for the number of classes: plain JSON."""
+    name, options = config.backbone, dict[str, Any]()
+    if name not in NETWORKS and name not in SQUEEZENETS and takes_image_size(name):
+        with torch.device("meta"):
+            _, options = _create(name, {"num_classes": num_classes, "img_size": config.image_size})
+        options.pop("num_classes")
+    return {"name": name, "options": options, "width": config.width, "stem": config.stem}
+
+
+def _create(name: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """timm's network, and those of the options that it took: what its family does not take (stochastic depth, an image
+    size) is left out."""
     while True:
         try:
-            return timm.create_model(name, pretrained=False, **options)
+            return timm.create_model(name, pretrained=False, **options), options
         except (TypeError, RuntimeError, ValueError) as error:
             refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if refused and refused[1] in options:
@@ -160,57 +194,6 @@ def set_frozen(model: nn.Module, frozen: bool) -> None:
                 module.eval()
 
 
-class SqueezeNet(nn.Module):
-    """torchvision's SqueezeNet behind timm's interface."""
-
-    def __init__(self, name: str, num_classes: int, drop_rate: float) -> None:
-        super().__init__()
-        import torchvision
-
-        net = getattr(torchvision.models, name)(num_classes=num_classes, dropout=drop_rate)
-        self.features, self.classifier = net.features, net.classifier
-        self.num_features = 512
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.features(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return x if pre_logits else self.classifier(x).flatten(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        return self.classifier
-
-
 def takes_image_size(name: str) -> bool:
     """Whether it may be a network for one image size: vision transformers fix their number of patches when built."""
     return any(part in name for part in ("vit_", "deit", "beit", "swin", "eva", "mixer"))
-
-
-def _keep_resolution(model: nn.Module, name: str) -> None:
-    """Make a stem of stride 4 one of stride 1: a 3x3 convolution (the 7x7 kernel's centre) and no pooling."""
-    for conv_path, pool_path in _STEMS:
-        try:
-            conv = model.get_submodule(conv_path)
-            model.get_submodule(pool_path)
-        except AttributeError:
-            continue
-        if not isinstance(conv, nn.Conv2d):
-            continue
-        small = nn.Conv2d(conv.in_channels, conv.out_channels, 3, 1, 1, bias=conv.bias is not None)
-        cut = (conv.kernel_size[0] - 3) // 2
-        with torch.no_grad():
-            small.weight.copy_(conv.weight[:, :, cut : cut + 3, cut : cut + 3])
-            if conv.bias is not None and small.bias is not None:
-                small.bias.copy_(conv.bias)
-        _set_submodule(model, conv_path, small)
-        _set_submodule(model, pool_path, nn.Identity())
-        return
-    raise UserError(f"stem='small' is for ResNet- and DenseNet-like stems; {name} has none; use stem='default'")
-
-
-def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

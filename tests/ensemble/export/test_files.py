@@ -15,7 +15,10 @@ from PIL import Image
 from upath import UPath
 
 from ensemble import export as exporting
-from ensemble.export import EnsembleModule, Exported, export
+from ensemble.export import Exported, export, onnx_file
+from ensemble.export.check import Runtime, images_to_check, largest_difference
+from ensemble.export.onnx_file import OPSET
+from ensemble.export.package import load_module
 from ensemble.file import Ensemble, Member, read_ensemble
 from ensemble.predict import Voters
 from ensemble.selection.blend import Stack
@@ -26,7 +29,7 @@ from trainables.errors import UserError
 from trainables.models.classic import _TwoByTwo
 from trainables.run_directory import read_run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_file_that_answers_nan_does_not_agree() -> None:
@@ -39,7 +42,7 @@ def test_a_file_that_answers_nan_does_not_agree() -> None:
         return np.full((len(part), 3), np.nan if len(sizes) == 3 else 1 / 3)
 
     told: list[int] = []
-    worst = exporting.largest_difference(runtime, lambda part: np.full((len(part), 3), 1 / 3), images, told.append)
+    worst = largest_difference(runtime, lambda part: np.full((len(part), 3), 1 / 3), images, told.append)
     assert np.isnan(worst)
     assert told == sizes == [1, 2, 64, 13]
 
@@ -61,7 +64,7 @@ def variants(ensemble: Ensemble) -> dict[str, Ensemble]:
 
 
 def example() -> str:
-    """The five lines that show how to use the file; the README's are the same."""
+    """The lines that show how to use the file; the README's are the same."""
     lines = [line for line in (exporting.__doc__ or "").splitlines() if line.startswith("    ")]
     text = textwrap.dedent("\n".join(lines))
     readme = (ROOT / "README.md").read_text()
@@ -91,7 +94,7 @@ def test_the_module_computes_what_the_ensemble_predicts(kind: str, small_run: UP
     ensemble = variants(read_ensemble(small_run))[kind]
     expected = Voters.load([small_run], ensemble, "cpu", precision="fp32")(images)
     with torch.no_grad():
-        found = EnsembleModule([small_run], ensemble)(torch.from_numpy(images)).numpy()
+        found = load_module([small_run], ensemble)(torch.from_numpy(images)).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert found.std(axis=0).min() > 0.01, "the images are told apart, so agreement means something"
 
@@ -99,24 +102,36 @@ def test_the_module_computes_what_the_ensemble_predicts(kind: str, small_run: UP
 def test_an_onnx_file_is_used_with_onnxruntime_numpy_and_pillow(
     small_run: UPath, tempered: Ensemble, made: Exported, pictures: Path
 ) -> None:
-    """The five-line example, in a process that must not import torch; a picture of the stored size, and a wider one.
+    """The example, in a process that must not import torch, on a picture of the stored size, a wider one, one that is
+    rotated by its EXIF orientation, and two that are transparent.
 
-    Before: the example cut the middle out, where the ensemble looks at the whole picture.
+    Before: the example cut the middle out, where the ensemble looks at the whole picture; it looked at photographs of
+    phones as they lie in the file, and at the black that hides under transparent pixels.
     """
-    assert len(example().splitlines()) == 5
-    picture = Image.open(pictures / "test/grid/0.png")
+    assert len(example().splitlines()) == 7
+    picture = Image.open(pictures / "test/down/0.png")
     wider = Image.new("RGB", (18, 12))
     wider.paste(picture, (6, 0))
+    rotated = wider.copy()
+    rotated.getexif()[0x0112] = 6  # by a quarter: across becomes down
+    transparent = wider.convert("RGBA")
+    transparent.putalpha(Image.linear_gradient("L").resize(wider.size))
+    palette = wider.quantize(16)
+    palette.info["transparency"] = 3
     voters = Voters.load([small_run], tempered, "cpu", precision="fp32")
     script = example() + "\nimport sys; assert not {'torch', 'ensemble'} & set(sys.modules)"
-    for image in (picture, wider):
-        image.save(made.path.parent / "cat.jpg", "PNG")  # Pillow looks at the content
-        expected = voters(decode(image.copy(), voters.canvas)[None])[0]
+    answers = []
+    for image in (picture, wider, rotated, transparent, palette):
+        image.save(made.path.parent / "cat.jpg", "PNG", exif=image.getexif())  # Pillow looks at the content
+        expected = voters(decode(Image.open(made.path.parent / "cat.jpg"), voters.canvas)[None])[0]
+        answers.append(expected)
         ran = subprocess.run([sys.executable, "-c", script], cwd=made.path.parent, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         label, probability = ran.stdout.split()
         assert label == read_run(small_run).classes[expected.argmax()]
         assert float(probability) == pytest.approx(float(expected.max()), abs=1e-4)
+    for other in answers[2:]:
+        assert np.abs(other - answers[1]).max() > 1e-3, "how a picture is read matters, so agreement means something"
     assert sorted(p.name for p in made.path.parent.iterdir()) == ["cat.jpg", "ensemble.onnx"]
 
 
@@ -129,7 +144,7 @@ def test_an_onnx_file_agrees_on_a_thousand_images(
     assert made.largest_difference <= 1e-4
     assert made.real
     onnx.checker.check_model(str(made.path))
-    assert [entry.version for entry in onnx.load(made.path).opset_import if entry.domain == ""] == [exporting.OPSET]
+    assert [entry.version for entry in onnx.load(made.path).opset_import if entry.domain == ""] == [OPSET]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(made.path, options)
@@ -160,12 +175,12 @@ def test_a_torch_file(small_run: UPath, tmp_path: Path, images: np.ndarray) -> N
 def test_a_file_that_disagrees_is_not_left(small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "e.pt2").write_text("an older one")
 
-    def write(module: torch.nn.Module, size: object, metadata: object, path: Path) -> exporting.Runtime:
+    def write(module: torch.nn.Module, size: object, metadata: object, path: Path) -> Runtime:
         module.weights[0] += 3e-4  # type: ignore[index, operator]
         return real(module, size, metadata, path)  # type: ignore[arg-type]
 
-    real = exporting._write_torch
-    monkeypatch.setattr(exporting, "_write_torch", write)
+    real = exporting.write_torch
+    monkeypatch.setattr(exporting, "write_torch", write)
     with pytest.raises(UserError, match=r"differs from PyTorch by up to 0\.000"):
         export([small_run], read_ensemble(small_run), tmp_path / "e.pt2", "torch")
     assert [p.name for p in tmp_path.iterdir()] == ["e.pt2"]
@@ -177,7 +192,7 @@ def test_without_the_data_set_random_images_are_compared(small_run: UPath, tmp_p
     info = json.loads((run / "run.json").read_text())
     info["data"]["folder"] = "folder-0123456789abcdef"
     (run / "run.json").write_text(json.dumps(info))
-    images, real = exporting._images_to_check(run, Canvas(12, 12))
+    images, real = images_to_check(run, Canvas(12, 12))
     assert images.shape == (1000, 12, 12, 3)
     assert not real
 
@@ -186,9 +201,9 @@ def test_images_beside_the_run_are_compared(small_run: UPath, tmp_path: Path, mo
     run = UPath(shutil.copytree(str(small_run), tmp_path / "run"))
     info = json.loads((run / "run.json").read_text())
     share_data(run, open_data(default_cache() / "data" / info["data"]["folder"]))
-    expected, _ = exporting._images_to_check(run, Canvas(12, 12))
+    expected, _ = images_to_check(run, Canvas(12, 12))
     monkeypatch.setenv("NINEFOLD_CACHE", str(tmp_path / "cache"))
-    images, real = exporting._images_to_check(run, Canvas(12, 12))
+    images, real = images_to_check(run, Canvas(12, 12))
     assert real
     np.testing.assert_array_equal(images, expected)
 
@@ -197,8 +212,8 @@ def test_mistakes(small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ensemble = read_ensemble(small_run)
     with pytest.raises(UserError, match="make it, or name another --out"):
         export([small_run], ensemble, tmp_path / "nowhere/e.onnx", "onnx")
-    monkeypatch.setattr(exporting, "LARGEST_ONNX", 1000)
-    with pytest.raises(UserError, match="one ONNX file ends at 2 GiB; use --format torch"):
+    monkeypatch.setattr(onnx_file, "LARGEST_ONNX", 1000)
+    with pytest.raises(UserError, match="one ONNX file ends at 2 GiB; use --to torch"):
         export([small_run], ensemble, tmp_path / "e.onnx", "onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"onnxruntime; pip install 'ninefold\[export\]'"):

@@ -131,7 +131,7 @@ class Voters:
             if candidate.info.num_classes not in (None, len(info.classes)):
                 raise UserError(
                     f"candidate {candidate.id} knows {candidate.info.num_classes} classes, its run "
-                    f"{len(info.classes)}; select without it"
+                    f"{len(info.classes)}; select again with --exclude {candidate.id}"
                 )
         members = [candidate_predictor(candidate, device, tta, precision) for candidate in candidates]
         if ensemble.decision.classes not in (None, len(info.classes)):

@@ -186,7 +186,7 @@ def _job(runs: list[UPath], target: UPath, info: RunInfo, member: Member, args: 
         what = "only brought predictions, or its run does not say of which images"
         if old.soup or old.taught_by:
             what = "is a soup" if old.soup else "was taught by an ensemble"
-        raise UserError(f"member {member.id} cannot be retrained: it {what}; select without it")
+        raise UserError(f"member {member.id} cannot be retrained: it {what}; select again with --exclude {member.id}")
     config = without_validation(old.config, old.curve)
     weights = find_weights(config.backbone, args.weights_dir) if config.pretrained else None
     folder = str(args.data_dir.resolve()) if args.data_dir else None

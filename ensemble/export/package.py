@@ -66,7 +66,9 @@ def describe_model(runs: Sequence[UPath], ensemble: Ensemble) -> dict[str, Any]:
 def _describe_member(candidate: Candidate, classes: int) -> dict[str, Any]:
     info = candidate.info
     if info.config is None or info.mean is None or info.std is None or info.num_classes != classes:
-        raise UserError(f"candidate {candidate.id} does not say how it predicts; select without it")
+        raise UserError(
+            f"candidate {candidate.id} does not say how it predicts; select again with --exclude {candidate.id}"
+        )
     return {
         "architecture": describe_architecture(info.config, classes),
         "size": info.image_size or info.config.image_size,

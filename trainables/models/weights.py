@@ -105,7 +105,8 @@ def load_model(candidate: Candidate, device: str | torch.device = "cpu") -> nn.M
     lacking = [key for key in ("config", "num_classes", "mean", "std") if getattr(info, key) is None]
     if lacking or info.config is None or info.num_classes is None:
         raise UserError(
-            f"candidate {candidate.id} cannot predict: its candidate.json lacks {', '.join(lacking)}; select without it"
+            f"candidate {candidate.id} cannot predict: its candidate.json lacks {', '.join(lacking)}; "
+            f"select again with --exclude {candidate.id}"
         )
     state = load_weights(candidate)
     model = build(info.config, info.num_classes)
@@ -123,7 +124,10 @@ def load_weights(candidate: Candidate) -> dict[str, Tensor]:
     if not candidate.has_weights:
         raise UserError(f"candidate {candidate.id} has no weights (they were dropped, or it only brought predictions)")
     if config is None or candidate.info.num_classes is None:
-        raise UserError(f"candidate {candidate.id} does not say which network its weights are of; select without it")
+        raise UserError(
+            f"candidate {candidate.id} does not say which network its weights are of; "
+            f"select again with --exclude {candidate.id}"
+        )
     try:
         content = read_bytes(path)
         with torch.device("meta"):
@@ -133,10 +137,15 @@ def load_weights(candidate: Candidate) -> dict[str, Tensor]:
         header.pop("__metadata__", None)
         shapes = {name: entry.get("shape") for name, entry in header.items()}
         if shapes != {name: list(tensor.shape) for name, tensor in expected.items()}:
-            raise UserError(f"the weights of candidate {candidate.id} do not fit {config.backbone}; select without it")
+            raise UserError(
+                f"the weights of candidate {candidate.id} do not fit {config.backbone}; "
+                f"select again with --exclude {candidate.id}"
+            )
         return load_safetensors(content)
     except (SafetensorError, OSError, ValueError, RecursionError, MemoryError, Damaged) as error:
-        raise UserError(f"the weights of candidate {candidate.id} are damaged ({error}); select without it") from None
+        raise UserError(
+            f"the weights of candidate {candidate.id} are damaged ({error}); select again with --exclude {candidate.id}"
+        ) from None
 
 
 def _load_hub(name: str) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ def claimed_and_true(data: Data, views: list[Features], rows: np.ndarray) -> tup
         after.append(view.probs(others, fit_head(view.rows, data.labels, rows, NONE, classes)[0], True))
     choice = choose_selector(probs, labels)
     assert choice.held_out is not None
-    found = claim(choice.held_out)
+    found = claim(choice.held_out, learned_from=1 - 1 / len(folds))
     true = float((choice.blend(after).argmax(axis=1) == data.labels[others]).mean())
     return found["accuracy"], *found["interval"], true
 

@@ -179,7 +179,9 @@ def _side(side: Side, is_fitted: bool) -> dict[str, Any]:
         score_of = describe(side.fitted, pool.labels, goal, ensemble.decision)
         alone = describe(np.asarray(pool.probs[single]), pool.labels, goal)
     else:
-        score_of, alone = claim(held_out, goal), score(held_out.single, pool.labels, goal)
+        share = pool.learned_from
+        score_of = claim(held_out, goal, share)
+        alone = score(held_out.single, pool.labels, goal, share)
     return {
         "run": pool.runs[0].name,
         "path": str(pool.runs[0].absolute()),

@@ -15,9 +15,10 @@ from ensemble.file import relative_run
 from ensemble.selection.blend import chunks
 from ensemble.selection.goal import Goal
 from ensemble.selection.limits import Limits
+from trainables.data.splits import FOLDS
 from trainables.errors import UserError
 from trainables.run.latencies import Latencies, read_latencies
-from trainables.run_directory import Candidate, find_candidates, read_run, select_labels
+from trainables.run_directory import Candidate, RunInfo, find_candidates, read_run, select_labels
 from trainables.storage import Damaged
 
 TOLERANCE = 1e-3
@@ -37,6 +38,8 @@ class Pool:
         shared: the select split is also the one that the search optimised, so scores on it are optimistic.
         runs: where they come from; the first is the one that an ensemble is written to.
         left_out: reason by candidate id (by run/id from the second run on).
+        learned_from: share of its images that each network which made the predictions had of those that the one in the
+            candidate has; below 1 where candidates are cross-fitted.
         device: on which the candidates' latencies were measured together; "" where each has its own trial's figure.
     """
 
@@ -49,6 +52,7 @@ class Pool:
     runs: list[UPath]
     left_out: dict[str, str] = field(default_factory=dict)
     device: str = ""
+    learned_from: float = 1.0
 
     def run_of(self, m: int) -> str:
         """What Member.run says about where candidate m lies: "" for the first run."""
@@ -137,8 +141,24 @@ def load_pool(runs: Sequence[UPath], exclude: Collection[str] = ()) -> Pool:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
         raise UserError(f"{runs[0]} has {total} candidates and none is usable ({reasons})")
     return Pool(
-        usable, probs, labels, classes, fingerprint, first.splits.shared, list(runs), left_out, measured[0].device
+        usable,
+        probs,
+        labels,
+        classes,
+        fingerprint,
+        first.splits.shared,
+        list(runs),
+        left_out,
+        measured[0].device,
+        learned_from(first),
     )
+
+
+def learned_from(info: RunInfo) -> float:
+    """Of a run, see Pool. Cross-fitted candidates are those of a run whose every image is in all splits."""
+    sizes = info.splits
+    is_cross_fitted = sizes.shared and sizes.select > 0 and sizes.train == sizes.select
+    return 1 - 1 / FOLDS if is_cross_fitted else 1.0
 
 
 def _timed(candidate: Candidate, latencies: Latencies) -> Candidate:

@@ -24,6 +24,9 @@ VARIANCE = 1.15
 """By how much cross-validation varies more than as many independent rows would: what is fitted without a fold differs
 from what is fitted on all rows, and each fold took part in fitting for the others (Bates et al. 2023, "Cross-
 validation: what does it estimate"). 0.9 to 1.15 in most cells of benchmarks/coverage.py."""
+LEARNING = 0.5
+"""The error falls with the number of images to learn from, to the power of minus 0.3 to 0.5 on most data (Hestness et
+al. 2017, arXiv:1712.00409; Viering and Loog 2022)."""
 Folds = list[list[np.ndarray]]
 """The rows (indices) of each fold, for each repeat."""
 
@@ -88,8 +91,12 @@ def leave_out(
     return held_out
 
 
-def score(probs: np.ndarray, labels: np.ndarray, goal: Goal | None = None) -> dict[str, Any]:
+def score(probs: np.ndarray, labels: np.ndarray, goal: Goal | None = None, learned_from: float = 1.0) -> dict[str, Any]:
     """Accuracy with its 95 % interval, log-loss, Brier score and calibration error of held-out probs (R, N, C).
+
+    learned_from: share of its images, above 0 to 1, that each predicting network had of those that the final one has
+    learned from. Below 1, for cross-fitted candidates, the accuracy is rather too low, and the interval reaches as much
+    higher as the final network may be better.
 
     Answers are those that the goal asks for, and where it is neither accuracy nor log-loss, `metric` is its score.
     """
@@ -99,14 +106,14 @@ def score(probs: np.ndarray, labels: np.ndarray, goal: Goal | None = None) -> di
     more = {} if goal.is_scored else {"metric": goal.measure(probs, labels, decision, VARIANCE)}
     return more | {
         "accuracy": float(right.mean()),
-        "interval": list(accuracy_interval(right)),
+        "interval": list(accuracy_interval(right, learned_from=learned_from)),
         "log_loss": float(np.mean([log_losses(p, labels).mean() for p in probs])),
         "brier": float(np.mean([brier_scores(p, labels).mean() for p in probs])),
         "ece": ece(probs.reshape(-1, probs.shape[2]), np.tile(labels, repeats)),
     }
 
 
-def claim(held: HeldOut, goal: Goal | None = None) -> dict[str, Any]:
+def claim(held: HeldOut, goal: Goal | None = None, learned_from: float = 1.0) -> dict[str, Any]:
     """`score` of the ensemble, and `gain`: its accuracy (and metric) minus the best single candidate's."""
     goal = goal or Goal()
     own, alone = (goal.decide(probs, held.labels) for probs in (held.ensemble, held.single))
@@ -114,18 +121,19 @@ def claim(held: HeldOut, goal: Goal | None = None) -> dict[str, Any]:
     gain: dict[str, Any] = {"accuracy": float(difference.mean()), "interval": list(paired_interval(difference))}
     if not goal.is_scored:
         gain["metric"] = goal.measure(held.ensemble, held.labels, own, VARIANCE, minus=(held.single, alone))
-    return score(held.ensemble, held.labels, goal) | {"gain": gain}
+    return score(held.ensemble, held.labels, goal, learned_from) | {"gain": gain}
 
 
-def accuracy_interval(right: np.ndarray, z: float = Z95) -> tuple[float, float]:
+def accuracy_interval(right: np.ndarray, z: float = Z95, learned_from: float = 1.0) -> tuple[float, float]:
     """Interval of the accuracy from how often each row is right, held out: (N,) in 0 to 1.
 
-    Wilson's (1927) for a number of rows that is lower by VARIANCE.
+    Wilson's (1927) for a number of rows that is lower by VARIANCE. learned_from: see `score`.
     """
     n, p = len(right) / VARIANCE, float(right.mean())
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    high = min(1.0, centre + half)
+    return max(0.0, centre - half), 1 - (1 - high) * learned_from**LEARNING
 
 
 def paired_interval(difference: np.ndarray, z: float = Z95) -> tuple[float, float]:

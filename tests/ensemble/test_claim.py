@@ -8,6 +8,7 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from benchmarks.coverage import Cell, draw, read_draws, summarise
+from ensemble.select import Select, choose
 from ensemble.selection.auto import choose_selector
 from ensemble.selection.claim import (
     VARIANCE,
@@ -21,6 +22,7 @@ from ensemble.selection.claim import (
 from ensemble.selection.limits import Limits
 from ensemble.selection.metrics import accuracy, balanced_accuracy
 from ensemble.selection.options import Option, Table
+from tests.ensemble.test_select import make_run
 from tests.ensemble.test_selection import make_pool
 
 
@@ -110,3 +112,26 @@ def test_the_benchmark_draws_the_same_again_and_reads_what_it_wrote(tmp_path):
     path.write_text(json.dumps({"cell": vars(cell), "seed": 3, "draw": one}) + '\n{"cell": {"cand')
     assert read_draws(path) == {(cell, 3): one}
     assert summarise([one, one])["draws"] == 2
+
+
+def test_what_was_predicted_by_networks_that_saw_fewer_images_may_be_better_in_the_end(tmp_path):
+    right = np.random.default_rng(0).random(200) < 0.8
+    low, high = accuracy_interval(right)
+    assert accuracy_interval(right, learned_from=1.0) == (low, high)
+    low_then, high_then = accuracy_interval(right, learned_from=0.8)
+    assert low_then == low
+    assert 1 - high_then == pytest.approx((1 - high) * 0.8**0.5)
+    assert accuracy_interval(np.ones(50), learned_from=0.8)[1] == pytest.approx(1.0)
+
+    apart = {"train": 900, "tune": 300, "select": 300, "test": 0, "shared": False}
+    crossed = {"train": 300, "tune": 300, "select": 300, "test": 0, "shared": True}
+    as_before = {"train": 900, "tune": 300, "select": 300, "test": 0, "shared": True}
+    ends = []
+    for name, splits in (("apart", apart), ("before", as_before), ("crossed", crossed)):
+        run, *_ = make_run(tmp_path / name, splits=splits)
+        scores = choose(Select(run=(str(run),))).scores
+        ends.append([scores[key]["interval"] for key in ("claim", "best_single")])
+    assert ends[0] == ends[1]
+    for (low, high), (low_then, high_then) in zip(ends[0], ends[2], strict=True):
+        assert low_then == low
+        assert 1 - high_then == pytest.approx((1 - high) * 0.8**0.5)

@@ -244,7 +244,7 @@ def _open_run(plan: Plan, config: SearchConfig) -> None:
             mean=data.mean,
             std=data.std,
         ),
-        search={**options, "storage": config.storage and hide_password(config.storage)},
+        search={key: hide_password(value) if isinstance(value, str) else value for key, value in options.items()},
         space=plan.space.name,
         backbones=tuple(sorted(plan.backbones)),
         study=plan.study,

@@ -345,3 +345,13 @@ def test_a_refit_follows_where_there_are_images_to_add(
     assert "small-refit; the claim is of the members before, which saw fewer images" in told
     assert "not refitted: the images have changed; python -m search.refit --run" in told
     assert "the candidates are cross-fitted" in told
+
+
+def test_no_password_of_an_address_is_written(pictures: Path, tmp_path: Path) -> None:
+    config = SearchConfig(data="folder", data_dir=pictures, backbones=("speednet",), run=str(tmp_path / "run"))
+    plan = make_plan(config)
+    addresses = {"labels": "https://me:hush@host/x.csv?password=hush", "storage": "postgresql://me:hush@host/db"}
+    search_run._open_run(plan, replace(config, **addresses))  # type: ignore[arg-type]
+    written = (tmp_path / "run" / "run.json").read_text()
+    assert "hush" not in written
+    assert "https://me:***@host/x.csv" in written

@@ -90,7 +90,8 @@ def main() -> None:
     data = prepare("folder", args.data_dir, twins=False)
     views = [features_of(data, backbone) for backbone in BACKBONES]
     table = Table(title=f"{len(data.labels):,} photographs, {args.draws} draws each: claims and what is true, %")
-    for heading in ("images", "claim", "true", "claim minus true", "its spread", "claims that hold", "95 % of that"):
+    for heading in ("images", "claim", "true", "claim minus true", "its spread", "claims that hold", "95 % of that",
+                    "true above", "true below"):  # fmt: skip
         table.add_column(heading, justify="right")
     for images in args.images:
         found = np.array([
@@ -103,6 +104,7 @@ def main() -> None:
         table.add_row(
             str(images), f"{100 * claims.mean():.2f}", f"{100 * true.mean():.2f}", f"{gap.mean():+.2f}",
             f"{gap.std():.2f}", f"{held} of {args.draws}", f"{ends[0]} to {ends[1]}",
+            str(int((true > high).sum())), str(int((true < low).sum())),
         )  # fmt: skip
     console.print(table)
 

@@ -23,7 +23,7 @@ class Classifier(mlflow.pyfunc.PythonModel):
         uint8 (N, H, W, 3)."""
         if isinstance(model_input, pd.DataFrame):
             column = "image" if "image" in model_input.columns else model_input.columns[0]
-            pictures = [self._picture(cell) for cell in model_input[column]]
+            pictures = [picture for cell in model_input[column] for picture in self._pictures(cell)]
         else:
             array = np.asarray(model_input)
             pictures = list(self._pixels(array[None] if array.ndim == 3 else array))
@@ -35,6 +35,13 @@ class Classifier(mlflow.pyfunc.PythonModel):
         if answers.sets is not None and answers.unsure is not None:
             columns |= {"set": answers.sets, "unsure": answers.unsure.tolist()}
         return pd.DataFrame(columns)
+
+    def _pictures(self, cell: Any) -> list[Any]:
+        """Those of a cell: one, or several paths, bytes or URLs where {"image": [...]} came, of which MLflow makes one
+        cell."""
+        if isinstance(cell, np.ndarray | list) and len(cell) and isinstance(cell[0], str | bytes):
+            return [self._picture(one) for one in cell]
+        return [self._picture(cell)]
 
     def _picture(self, cell: Any) -> Any:
         if isinstance(cell, np.ndarray | list):

@@ -2,18 +2,25 @@
 
 Runs are found again by their tags, `ninefold.sweep` and `ninefold.trial`, and every time that is sent is the trial's
 own. So a trial that is sent twice, because an answer was lost, is one run with the same points.
+
+The ensemble of a sweep that has ended becomes a version of a registered model that has the experiment's name.
 """
 
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from search.track.tracker import CURVE, PROJECT, EndedTrial, SweepEnd, SweepInfo, missing
 from trainables.job import Outcome
 from trainables.storage import hide_password
 
-SWEEP, TRIAL, PARENT = "ninefold.sweep", "ninefold.trial", "mlflow.parentRunId"
+SWEEP, TRIAL, PARENT, ENSEMBLE = "ninefold.sweep", "ninefold.trial", "mlflow.parentRunId", "ninefold.ensemble"
+DESCRIBED = (
+    "select_claim_accuracy", "select_claim_low", "select_claim_high", "select_claim_images",
+    "test_ensemble_accuracy", "test_ensemble_images",
+)  # fmt: skip
 MOST_PARAMS, MOST_METRICS = 100, 1000  # of one request, by MLflow's REST API
 LONGEST = 500  # characters of a value that every version of MLflow takes
 RETRIES = 2  # of a request; MLflow's own 7 take four minutes, and the feed tries again itself
@@ -23,6 +30,7 @@ class MlflowTracker:
     """A sweep on an MLflow server, or in a store on this machine. Raises UserError when MLflow is not installed."""
 
     name = "mlflow"
+    registers = True
 
     def __init__(self) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(RETRIES))
@@ -71,7 +79,26 @@ class MlflowTracker:
         self._log(self.parent, {}, [self._metric(n, value, end.at, end.trials) for n, value in end.scores.items()])
         for name, text in end.files.items():
             self.client.log_text(self.parent, text, name)
+        if end.model is not None:
+            self._register(end.model, end.digest, end.scores)
         self.client.set_terminated(self.parent, "FINISHED" if end.complete else "KILLED")
+
+    def _register(self, folder: Path, digest: str, scores: dict[str, float]) -> None:
+        """Make a model version of the ensemble in this folder, unless the run has one of it."""
+        versions = self.client.search_model_versions(f"run_id = '{self.parent}'")
+        if any(version.tags.get(ENSEMBLE) == digest for version in versions):
+            return
+        place = f"model-{digest[:8]}"
+        self.client.log_artifacts(self.parent, str(folder), place)
+        model = self.client.get_experiment(self.experiment).name
+        if not self.client.search_registered_models(f"name = '{model}'"):
+            self.client.create_registered_model(model)
+        where = f"{self.client.get_run(self.parent).info.artifact_uri}/{place}"
+        version = self.client.create_model_version(
+            model, where, self.parent, tags={ENSEMBLE: digest}, await_creation_for=0
+        )
+        claim = ", ".join(f"{name} {scores[name]:.4g}" for name in DESCRIBED if name in scores)
+        self.client.update_model_version(model, version.version, claim)
 
     def _experiment(self) -> str:
         """The id of the experiment that MLflow's variables name, or of "ninefold", which is made."""

@@ -22,6 +22,7 @@ class TensorBoardTracker:
     """A sweep as event files. Raises UserError when TensorBoard is not installed."""
 
     name = "tensorboard"
+    registers = False
 
     def __init__(self) -> None:
         try:

@@ -4,6 +4,7 @@ Standard library only. The trackers are in files of their names; who feeds them 
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from upath import UPath
@@ -70,6 +71,9 @@ class SweepEnd:
         scores: of the ensemble, by names that carry their split, such as select_claim_accuracy.
         files: name -> text: the ensemble's file and the reports, as far as there are any.
         at: time.time() of the last trial's end.
+        model: the ensemble as a folder of `ensemble.export --to mlflow`, for trackers that register models; None when
+            none of them lacks it.
+        digest: tells this ensemble from others of the same name.
     """
 
     complete: bool
@@ -77,6 +81,8 @@ class SweepEnd:
     scores: dict[str, float]
     files: dict[str, str]
     at: float
+    model: Path | None = None
+    digest: str = ""
 
 
 class Tracker(Protocol):
@@ -87,6 +93,7 @@ class Tracker(Protocol):
     """
 
     name: str
+    registers: bool  # models: then its SweepEnd has one
 
     def where(self, sweep: SweepInfo) -> str:
         """Return where people find it; without passwords."""

@@ -5,13 +5,16 @@ notes in tracking/<tracker>.json what it has. A tracker that is away is tried ag
 the end, and when the same command is given again; the sweep never waits for it.
 """
 
+import hashlib
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from upath import UPath
@@ -23,13 +26,15 @@ from search.track.tensorboard import TensorBoardTracker
 from search.track.tracker import EndedTrial, SweepEnd, SweepInfo, Tracker, Value
 from search.track.wandb import WandbTracker
 from trainables.command import progress
+from trainables.errors import UserError
 from trainables.run.records import Stage, TrialRecord
 from trainables.run_directory import read_candidate, read_run, study_name
 from trainables.storage import Damaged, exists, hide_password, is_link, parse, read_bytes, read_json, write_json
 
 FOLDER = "tracking"
 AGAIN_S = 30.0  # after which a tracker that could not be reached is tried again
-STUCK_S = 60.0  # that the end of a sweep waits for a tracker that does not move
+STUCK_S = 60.0  # that the end of a sweep waits for a tracker that does not move,
+MODEL_S = 600.0  # and for one that is sent a model
 LARGEST_FILE = 256 * 2**20  # bytes of a report that is sent
 TRACKERS: dict[Track, Callable[[], Tracker]] = {
     "mlflow": MlflowTracker,
@@ -45,10 +50,12 @@ class Sent:
     Attributes:
         run: its key of the sweep's run.
         trials: numbers of the trials there, as (first, last) of each stretch without a gap.
+        model: the digest of the ensemble that is registered there as a model.
     """
 
     run: str = ""
     trials: tuple[tuple[int, int], ...] = ()
+    model: str = ""
 
     def has(self, number: int) -> bool:
         return any(first <= number <= last for first, last in self.trials)
@@ -71,8 +78,8 @@ class Feed:
         self.sent: set[int] = set()
         self.run: str | None = None  # the tracker's key of the sweep's run; None before it was opened
         self.is_open = False
-        self.is_ending = self.is_complete = False
-        self.ensemble: Ensemble | None = None
+        self.end: SweepEnd | None = None
+        self.model = self._remembered().model
         self.problem = ""
         self.is_told = self.is_concluded = False
         self.steps = 0  # that have succeeded: while they grow it is not stuck
@@ -87,20 +94,19 @@ class Feed:
             self.waiting.append(record)
             self.change.notify()
 
-    def conclude(self, ensemble: Ensemble | None, complete: bool) -> None:
-        """Let it have the end, after all that it lacks; then the thread ends. Never waits, `join` does.
-
-        complete: the sweep is not to be continued.
-        """
+    def conclude(self, end: SweepEnd) -> None:
+        """Let it have the end, after all that it lacks; then the thread ends. Never waits, `join` does."""
         with self.change:
-            self.ensemble, self.is_complete, self.is_ending = ensemble, complete, True
+            self.end = end
             self.change.notify()
 
     def join(self) -> None:
-        """Wait until it has everything, cannot be reached, or has not moved for STUCK_S seconds."""
+        """Wait until it has everything, cannot be reached, or has not moved for STUCK_S (with a model MODEL_S)."""
+        assert self.end is not None
+        patience = STUCK_S if self.end.model is None else MODEL_S
         steps, moved = self.steps, time.monotonic()
         with progress(f"sending trials to {self.tracker.name}", len(self.waiting)) as advance:
-            while self.thread.is_alive() and time.monotonic() - moved < STUCK_S:
+            while self.thread.is_alive() and time.monotonic() - moved < patience:
                 self.thread.join(0.1)
                 if self.steps > steps:
                     advance(self.steps - steps)
@@ -115,25 +121,28 @@ class Feed:
             self.is_told = True
 
     def _work(self) -> None:
-        is_last = False
+        end: SweepEnd | None = None
         while True:
             try:
                 self._send()
-                if is_last:
-                    self.tracker.conclude(sweep_end(self.sweep.run, self.ensemble, self.ended, self.is_complete))
+                if end is not None:
+                    self.tracker.conclude(end)
                     self.is_concluded = True
+                    if end.model is not None:
+                        self.model = end.digest
+                        self._remember()
                 if not self.waiting:
                     self.problem = ""
             except Exception as error:  # every library has its own, and none may harm the sweep
                 self._note(error)
-            if is_last:
+            if end is not None:
                 return
             with self.change:
                 if self.problem:
-                    self.change.wait_for(lambda: self.is_ending, AGAIN_S)
+                    self.change.wait_for(lambda: self.end is not None, AGAIN_S)
                 else:
-                    self.change.wait_for(lambda: self.is_ending or bool(self.waiting))
-                is_last = self.is_ending
+                    self.change.wait_for(lambda: self.end is not None or bool(self.waiting))
+                end = self.end
 
     def _send(self) -> None:
         """Send what it lacks. A trial that alone is refused is left for the next time; raises when all would be."""
@@ -166,6 +175,7 @@ class Feed:
             if run != self.run:
                 self.sent = {record.number for record in self.ended if run == known.run and known.has(record.number)}
                 self.waiting = deque(record for record in self.ended if record.number not in self.sent)
+                self.model = known.model if run == known.run else ""
                 self.run = run
         self.is_open = True
         self.steps += 1
@@ -189,7 +199,7 @@ class Feed:
             return Sent()
 
     def _remember(self) -> None:
-        write_json(self.memory, asdict(Sent(self.run or "", stretches(self.sent))))
+        write_json(self.memory, asdict(Sent(self.run or "", stretches(self.sent), self.model)))
 
 
 class Tracking:
@@ -204,6 +214,7 @@ class Tracking:
 
     def __init__(self, trackers: Sequence[Tracker], run: UPath, records: Iterable[TrialRecord], metric: str) -> None:
         self.sweep, records = describe_sweep(run), list(records)
+        self.ended = [record for record in records if record.stage is Stage.ENDED and record.config is not None]
         self.feeds = [Feed(tracker, self.sweep, records, metric) for tracker in trackers]
 
     def places(self) -> list[str]:
@@ -212,6 +223,7 @@ class Tracking:
 
     def add(self, record: TrialRecord) -> None:
         """Let all have a trial that has ended. Never waits."""
+        self.ended.append(record)
         for feed in self.feeds:
             feed.add(record)
 
@@ -220,15 +232,31 @@ class Tracking:
 
         Returns when each has everything, or cannot be reached now.
         """
-        for feed in self.feeds:
-            feed.conclude(ensemble, complete)
-        for feed in self.feeds:
-            feed.join()
+        if not self.feeds:
+            return
+        with tempfile.TemporaryDirectory(prefix="ninefold-model-") as folder:
+            end = sweep_end(self.sweep.run, ensemble, self.ended, complete)
+            if ensemble is not None and any(feed.tracker.registers and feed.model != end.digest for feed in self.feeds):
+                end = replace(end, model=self._export(ensemble, Path(folder)))
+            for feed in self.feeds:
+                feed.conclude(end)
+            for feed in self.feeds:
+                feed.join()
+
+    def _export(self, ensemble: Ensemble, folder: Path) -> Path | None:
+        """The ensemble as a model in this folder, or None and a word why it cannot be one."""
+        from ensemble.export import export  # torch, which a sweep's driver has no other need of
+
+        try:
+            return export([self.sweep.run], ensemble, folder / "model", "mlflow").path
+        except UserError as error:
+            print(f"the ensemble is not registered as a model: {error}", file=sys.stderr)
+            return None
 
     def leave(self) -> None:
         """Let all have what there is, as of a sweep that is to be continued, and do not wait for it."""
         for feed in self.feeds:
-            feed.conclude(None, complete=False)
+            feed.conclude(sweep_end(self.sweep.run, None, self.ended, complete=False))
 
 
 def make_trackers(names: Iterable[Track]) -> list[Tracker]:
@@ -282,9 +310,9 @@ def sweep_end(run: UPath, ensemble: Ensemble | None, ended: Sequence[TrialRecord
     names = (f"ensembles/{ensemble.name}.json", "report.html", "report.json")
     paths = {name.rpartition("/")[2]: run / name for name in names}
     files = {name: path for name, path in paths.items() if exists(path) and not is_link(path)}
-    return SweepEnd(
-        complete, len(ended), scores, {n: read_bytes(path, LARGEST_FILE).decode() for n, path in files.items()}, at
-    )
+    texts = {name: read_bytes(path, LARGEST_FILE).decode() for name, path in files.items()}
+    digest = hashlib.sha256(texts.get(f"{ensemble.name}.json", "").encode()).hexdigest()
+    return SweepEnd(complete, len(ended), scores, texts, at, digest=digest)
 
 
 def flat_scores(name: str, score: dict[str, Any]) -> dict[str, float]:

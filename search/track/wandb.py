@@ -18,6 +18,7 @@ class WandbTracker:
     """A sweep in Weights & Biases. Raises UserError when wandb is not installed, or nobody is logged in."""
 
     name = "wandb"
+    registers = False
 
     def __init__(self) -> None:
         try:

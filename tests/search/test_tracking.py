@@ -29,6 +29,7 @@ class Notebook:
     """A tracker of its own: it keeps what it was told, and may be away."""
 
     name = "notebook"
+    registers = False
 
     def __init__(self) -> None:
         self.runs: dict[str, list[EndedTrial]] = {}

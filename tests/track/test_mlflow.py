@@ -1,18 +1,28 @@
 """A real MLflow server on the loopback interface, with SQLite; and its store on this machine."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from upath import UPath
 
+from ensemble import export
+from ensemble.file import Ensemble, read_ensemble, write_ensemble
+from ensemble.predict import Voters
 from search.track import tracking
 from search.track.mlflow import MlflowTracker
-from search.track.tracking import make_trackers
+from search.track.tracking import Tracking, make_trackers
 from tests.hand_sweep import finish, sweep, take
 from tests.track.conftest import PATIENCE, MlflowServer, conclude, every_end
+from trainables.data.decode import decode
+from trainables.run.records import Records
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -77,7 +87,11 @@ def test_a_sweep_is_a_run_with_a_child_for_each_trial(
     }  # fmt: skip
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert files == {"best.json", "report.html", "report.json"}
-    assert capfd.readouterr() == ("", "")  # the board has the terminal
+    assert not client.search_registered_models(f"name = '{tmp_path.name}'")
+    out, errors = capfd.readouterr()  # the board has the terminal
+    assert out == ""
+    assert errors.startswith("the ensemble is not registered as a model: ")
+    assert errors.count("\n") == 1
 
 
 def test_a_server_that_is_killed_and_started_again_has_everything_once(
@@ -180,3 +194,40 @@ def test_without_an_address_it_says_where_it_writes(tmp_path: Path) -> None:
     (parent,), children = runs_of(mlflow.MlflowClient(), "ninefold")
     assert parent.info.run_name == "run"
     assert len(children) == 4
+
+
+def test_the_ensemble_is_a_version_of_a_registered_model(
+    client: Any, small_run: UPath, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    import mlflow.pyfunc
+
+    run = UPath(shutil.copytree(str(small_run), tmp_path / "run"))
+
+    def conclude_with(ensemble: Ensemble) -> list[Any]:
+        """Its versions after the sweep has ended with this ensemble."""
+        write_ensemble(run, ensemble)
+        Tracking(make_trackers(["mlflow"]), run, Records(run), "tune_accuracy").close(ensemble, complete=True)
+        assert capsys.readouterr().err == ""
+        return sorted(client.search_model_versions(f"name = '{tmp_path.name}'"), key=lambda one: int(one.version))
+
+    claim = {"split": "select", "images": 18, "accuracy": 0.75}
+    equal = replace(read_ensemble(small_run), scores={"claim": claim})
+    (first,) = conclude_with(equal)
+    (parent,), _ = runs_of(client, tmp_path.name)
+    assert first.run_id == parent.info.run_id
+    assert first.description == "select_claim_accuracy 0.75, select_claim_images 18"
+    with monkeypatch.context() as patch:  # the same command again: what is there is not written anew
+        patch.setattr(export, "export", None)
+        assert len(conclude_with(equal)) == 1
+    (run / "tracking" / "mlflow.json").unlink()  # an answer that was lost
+    assert len(conclude_with(equal)) == 1
+    one = replace(equal, members=equal.members[:1])
+    assert [version.version for version in conclude_with(one)] == ["1", "2"]
+
+    images = sorted((pictures / "test").glob("*/*.png"))[:5]
+    model = mlflow.pyfunc.load_model(f"models:/{tmp_path.name}/2")
+    answers = model.predict({"image": [str(path) for path in images]})
+    voters = Voters.load([run], one, "cpu", precision="fp32")
+    expected = voters(np.stack([decode(Image.open(path), voters.canvas) for path in images]))
+    np.testing.assert_allclose(np.stack(answers["probabilities"]), expected, atol=1e-4)

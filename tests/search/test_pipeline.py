@@ -71,7 +71,14 @@ def in_training(run: Path) -> bool:
     return any(not (run / "candidates" / id / "candidate.json").exists() for id in ids)
 
 
-def test_killed_twice_and_interrupted_once_nothing_is_lost_or_repeated(tmp_path: Path, pictures: Path) -> None:
+@pytest.mark.parametrize(
+    "hits",
+    [
+        pytest.param(("in training",), id="killed"),
+        pytest.param(("at the start", "in training", "ctrl-c"), id="hit three times", marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_is_lost_or_repeated(hits: tuple[str, ...], tmp_path: Path, pictures: Path) -> None:
     run, space, log = tmp_path / "run", tmp_path / "tiny.py", tmp_path / "log"
     write_space(space, trials=3, epochs=30, batch_size=16)
     args = arguments(run, pictures, space)
@@ -80,21 +87,22 @@ def test_killed_twice_and_interrupted_once_nothing_is_lost_or_repeated(tmp_path:
     def remember() -> dict[str, float]:
         return {p.parent.name: p.stat().st_mtime for p in run.glob("candidates/*/candidate.json")}
 
-    moments: list[Callable[[], bool]] = [
-        lambda: (run / "run.json").exists() and (run / "study.db").exists(),  # before anything was trained
-        lambda: len(remember()) >= 1 and in_training(run),  # in the middle of a trial
-    ]
-    for moment in moments:
+    moments: dict[str, Callable[[], bool]] = {
+        "at the start": lambda: (run / "run.json").exists() and (run / "study.db").exists(),
+        "in training": lambda: len(remember()) >= 1 and in_training(run),
+        "ctrl-c": lambda: len(remember()) >= 2 and in_training(run),
+    }
+    for hit in hits:
         search = SearchProcess(*args, log=log)
-        search.wait_until(moment)
-        search.kill()
+        search.wait_until(moments[hit])
+        if hit == "ctrl-c":
+            search.process.send_signal(signal.SIGINT)
+            assert "the same command goes on" in search.finish()
+        else:
+            search.kill()
         for id, when in candidate_times.items():
             assert remember()[id] == when, f"{id} was trained again"
         candidate_times = remember()
-    search = SearchProcess(*args, log=log)
-    search.wait_until(lambda: len(remember()) >= 2 and in_training(run))
-    search.process.send_signal(signal.SIGINT)
-    assert "the same command goes on" in search.finish()
     output = SearchProcess(*args, log=log).finish()
 
     candidates = list_candidates(open_run(run))
@@ -104,7 +112,8 @@ def test_killed_twice_and_interrupted_once_nothing_is_lost_or_repeated(tmp_path:
             assert candidate_times[candidate.id] == (candidate.path / "candidate.json").stat().st_mtime
         assert [row["epoch"] for row in candidate.info.curve] == list(range(1, 31))
     resumed = [epoch for c in candidates for epoch in c.info.resumed_after_epochs]
-    assert len(resumed) >= 2, "interrupted trials went on from their last epoch"
+    interruptions = sum(hit != "at the start" for hit in hits)
+    assert len(resumed) >= interruptions, "interrupted trials went on from their last epoch"
     assert min(resumed) >= 1
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{run}/study.db")
     values = {trial.user_attrs["id"]: trial.value for trial in study.trials}

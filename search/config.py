@@ -59,6 +59,9 @@ class SearchConfig:
     """Train --backbones from random weights instead of pretrained ones."""
     weights_dir: Path | None = None
     """Folder with pretrained weights as <timm name>.safetensors or .pth, for machines that reach no hub."""
+    weights_licence: Literal["permissive", "any"] = "permissive"
+    """Pretrained weights that a space takes if found: under permissive licences, or any (some forbid commercial use).
+    What --backbones names is taken as it is."""
     trials: int | None = None
     """Trials in all, over repetitions of the command; default: the space's own, or no limit with another budget. The
     automatic space has no number of its own: without any budget it takes an hour."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from upath import UPath
@@ -20,7 +21,7 @@ from trainables.command import progress
 from trainables.errors import UserError, exit_on_user_error
 from trainables.models.backbones import check_backbone, plain_name
 from trainables.models.classic import NETWORKS
-from trainables.models.licences import UNKNOWN
+from trainables.models.licences import UNKNOWN, is_restricted
 from trainables.models.store import Stored, store_weights
 from trainables.storage import write_bytes
 
@@ -37,6 +38,8 @@ class Fetch:
     """Search space: a name in search/spaces/, or the path of a Python file like those."""
     backbones: tuple[str, ...] = ()
     """Backbones instead of the space's: timm names, hf-hub:timm/NAME, squeezenet1_1."""
+    weights_licence: Literal["permissive", "any"] = "permissive"
+    """Of the space's backbones those whose weights are under permissive licences, or all."""
 
 
 def fetch(args: Fetch) -> tuple[list[Stored], dict[str, str]]:
@@ -70,7 +73,10 @@ def wanted(args: Fetch) -> list[str]:
     if args.backbones:
         names = list(args.backbones)
     else:
-        names = [name for name, start in load_space(args.space).backbones.items() if start != "scratch"]
+        starts = load_space(args.space).backbones
+        names = [name for name, start in starts.items() if start != "scratch"]
+        if args.weights_licence == "permissive":
+            names = [name for name in names if starts[name] != "if found" or not is_restricted(plain_name(name))]
     names = list(dict.fromkeys(plain_name(name) for name in names))
     for name in names:
         check_backbone(name)

@@ -24,8 +24,9 @@ from trainables.data.share import open_run_data
 from trainables.data.splits import Splits, notes_on, split_data
 from trainables.errors import UserError
 from trainables.job import WeightSource
-from trainables.models.backbones import check_backbone, check_image_size, plain_name
+from trainables.models.backbones import check_backbone, check_image_size, check_resizing, plain_name
 from trainables.models.classic import NETWORKS
+from trainables.models.licences import is_restricted
 from trainables.models.speed import gflops, native_size, training_rate
 from trainables.models.weights import find_weights
 from trainables.run_directory import RUNS, RunInfo, read_run, study_name
@@ -51,6 +52,7 @@ class Plan:
     earlier: list[FrozenTrial]  # of --warm-start
     costs: Costs  # of the backbones with pretrained weights
     left_out: list[str]  # backbones of the space that it does not want for these images and this budget
+    restricted: list[str]  # those that --weights-licence leaves out
     notes: list[str]  # on the splits
     goal: Goal = field(default_factory=Goal)  # what --metric names
 
@@ -73,6 +75,10 @@ def make_plan(config: SearchConfig) -> Plan:
         wanted = {b: "scratch" if config.from_scratch or b in NETWORKS else "pretrained" for b in names}
     for name in wanted:
         check_backbone(name)
+    restricted = []
+    if config.weights_licence == "permissive" and not config.backbones:
+        restricted = [name for name, start in wanted.items() if start == "if found" and is_restricted(name)]
+        wanted = {name: start for name, start in wanted.items() if name not in restricted}
     backbones: dict[str, WeightSource | None] = {}
     missing = []
     for name, start in wanted.items():
@@ -127,7 +133,9 @@ def make_plan(config: SearchConfig) -> Plan:
         return space.suggest(trial, task)
 
     earlier = [t for old in config.warm_start for t in read_earlier(old, metric, propose)]
-    return Plan(run, data, splits, space, backbones, trials, study, missing, earlier, costs, left_out, notes, goal)
+    return Plan(
+        run, data, splits, space, backbones, trials, study, missing, earlier, costs, left_out, restricted, notes, goal
+    )
 
 
 def _is_of_before(info: RunInfo, data: Data, config: SearchConfig) -> bool:
@@ -179,6 +187,8 @@ def checked(trial: TrialConfig, task: Task) -> TrialConfig:
     if trial.pretrained and task.backbones.get(trial.backbone) is None:
         raise UserError(f"{trial.backbone} is to start from pretrained weights, but none were asked for or found")
     check_image_size(trial)
+    if trial.pretrained:
+        check_resizing(trial.backbone, trial.image_size)
     return trial
 
 

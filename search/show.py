@@ -19,8 +19,13 @@ LEADERBOARD_METRICS = {"tune_accuracy", "select_accuracy", "select_log_loss"}
 
 def print_missing(console: Console, plan: Plan) -> None:
     for name in plan.missing:
-        instead = "it starts from random ones" if name in plan.backbones else "this sweep runs without it"
-        console.print(f"{name}: no pretrained weights found here, so {instead}", style="yellow")
+        if name in plan.backbones:
+            console.print(f"{name}: no pretrained weights found here, so it starts from random ones", style="yellow")
+    without = [name for name in plan.missing if name not in plan.backbones]
+    if without:
+        console.print(f"without backbones whose weights are not found here: {', '.join(without)}", style="yellow")
+    if plan.restricted:
+        console.print(f"without weights of restricted licences (--weights-licence any): {', '.join(plan.restricted)}")
 
 
 def print_start(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep) -> None:

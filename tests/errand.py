@@ -1,4 +1,4 @@
-"""A job for lanes that are tested without training."""
+"""A job for lanes that are tested without training, and lanes for jobs that are trained without Ray."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,4 +34,29 @@ class Hear:
         return self.hear(metrics)
 
     def alive(self) -> None:
+        pass
+
+
+def run_here(jobs: Any, target: Callable[[Any, Hear], Any], *_: object) -> None:
+    """cluster.tuner.run_trials without Ray: one trial after the other, in this process."""
+    while (job := jobs.next()) is not None:
+
+        def report(metrics: Metrics, id: str = job.id) -> bool:
+            return bool(jobs.report(id, metrics))
+
+        jobs.finish(job.id, target(job, Hear(report)))
+
+
+class HereLanes:
+    """cluster.capacity.Lanes without Ray."""
+
+    spec = None
+
+    def __init__(self, request: object) -> None:
+        pass
+
+    def __enter__(self) -> "HereLanes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         pass

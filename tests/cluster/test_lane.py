@@ -156,6 +156,7 @@ def test_the_job_of_a_killed_worker_goes_on_from_its_checkpoint_in_a_new_lane(tm
     assert len(set(report.pids)) == 2
 
 
+@pytest.mark.slow
 def test_a_job_that_hangs_is_a_bug_and_the_next_one_continues_from_its_checkpoint(tmp_path):
     job = errand(epochs=3, hang_at=1, once=True, hang_s=5, checkpoint=str(tmp_path / "epoch"))
     result = run_in_lane(count_epochs, ONE, job, Collect())
@@ -181,6 +182,7 @@ def test_a_trial_that_is_stopped_where_it_waits_trains_no_further_epoch(tmp_path
     assert report.epochs == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_two_ranks_abandon_a_trial_and_fail_together(tmp_path):
     def notes():
         return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]

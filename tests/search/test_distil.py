@@ -17,6 +17,7 @@ from ensemble.selection.blend import Stack
 from ensemble.selection.metrics import accuracy
 from search import distil as room
 from search.distil import Distil, distil, student
+from tests.errand import HereLanes, run_here
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 from trainables.run_directory import CandidateInfo, list_candidates, write_candidate
@@ -32,9 +33,18 @@ def run(small_run: UPath, pictures: Path, tmp_path: Path) -> UPath:
     return run
 
 
+@pytest.mark.parametrize("where", ["here", pytest.param("in lanes", marks=pytest.mark.slow)])
 def test_one_network_is_taught_and_compared(
-    run: UPath, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    where: str,
+    run: UPath,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if where == "here":
+        monkeypatch.setattr("search.refit.run_trials", run_here)
+        monkeypatch.setattr("search.refit.Lanes", HereLanes)
     asked = Distil(
         "speednet", run=(str(run),), epochs=6, unlabelled=pictures / "test", json=tmp_path / "table.json",
     )  # fmt: skip

@@ -18,8 +18,10 @@ from ensemble.predict import Predict, predict_folder
 from ensemble.report.write import summary, write_report
 from ensemble.select import Select, open_pool
 from ensemble.serve.page import Examples, build_page
+from search import refit as room
 from search.config import SearchConfig
 from search.refit import Refit, refit, without_validation
+from tests.errand import HereLanes, run_here
 from trainables.config import TrialConfig
 from trainables.data.splits import load_splits
 from trainables.errors import UserError
@@ -37,9 +39,13 @@ def test_early_stopping_becomes_the_best_epoch() -> None:
     assert without_validation(TrialConfig(epochs=10, schedule="onecycle"), curve[:2]).epochs == 10, "a cut one is whole"
 
 
+@pytest.mark.parametrize("where", ["here", pytest.param("in lanes", marks=pytest.mark.slow)])
 def test_members_are_trained_on_everything_and_the_selection_stays(
-    pictures: Path, small_run: UPath, tmp_path: Path
+    where: str, pictures: Path, small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if where == "here":
+        monkeypatch.setattr(room, "run_trials", run_here)
+        monkeypatch.setattr(room, "Lanes", HereLanes)
     run = tmp_path / "run"
     shutil.copytree(small_run, run)
     source = UPath(run)

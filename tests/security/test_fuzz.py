@@ -319,7 +319,7 @@ def check(seed: int, origin: Path, pictures: Path, folder: Path) -> None:
 
 @given(seed=st.integers(0, 2**40))
 @hypothesis.settings(
-    max_examples=40, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+    max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 def test_a_damaged_run_is_opened_safely(seed: int, origin: Path, pictures: Path, tmp_path: Path) -> None:

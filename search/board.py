@@ -126,7 +126,7 @@ class LiveBoard:
             _, best, loss = self.ensemble.curve[-1]
             members = len(self.ensemble.members)
             line += (
-                f"  select {result.metrics['select_accuracy']:.2%}   ensemble of {members}: select {best:.2%},"
+                f"  select {result.metrics['select_accuracy']:.2%}   ensemble of {members}: select, fitted, {best:.2%},"
                 f" log-loss {loss:.4f}"
             )
         elif "tune_accuracy" in last:
@@ -188,7 +188,7 @@ class LiveBoard:
             _, together, loss = self.ensemble.curve[-1]
             size, members = len(self.ensemble.labels), len(self.ensemble.members)
             parts.append(f"select split, {size} images{note}: best single {best:.2%} ({id})")
-            parts.append(f"ensemble of {members}: {together:.2%}, log-loss {loss:.4f}  {self._spark()}")
+            parts.append(f"ensemble of {members}, fitted there: {together:.2%}, log-loss {loss:.4f}  {self._spark()}")
         parts.append(f"elapsed {_clock(time.time() - self.began)}, {self._time_left()}")
         return "\n".join(parts)
 

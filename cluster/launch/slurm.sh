@@ -25,19 +25,20 @@ port=$((20000 + SLURM_JOB_ID % 20000))                    # several jobs may sha
 # Only whoever has the token, which is new for every job, can use the cluster.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_TMPDIR="/tmp/ray-$SLURM_JOB_ID"
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
-resources=(--num-cpus="${SLURM_CPUS_ON_NODE:-1}")
-[ -z "${SLURM_GPUS_ON_NODE:-}" ] || resources+=(--num-gpus="$SLURM_GPUS_ON_NODE")
-common=(--block --disable-usage-stats --temp-dir="$RAY_TMPDIR" "${resources[@]}")
+# Every node has its own numbers of CPUs and GPUs, which Slurm tells the task that runs there.
+start='exec "$0" start "$@" --num-cpus="${SLURM_CPUS_ON_NODE:-1}" ${SLURM_GPUS_ON_NODE:+--num-gpus="$SLURM_GPUS_ON_NODE"}'
+common=(--block --disable-usage-stats --temp-dir="$RAY_TMPDIR")
+on=(srun --overlap --nodes=1 --ntasks=1 --export=ALL)
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || on+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")  # srun does not inherit it
 
 pids=()
-srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" --export=ALL \
-    "$ray" start --head --node-ip-address="$ip" --port="$port" --dashboard-host=127.0.0.1 \
-    --dashboard-port=$((port + 20000)) --ray-client-server-port=$((port + 20001)) "${common[@]}" &
+"${on[@]}" --nodelist="$head" bash -c "$start" "$ray" --head --node-ip-address="$ip" --port="$port" \
+    --dashboard-host=127.0.0.1 --dashboard-port=$((port + 20000)) --ray-client-server-port=$((port + 20001)) "${common[@]}" &
 pids+=($!)
 for node in "${nodes[@]:1}"; do
-    srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --export=ALL \
-        bash -c 'until "$0" health-check --address "$1" 2>/dev/null; do sleep 1; done; shift; exec "$0" start "$@"' \
-        "$ray" "$ip:$port" --address="$ip:$port" "${common[@]}" &
+    "${on[@]}" --nodelist="$node" \
+        bash -c "until \"\$0\" health-check --address $ip:$port 2>/dev/null; do sleep 1; done; $start" \
+        "$ray" --address="$ip:$port" "${common[@]}" &
     pids+=($!)
 done
 until "$ray" health-check --address "$ip:$port" 2>/dev/null; do

@@ -72,10 +72,11 @@ class Sampling:
 
 
 def make_sampler(name: Sampler, seed: int) -> BaseSampler:
-    samplers = optuna.samplers
     if name == "tpe":  # constant liar: parallel trials do not all ask for the same point
-        return samplers.TPESampler(multivariate=True, group=True, constant_liar=True, n_startup_trials=10, seed=seed)
-    return samplers.GPSampler(seed=seed) if name == "gp" else samplers.RandomSampler(seed=seed)
+        return optuna.samplers.TPESampler(
+            multivariate=True, group=True, constant_liar=True, n_startup_trials=10, seed=seed
+        )
+    return optuna.samplers.GPSampler(seed=seed) if name == "gp" else optuna.samplers.RandomSampler(seed=seed)
 
 
 def _mixed(seed: int, number: int) -> int:

@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
@@ -57,6 +59,41 @@ def test_cluster_files_fit_the_autoscalers_schema(name: str) -> None:
         assert "RAY_AUTH_MODE=token" in starts[0], "whoever reaches the port would run code"
     with pytest.raises(Exception, match="nonsense"):
         validate_config(prepare_config({**config, "nonsense": 1}))
+
+
+def test_machines_in_a_cloud_have_an_image_that_fits_and_may_read_the_bucket() -> None:
+    """Before: Ray's default image, whose C library is older than torch's wheels need; workers without any rights."""
+    config = prepare_config(yaml.safe_load((FOLDER / "cloud.yaml").read_text()))
+    for node in config["available_node_types"].values():
+        assert node["node_config"]["ImageId"].startswith("resolve:ssm:/aws/service/deeplearning/ami/")
+        assert node["node_config"]["IamInstanceProfile"] == {"Name": "ninefold"}
+    assert {config["docker"]["head_image"], config["docker"]["worker_image"]} == {
+        f"rayproject/ray:{ray.__version__}-py311", f"rayproject/ray:{ray.__version__}-py311-gpu",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cloud.yaml", "kuberay.yaml", "rayjob.yaml", "on_premise.yaml", "Dockerfile"])
+def test_the_version_of_ray_is_the_one_that_is_tested(name: str) -> None:
+    text = (FOLDER / name).read_text()
+    named = re.findall(r"rayproject/ray:([\d.]+)-|ray\[[\w,]+\]==([\d.]+)|rayVersion: \"([\d.]+)\"", text)
+    assert {version for versions in named for version in versions if version} == {ray.__version__}
+
+
+def test_a_sweep_on_gpus_says_that_it_wants_them() -> None:
+    for name in ("cloud.yaml", "kuberay.yaml", "rayjob.yaml", "on_premise.yaml"):
+        assert "--gpus-per-trial 1" in (FOLDER / name).read_text(), name
+
+
+def test_the_image_has_all_packages_and_nothing_else() -> None:
+    lines = (FOLDER / "Dockerfile").read_text().splitlines()
+    copied = {name for line in lines if line.startswith("COPY") for name in line.split()[2:-1]}
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.rstrip("*") for name in pyproject["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert copied == {*packages, "pyproject.toml", "README.md"}
+    ignored = (FOLDER / "Dockerfile.dockerignore").read_text().split()
+    assert {line.removeprefix("!") for line in ignored if line.startswith("!")} == copied
+    extras = re.findall(r"'\.\[(.*)\]'", (FOLDER / "Dockerfile").read_text())[0].split(",")
+    assert set(extras) <= pyproject["project"]["optional-dependencies"].keys()
 
 
 def test_the_runtime_environment_is_one() -> None:

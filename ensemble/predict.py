@@ -27,8 +27,9 @@ from ensemble.file import Ensemble, read_ensemble
 from ensemble.risk import confidence
 from trainables.command import progress
 from trainables.config import TestTimeAugmentation
+from trainables.data.dataset import LARGEST_SIDE
 from trainables.data.decode import Canvas, read_images
-from trainables.data.prepare import LARGEST_SIDE
+from trainables.data.packed import ImageRows
 from trainables.data.sources import Passed, list_images
 from trainables.errors import UserError, exit_on_user_error
 from trainables.inference import pick_device, predict_probs
@@ -147,7 +148,7 @@ class Voters:
         return self.ensemble.predict(self.votes(images))
 
 
-def predict_all(predictor: Predictor, images: np.ndarray, advance: Callable[[int], None]) -> np.ndarray:
+def predict_all(predictor: Predictor, images: ImageRows, advance: Callable[[int], None]) -> np.ndarray:
     """Probabilities, float32 (N, C), of images (N, H, W, 3), in parts, after each of which `advance` gets its size."""
     parts = []
     for start in range(0, len(images), BATCH):

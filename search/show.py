@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import optuna
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +12,7 @@ from cluster.capacity import Lanes
 from search.config import SearchConfig, Task
 from search.plan import Plan
 from search.sweep import Sweep
-from trainables.run_directory import list_candidates
+from trainables.run_directory import list_candidates, stored_type
 
 LEADERBOARD_ROWS = 10
 LEADERBOARD_METRICS = {"tune_accuracy", "select_accuracy", "select_log_loss"}
@@ -33,7 +34,12 @@ def print_start(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep
     parts = f"{len(s.train)} train, {len(s.tune)} tune, {len(s.select)} select, "
     if s.folds:
         parts = f"{len(s.train)} images, each predicted by networks that have not seen it ({len(s.folds)} folds), "
+    classes = len(plan.data.classes)
     console.print(f"{config.data}: {parts}{plan.data.test_images} test images, {len(plan.data.classes)} classes")
+    if stored_type(len(s.select) * len(plan.data.classes)) is np.float16:
+        console.print(
+            f"predictions are stored as float16: {len(s.select):,} images x {len(plan.data.classes):,} classes"
+        )
     for note in plan.notes:
         console.print(note, style="yellow", markup=False)
     console.print(f"space {plan.space.name} over {', '.join(plan.backbones)}; run directory {short_path(plan.run)}")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainables.config import TestTimeAugmentation
+from trainables.data.packed import ImageRows
 from trainables.errors import UserError
 from trainables.models.views import Pixels, view_logits
 from trainables.training.memory import fitting, halved
@@ -49,7 +50,7 @@ def eval_batch(device: torch.device, image_size: int) -> int:
 @torch.no_grad()
 def predict_probs(
     model: nn.Module,
-    images: np.ndarray,
+    images: ImageRows,
     indices: np.ndarray | None,
     pixels: Pixels,
     image_size: int,

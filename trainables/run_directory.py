@@ -8,7 +8,7 @@
       select_labels.npy         int64 (N,)
       candidates/<id>/
         candidate.json          written LAST: a candidate without it does not exist (needs `id`)
-        select_probs.npy        float32 (N, C), rows sum to 1, in select_labels order
+        select_probs.npy        float32 (N, C), rows sum to 1, in select_labels order; float16 from HALF_FROM numbers on
         tune_probs.npy          optional, the same for the tune split
         weights.safetensors     absent for a candidate that only brings predictions, and where --keep-weights has
                                 deleted them (candidate.json then has `weights_deleted`)
@@ -57,6 +57,7 @@ from trainables.storage import (
 )
 
 RUNS = "runs"
+HALF_FROM = 2**21  # probabilities of a split, from which on they are stored as float16
 FORMAT = 2  # of run directories that are made now; 1: of before trials/, which can be selected from but not continued
 OWN = (  # what commands write into
     "candidates", "checkpoints", "ensembles", "data", "trials", "study.db", ".lock", "tensorboard", "tracking",
@@ -374,13 +375,18 @@ def write_candidate(
     if is_link(path) or is_link(path.parent):
         raise UserError(f"{path} is a symbolic link, or lies behind one; nothing is written through it")
     if select_probs is not None:
-        write_array(path / "select_probs.npy", np.asarray(select_probs, np.float32))
+        write_array(path / "select_probs.npy", np.asarray(select_probs, stored_type(select_probs.size)))
     if tune_probs is not None:
-        write_array(path / "tune_probs.npy", np.asarray(tune_probs, np.float32))
+        write_array(path / "tune_probs.npy", np.asarray(tune_probs, stored_type(tune_probs.size)))
     if weights is not None:
         write_bytes(path / "weights.safetensors", weights)
     write_json(path / "candidate.json", to_json(info))
     return Candidate(info.id, path, info)
+
+
+def stored_type(numbers: int) -> type[np.floating]:
+    """As what so many probabilities are stored: of 1,000 classes, float32 would be 20 MB for each candidate."""
+    return np.float16 if numbers >= HALF_FROM else np.float32
 
 
 def mark_weights_deleted(candidate: Candidate) -> None:

@@ -23,6 +23,7 @@ from ensemble.selection.blend import Blend, scale
 from ensemble.selection.explain import class_gain, explain
 from ensemble.selection.goal import MOST_PROBABLE, Decision
 from ensemble.selection.limits import Limits
+from trainables.data.packed import ImageRows
 from trainables.run_directory import RunInfo
 from trainables.storage import hide_password
 
@@ -49,7 +50,7 @@ class Evidence:
     labels: np.ndarray
     ensemble: np.ndarray
     single: np.ndarray
-    images: np.ndarray | None
+    images: ImageRows | None
     rows: np.ndarray
     decision: Decision = MOST_PROBABLE
     looks: list[Look] = field(default_factory=list)

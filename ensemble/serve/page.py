@@ -19,6 +19,7 @@ from PIL import Image
 from upath import UPath
 
 from ensemble.file import Ensemble
+from trainables.data.packed import ImageRows
 from trainables.data.share import open_run_data, select_images
 from trainables.errors import UserError
 from trainables.run_directory import select_labels
@@ -41,7 +42,7 @@ OWN, SELECT = "Your picture", "Select split"
 class Examples:
     """The select split's images, uint8 (N, H, W, 3), with labels int64 (N,): what the ensemble was chosen on."""
 
-    images: np.ndarray
+    images: ImageRows
     rows: np.ndarray
     labels: np.ndarray
     classes: list[str]

@@ -42,8 +42,9 @@ def slow_folder(root: Path, count: int) -> Path:
     return root
 
 
-def kill_in_the_middle(root: Path, cache: Path, entries: int) -> None:
-    code = "import sys; from trainables.data.prepare import prepare; prepare('folder', sys.argv[1], size=64)"
+def kill_in_the_middle(root: Path, cache: Path, entries: int, packed: bool) -> None:
+    code = "import sys; from trainables.data import prepare as p; "
+    code += f"p.is_too_large = lambda *_: {packed}; p.prepare('folder', sys.argv[1], size=64)"
     environment = {**os.environ, "NINEFOLD_CACHE": str(cache)}
     process = subprocess.Popen([sys.executable, "-c", code, str(root)], cwd=ROOT, env=environment)
     end = time.monotonic() + 120
@@ -57,12 +58,19 @@ def kill_in_the_middle(root: Path, cache: Path, entries: int) -> None:
     process.wait()
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["raw", "packed"])
 @pytest.mark.parametrize("entries", [1, 2 * FLUSHED], ids=["early", "in the test part"])
 def test_preparing_continues_after_kill_9(
-    entries: int, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    entries: int,
+    packed: bool,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     root = slow_folder(tmp_path / "photos", 100)
-    kill_in_the_middle(root, cache, entries)
+    kill_in_the_middle(root, cache, entries, packed)
+    monkeypatch.setattr(preparing, "is_too_large", lambda *_: packed)
     [left] = (cache / "data").glob("*.tmp")
     logged = (left / "log.jsonl").read_bytes().count(b"\n") - 1
     assert entries <= logged < 400
@@ -76,9 +84,11 @@ def test_preparing_continues_after_kill_9(
     assert not list((cache / "data").glob("*.tmp"))
     whole = prepare("folder", root, cache_dir=tmp_path / "other", size=64)
     assert whole.fingerprint == data.fingerprint
-    for name in ("images", "labels", "test_images", "test_labels"):
-        one, other = (np.load(found.path / f"{name}.npy") for found in (data, whole))
-        assert np.array_equal(one, other)
+    files = {file.name for file in data.path.iterdir()}
+    assert ("images.pack" in files) == packed
+    assert files == {file.name for file in whole.path.iterdir()}
+    for name in files:
+        assert (data.path / name).read_bytes() == (whole.path / name).read_bytes(), name
 
 
 def test_a_log_that_is_cut_or_of_another_form_is_read_as_far_as_it_goes(tmp_path: Path) -> None:

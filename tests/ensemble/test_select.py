@@ -20,7 +20,7 @@ from ensemble.selection.metrics import accuracy, log_loss
 from tests.ensemble.test_selection import make_pool
 from trainables.config import TrialConfig
 from trainables.errors import UserError
-from trainables.run_directory import CandidateInfo, write_candidate
+from trainables.run_directory import HALF_FROM, CandidateInfo, write_candidate
 from trainables.storage import write_array, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -185,6 +185,23 @@ def test_other_floating_point_types_are_read_as_well(dtype, tmp_path):
     pool = load_pool([run])
     assert not pool.left_out
     assert all(p.dtype == np.float32 for p in pool.probs)
+
+
+def test_many_probabilities_are_stored_in_half_precision(tmp_path):
+    """Before: 1,000 classes took 20 MB for each candidate and 5,000 images."""
+    rows = HALF_FROM // 1000 + 1
+    probs = np.random.default_rng(0).dirichlet(np.full(1000, 0.01), rows).astype(np.float32)
+    labels = probs.argmax(1)
+    for name, kept, dtype in (("many", rows, np.float16), ("few", rows - 1, np.float32)):
+        run = UPath(tmp_path / name)
+        write_json(run / "run.json", {"classes": [f"c{i}" for i in range(1000)], "split_fingerprint": "f"})
+        write_array(run / "select_labels.npy", labels[:kept].astype(np.int64))
+        stored = write_candidate(run, CandidateInfo("a"), probs[:kept], probs[:kept])
+        assert stored.probs("select").dtype == stored.probs("tune").dtype == dtype
+        pool = load_pool([run])
+        assert not pool.left_out
+        np.testing.assert_allclose(pool.probs[0], probs[:kept], atol=5e-4)
+        assert log_loss(pool.probs[0], pool.labels) == pytest.approx(log_loss(probs[:kept], labels[:kept]), abs=1e-3)
 
 
 def spoil(path, name, probs):

@@ -29,11 +29,12 @@ from trainables.run_directory import list_candidates, open_run
 from trainables.training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
-TRIALS, EPOCHS, KILLS = 8, 16, 20
+TRIALS, EPOCHS, KILLS = 8, 20, 20
+MOST_BETWEEN = 5  # epochs between two kills
 SEED = int(os.environ.get("NINEFOLD_FAULT_SEED", "0"))
 PATIENCE = 400  # seconds without an epoch, or until the last process has gone, before the test gives up
 SLOW_START = "The current node timed out during startup"  # Ray's words
-LONGEST_PAUSE = 6.0  # seconds between the moment's epoch and the kill
+LONGEST_PAUSE = 0.3  # seconds between the moment's epoch and the kill
 
 
 class Drivers:
@@ -133,10 +134,11 @@ def hit(drivers: Drivers, victim: str, choice: random.Random) -> str:
 def test_twenty_kills_lose_nothing_and_repeat_nothing(drivers: Drivers, tmp_path: Path) -> None:
     run = tmp_path / "run"
     choice = random.Random(SEED)
-    moments = sorted(choice.choices(range(TRIALS * EPOCHS - 4), k=KILLS))
     victims = choice.sample(["driver"] * 6 + ["trial"] * 7 + ["ray"] * 7, KILLS)
-    killed = []
-    for moment, victim in zip(moments, victims, strict=True):
+    killed: list[str] = []
+    for victim in victims:
+        # after the last kill something is trained first: on a fast machine all would fall on processes that start
+        moment = reports(run) + choice.randint(1, MOST_BETWEEN)
         last, since = -1, time.time()
         while (done := reports(run)) < moment:
             drivers.mind()

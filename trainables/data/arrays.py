@@ -1,6 +1,6 @@
 """Decoded images on their way into arrays: written as they come, so that a process that was killed is continued.
 
-<folder>/images.npy, test_images.npy    pixels, one image behind the other
+<folder>/images.npy, test_images.npy    pixels, one image behind the other; or images.pack, test_images.pack
 <folder>/log.jsonl                      a line for the form, then one for each image that is in them, or left out
 <folder>/owner                          the machine and process that writes here
 """
@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from trainables.data.decode import Canvas, Item, read_items
+from trainables.data.packed import ImageRows, PackedImages, divide, encode, write_index
 from trainables.data.sources import Part
 
 FLUSHED = 64  # images between two entries into the log
@@ -37,20 +38,22 @@ class Written:
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of the image of one row: `note` and `is_paged` as of `decode.Read`; `reason`: it was left out."""
+    """What became of the image of one row: `note` and `is_paged` as of `decode.Read`; `reason`: it was left out;
+    `bytes`: that it takes."""
 
     row: int
     note: str = ""
     is_paged: bool = False
     reason: str = ""
+    bytes: int = 0
 
 
 class Log:
     """The entries of a folder, those of an earlier process first."""
 
-    def __init__(self, folder: Path, canvas: Canvas, images: int) -> None:
-        self.folder = folder
-        form = json.dumps({"canvas": asdict(canvas), "images": images})
+    def __init__(self, folder: Path, canvas: Canvas, images: int, packed: bool = False) -> None:
+        self.folder, self.packed = folder, packed
+        form = json.dumps({"canvas": asdict(canvas), "images": images, "packed": packed})
         self.found: dict[str, list[Entry]] = {"": [], "test_": []}
         path = folder / "log.jsonl"
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
@@ -98,14 +101,15 @@ def write_parts(
     parts: Sequence[Part], folder: Path, prefix: str, canvas: Canvas, log: Log,
     skip: Callable[[Item, str], None], paged: list[str], tick: Callable[[], None],
 ) -> Written:  # fmt: skip
-    """Write <prefix>images.npy of the readable images of the parts, one behind the other; go on where `log` ends.
+    """Write <prefix>images.npy, or .pack where the log says so, of the readable images of the parts, one behind the
+    other; go on where `log` ends.
 
     Files that hold several pictures are added to `paged`.
     """
     entries: list[Entry] = []
-    size = math.prod(canvas.shape)
     listed = sum(map(len, parts))
-    path = folder / f"{prefix}images.npy"
+    path = folder / f"{prefix}images.{'pack' if log.packed else 'npy'}"
+    store = encode if log.packed else np.ndarray.tobytes
 
     def item(row: int) -> Item:
         for part in parts:
@@ -123,26 +127,27 @@ def write_parts(
             paged.append(str(item(entry.row)))
 
     with open(path, "r+b" if path.exists() else "w+b") as file:
-        write_header(file, (listed, *canvas.shape))
+        if not log.packed:
+            write_header(file, (listed, *canvas.shape))
         start = file.tell()
-        whole = max(0, os.path.getsize(path) - start) // size
+        left = os.path.getsize(path) - start
         for entry in log.found[prefix]:
-            if not entry.reason and whole == 0:
+            left -= entry.bytes
+            if left < 0:
                 break
-            whole -= not entry.reason
             hear(entry)
         log.add(prefix, entries)
-        file.truncate(file.seek(start + size * sum(not entry.reason for entry in entries)))
+        file.truncate(file.seek(start + sum(entry.bytes for entry in entries)))
         new: list[Entry] = []
         offset = 0
         for part in parts:
             first = min(len(part), max(0, len(entries) - offset))
-            for row, read in enumerate(read_items(part.items[first:], canvas), start=offset + first):
-                if read.pixels is not None:
-                    file.write(read.pixels.tobytes())
-                new.append(
-                    Entry(row, reason=read.note) if read.pixels is None else Entry(row, read.note, read.is_paged)
-                )
+            for row, read in enumerate(read_items(part.items[first:], canvas, store), start=offset + first):
+                if read.pixels is None:
+                    new.append(Entry(row, reason=read.note))
+                else:
+                    file.write(read.stored)
+                    new.append(Entry(row, read.note, read.is_paged, bytes=len(read.stored)))
                 hear(new[-1])
                 if len(new) == FLUSHED:
                     file.flush()
@@ -152,15 +157,21 @@ def write_parts(
         file.flush()
         log.add(prefix, new)
         kept = [entry for entry in entries if not entry.reason]
-        file.seek(0)  # the count is known only now; numpy pads the header so that it may change
-        write_header(file, (len(kept), *canvas.shape))
+        if not log.packed:
+            file.seek(0)  # the count is known only now; numpy pads the header so that it may change
+            write_header(file, (len(kept), *canvas.shape))
+    if log.packed:
+        write_index(path, [entry.bytes for entry in kept])
     labels = np.concatenate([part.labels for part in parts]) if parts else np.empty(0, np.int64)
     rows = np.array([entry.row for entry in kept], np.int64)
     return Written(rows, labels[rows].astype(np.int64), [entry.note for entry in kept])
 
 
 def cut_test(folder: Path, written: Written, is_cut: np.ndarray, canvas: Canvas) -> Written:
-    """Move the images that are cut out of images.npy to test_images.npy."""
+    """Move the images that are cut out of images.npy to test_images.npy, or of the packs."""
+    if (folder / "images.pack").exists():
+        divide(folder / "images.pack", is_cut, folder / "test_images.pack")
+        return written.take(is_cut)
     cut, kept = np.flatnonzero(is_cut), np.flatnonzero(~is_cut)
     images = np.load(folder / "images.npy", mmap_mode="r+", allow_pickle=False)
     with open(folder / "test_images.npy", "wb") as file:
@@ -182,7 +193,15 @@ def write_header(file: BinaryIO | Any, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+def open_images(folder: Path, name: str, canvas: Canvas) -> ImageRows:
+    """What was written as <name>.npy, or as <name>.pack."""
+    packed = folder / f"{name}.pack"
+    if packed.exists():
+        return PackedImages(packed, canvas.height, canvas.width)
+    return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+
+def channel_statistics(images: ImageRows) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of uint8 (N, H, W, 3), scaled to 0..1; exact, from histograms."""
     counts = np.zeros((3, 256), np.int64)
     for start in range(0, len(images), 128):

@@ -1,7 +1,8 @@
 """A prepared data set, as every trial opens it: memory-mapped uint8 arrays.
 
 <cache>/data/<name>-<fingerprint>/
-  images.npy         uint8 (N, H, W, 3), the train part: everything a sweep may see
+  images.npy         uint8 (N, H, W, 3), the train part: everything a sweep may see; images.pack and
+                     images_index.npy, and the same for test_images, where that would not fit (see packed.py)
   labels.npy         int64 (N,)
   test_images.npy    the test part, in files of its own
   test_labels.npy    which only `open_test` opens
@@ -21,9 +22,12 @@ import numpy as np
 from upath import UPath
 
 from trainables.data.decode import Canvas, Fit
+from trainables.data.packed import ImageRows, PackedImages
 from trainables.errors import UserError
 from trainables.storage import Damaged, parse, read_array, read_json
 
+LARGEST_SIDE = 4096  # pixels of the shorter side of stored images
+MOST_OBLONG = 2.0  # longer side of a canvas, in shorter ones
 FORMAT = 2  # of the cache folder; raise it when decoding changes
 
 
@@ -34,7 +38,7 @@ class Data:
     Attributes:
         name: as in --data, but in letters, digits and _.
         classes: C class names; a label is an index into them.
-        images: uint8 (N, H, W, 3), RGB, a read-only memory map.
+        images: uint8 (N, H, W, 3), RGB, a read-only memory map; or packed, which is read by rows in the same way.
         labels: int64 (N,).
         fingerprint: 16 hex digits of the content: source bytes, labels, class names, stored size, both parts.
         path: the folder of its arrays.
@@ -48,7 +52,7 @@ class Data:
 
     name: str
     classes: tuple[str, ...]
-    images: np.ndarray
+    images: ImageRows
     labels: np.ndarray
     fingerprint: str
     path: Path
@@ -77,6 +81,7 @@ class Meta:
             images with a twin in the train part.
         grouped_by: the column or regular expression that made groups.
         skipped: images that could not be read.
+        packed: height and width of images that are kept as JPEG; None where they are raw.
     """
 
     format: int
@@ -94,6 +99,7 @@ class Meta:
     twins: int = 0
     test_twins: int = 0
     grouped_by: str = ""
+    packed: tuple[int, int] | None = None
 
 
 def default_cache() -> Path:
@@ -128,7 +134,7 @@ def open_data(path: str | Path, cache: Path | None = None) -> Data:
     """
     path = Path(path)
     meta = read_meta(path)
-    images = _images(path, "images")
+    images = _images(path, "images", meta)
     labels = _labels(path, "labels", len(images), len(meta.classes))
     if not 0 <= meta.held_out < max(1, len(images)):
         raise UserError(f"{path} is damaged (held_out is {meta.held_out}); remove it and prepare it again")
@@ -159,7 +165,7 @@ def open_units(data: Data) -> np.ndarray | None:
     return units
 
 
-def open_test(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def open_test(path: str | Path) -> tuple[ImageRows, np.ndarray]:
     """Return images uint8 (N, H, W, 3) and labels int64 (N,) of the test part. Only ensemble.report calls this.
 
     Raises UserError when the folder is missing, damaged or outdated, or the data set has no test part.
@@ -171,13 +177,12 @@ def open_test(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def open_test_images(path: str | Path) -> np.ndarray:
+def open_test_images(path: str | Path) -> ImageRows:
     """Return images uint8 (N, H, W, 3) of the test part, without their labels; N is 0 when there is no test part.
 
     Raises UserError when the folder is missing, damaged or outdated.
     """
-    read_meta(Path(path))
-    return _images(Path(path), "test_images")
+    return _images(Path(path), "test_images", read_meta(Path(path)))
 
 
 def read_meta(path: Path) -> Meta:
@@ -190,8 +195,16 @@ def read_meta(path: Path) -> Meta:
     return parse(values, Meta, path / "meta.json")
 
 
-def _images(path: Path, name: str) -> np.ndarray:
-    """uint8 (N, H, W, 3), memory-mapped; (0, ...) where there are none."""
+def _images(path: Path, name: str, meta: Meta) -> ImageRows:
+    """uint8 (N, H, W, 3), memory-mapped or packed; (0, ...) where there are none."""
+    if meta.packed is not None:
+        height, width = meta.packed
+        if not (0 < height <= LARGEST_SIDE and 0 < width <= MOST_OBLONG * LARGEST_SIDE):
+            raise UserError(f"{path} is damaged (images of {height} x {width}); remove it and prepare it again")
+        try:
+            return PackedImages(path / f"{name}.pack", height, width)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it and prepare it again") from None
     images = _array(path, name, "u", 4)
     if images.dtype != np.uint8 or images.shape[3] != 3:
         raise UserError(f"{path} is damaged ({name} are {images.dtype} {images.shape}); remove it and prepare it again")

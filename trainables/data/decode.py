@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,15 +95,23 @@ class Read:
         pixels: uint8 (H, W, 3); None if it is unreadable.
         note: SHA-256 of the source bytes; of an unreadable item, the reason.
         is_paged: the file holds more pictures, of which this is the first.
+        stored: the pixels as they are to be stored.
     """
 
     pixels: np.ndarray | None
     note: str
     is_paged: bool = False
+    stored: bytes = b""
 
 
-def read_items(items: Sequence[Item] | np.ndarray, canvas: Canvas) -> Iterator[Read]:
-    """Read every item in order."""
+def read_items(
+    items: Sequence[Item] | np.ndarray, canvas: Canvas, store: Callable[[np.ndarray], bytes] | None = None
+) -> Iterator[Read]:
+    """Read every item in order. store: makes what is to be stored, beside the decoding of others."""
+
+    def read(item: Item) -> Read:
+        found = _read(item, canvas)
+        return found if store is None or found.pixels is None else replace(found, stored=store(found.pixels))
 
     workers = os.cpu_count() or 1
     step = max(1, min(32, len(items) // workers))  # in chunks: handing over a 32x32 image costs as much as decoding it
@@ -111,7 +119,7 @@ def read_items(items: Sequence[Item] | np.ndarray, canvas: Canvas) -> Iterator[R
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(items), step):
             chunk = items[start : start + step]
-            pending.append(pool.submit(lambda chunk: [_read(item, canvas) for item in chunk], chunk))
+            pending.append(pool.submit(lambda chunk: [read(item) for item in chunk], chunk))
             if len(pending) > 4 * workers:
                 yield from pending.popleft().result()
         while pending:

@@ -18,6 +18,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from trainables.data.packed import ImageRows
+
 SIDE = 16  # cells of a signature a side; smaller images are compared exactly only
 COARSE, DETAIL = 0.97, 0.8
 NOISE = 4.0  # grey levels of change between cells that noise and compression may make
@@ -64,7 +66,7 @@ class Group:
     kind: str
 
 
-def sign(images: np.ndarray, tick: Callable[[int], None] = lambda done: None) -> Signatures:
+def sign(images: ImageRows, tick: Callable[[int], None] = lambda done: None) -> Signatures:
     """Signatures of uint8 images (N, H, W, 3), read in batches; `tick` hears how many each was."""
     n, height, width = images.shape[:3]
     side = min(SIDE, height, width)

@@ -28,11 +28,12 @@ from filelock import FileLock, Timeout
 from upath import UPath
 
 from trainables.command import progress as show_progress
-from trainables.data.arrays import Log, Written, channel_statistics, cut_test, is_abandoned, write_parts
-from trainables.data.dataset import FORMAT, Data, default_cache, open_data
+from trainables.data.arrays import Log, Written, channel_statistics, cut_test, is_abandoned, open_images, write_parts
+from trainables.data.dataset import FORMAT, LARGEST_SIDE, MOST_OBLONG, Data, default_cache, open_data
 from trainables.data.decode import FORMATS, Canvas, Fit, Item, find_white, measure
 from trainables.data.duplicates import Group, find_groups, sign
 from trainables.data.groups import group_numbers, number_groups, unit_of_each
+from trainables.data.packed import QUALITY, is_too_large
 from trainables.data.sources import Contents, Part, Source, digits, folder
 from trainables.data.sources.cifar import cifar
 from trainables.data.sources.named import KINDS, named
@@ -45,8 +46,6 @@ DATASETS = ("digits", "cifar10", "cifar100", "folder")
 LISTING = 3  # raise it when a source is to be decoded again, although what that gives may be the same
 QUIET_S = 3.0  # of waiting for another process
 LARGEST_DEFAULT_SIDE = 256
-LARGEST_SIDE = 4096
-MOST_OBLONG = 2.0  # longer side of a canvas, in shorter ones
 MEASURED_IMAGES = 1000  # that decide the stored size
 LEAST_SKIP_LIMIT = 10
 
@@ -203,7 +202,8 @@ def _decode(
 
     _remove_stale(root)
     temporary = _begin(root, listing)
-    log = Log(temporary, canvas, len(items))
+    packed = is_too_large(len(items), canvas.shape, root)
+    log = Log(temporary, canvas, len(items), packed)
     try:
         with show_progress(f"decoding {name}", len(items), shown=progress) as advance:
             seen = [part for part in (contents.train, contents.held_out) if part is not None]
@@ -212,12 +212,12 @@ def _decode(
                 write_parts(parts, temporary, prefix, canvas, log, skip, paged, lambda: advance(1))
                 for parts, prefix in ((seen, ""), ([test], "test_"))
             )
-        found = _find_twins(temporary, progress) if twins else []
+        found = _find_twins(temporary, canvas, progress) if twins else []
         held_out = int((written.rows >= len(contents.train)).sum())
         n = len(written.labels)
         units = unit_of_each([own for group in found if (own := _within(group, n))], groups[written.rows], n)
         is_cut, is_plainly_cut = _draw_test(contents, written, units)
-        content = _digest(classes, canvas, written, tested, is_plainly_cut, len(contents.train))
+        content = _digest(classes, canvas, packed, written, tested, is_plainly_cut, len(contents.train))
         fingerprint = content
         if held_out or units is not None:
             kept = [part.tobytes() for part in (units, is_cut) if part is not None]
@@ -234,7 +234,7 @@ def _decode(
         if units is not None and len(np.unique(units)) < len(units):
             np.save(temporary / "units.npy", units, allow_pickle=False)
         _check_counts(classes, written.labels)
-        mean, std = channel_statistics(np.load(temporary / "images.npy", mmap_mode="r", allow_pickle=False))
+        mean, std = channel_statistics(open_images(temporary, "images", canvas))
         meta = {
             "format": FORMAT,
             "name": plain_name(name),
@@ -252,6 +252,7 @@ def _decode(
             "twins": sum(len(own.rows) for group in found if (own := _within(group, n))),
             "test_twins": _test_twins(found, n),
             "grouped_by": group_by or "",
+            "packed": [canvas.height, canvas.width] if packed else None,
         }
         write_json(UPath(temporary / "meta.json"), meta)
         path = _publish(temporary, root / f"{meta['name']}-{meta['fingerprint']}")
@@ -259,6 +260,8 @@ def _decode(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(temporary, ignore_errors=True)
+    if packed:
+        print(note_on_packing(len(items), canvas, path), file=sys.stderr)
     for note in source.notes:
         print(note, file=sys.stderr)
     if paged:
@@ -276,6 +279,16 @@ def _begin(root: Path, listing: str) -> Path:
     temporary = root / f"{listing}-{uuid.uuid4().hex[:8]}.tmp"
     temporary.mkdir()
     return temporary
+
+
+def note_on_packing(images: int, canvas: Canvas, path: Path) -> str:
+    raw = images * math.prod(canvas.shape) / 1e9
+    kept = sum(file.stat().st_size for file in path.glob("*.pack")) / 1e9
+    return (
+        f"{images:,} images of {canvas.height} x {canvas.width} pixels would take {raw:.1f} GB, more than half of the "
+        f"memory or of the free disk: kept as JPEG of quality {QUALITY}, {kept:.1f} GB, and decoded whenever they are "
+        "needed; --stored-size makes them smaller"
+    )
 
 
 def note_on_pages(paged: Sequence[str]) -> str:
@@ -323,12 +336,20 @@ def _draw_test(contents: Contents, written: Written, units: np.ndarray | None) -
 
 
 def _digest(
-    classes: Sequence[str], canvas: Canvas, written: Written, tested: Written, is_cut: np.ndarray, train: int
+    classes: Sequence[str],
+    canvas: Canvas,
+    packed: bool,
+    written: Written,
+    tested: Written,
+    is_cut: np.ndarray,
+    train: int,
 ) -> str:
     """SHA-256 of the content, without regard to units and to a held-out part, as it was before these were kept."""
     form: list[Any] = [canvas.height, canvas.width, canvas.fit]
     if canvas.white is not None:
         form.append(canvas.white)
+    if packed:
+        form.append(f"jpeg {QUALITY}")
     digest = hashlib.sha256(json.dumps([FORMAT, classes, form]).encode())
     is_train = written.rows < train
     for part, prefix in ((written.take(is_train & ~is_cut), ""), (written.take(is_cut), "test_"), (tested, "test_")):
@@ -337,9 +358,9 @@ def _digest(
     return digest.hexdigest()
 
 
-def _find_twins(folder: Path, progress: bool) -> list[Group]:
+def _find_twins(folder: Path, canvas: Canvas, progress: bool) -> list[Group]:
     """Groups of images that are one picture, as rows of the train part's array and behind them the test part's."""
-    parts = [np.load(folder / f"{prefix}images.npy", mmap_mode="r", allow_pickle=False) for prefix in ("", "test_")]
+    parts = [open_images(folder, f"{prefix}images", canvas) for prefix in ("", "test_")]
     with show_progress("looking for twins", 2 * sum(map(len, parts)), shown=progress) as advance:
         signatures = [sign(part, advance) for part in parts]
         return find_groups(signatures[0] + signatures[1], advance)

@@ -18,13 +18,14 @@ import numpy as np
 from filelock import FileLock
 from upath import UPath
 
-from trainables.data.dataset import Data, default_cache, open_data
+from trainables.data.dataset import Data, Meta, default_cache, open_data, read_meta
 from trainables.data.splits import Splits, load_splits
 from trainables.errors import UserError
 from trainables.run_directory import RunInfo, read_run
 from trainables.storage import exists, is_link, is_local, patiently
 
-FILES = ("images.npy", "labels.npy", "test_images.npy", "test_labels.npy", "meta.json")
+PIXELS = ("images.npy", "test_images.npy")
+PACKED = ("images.pack", "images_index.npy", "test_images.pack", "test_images_index.npy")
 
 
 def share_data(run: UPath, data: Data) -> None:
@@ -32,7 +33,7 @@ def share_data(run: UPath, data: Data) -> None:
     folder = run / "data" / data.path.name
     if exists(folder / "meta.json"):
         return
-    for name in FILES:
+    for name in files_of(read_meta(data.path)):
         target = folder / name
         if is_local(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +42,11 @@ def share_data(run: UPath, data: Data) -> None:
             part.replace(str(target))
         else:
             patiently(target, partial(target.fs.put_file, str(data.path / name), target.path))
+
+
+def files_of(meta: Meta) -> tuple[str, ...]:
+    """The files of a prepared data set that go with it, the one that makes it whole last."""
+    return (*(PIXELS if meta.packed is None else PACKED), "labels.npy", "test_labels.npy", "meta.json")
 
 
 def open_prepared(run: UPath, path: str | Path) -> Data:
@@ -117,15 +123,20 @@ def _fetch(shared: UPath, folder: Path) -> None:
     """Copy; the folder appears whole or not at all."""
     temporary = folder.with_name(f"{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
+
+    def fetch(name: str) -> None:
+        source, target = shared / name, temporary / name
+        if is_link(source):
+            raise UserError(f"{source} is a symbolic link, which is not followed")
+        if is_local(source):
+            shutil.copyfile(str(source), target)
+        else:
+            patiently(source, partial(source.fs.get_file, source.path, str(target)))
+
     try:
-        for name in FILES:
-            source, target = shared / name, temporary / name
-            if is_link(source):
-                raise UserError(f"{source} is a symbolic link, which is not followed")
-            if is_local(source):
-                shutil.copyfile(str(source), target)
-            else:
-                patiently(source, partial(source.fs.get_file, source.path, str(target)))
+        fetch("meta.json")
+        for name in files_of(read_meta(temporary))[:-1]:
+            fetch(name)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from trainables.data.dataset import Data
+from trainables.data.packed import ImageRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class Images:
     """
 
     data: Data
-    test: np.ndarray
+    test: ImageRows
     names: list[str]
     root: Path | None
     splits: list[str]

@@ -35,11 +35,9 @@ def print_start(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep
     if s.folds:
         parts = f"{len(s.train)} images, each predicted by networks that have not seen it ({len(s.folds)} folds), "
     classes = len(plan.data.classes)
-    console.print(f"{config.data}: {parts}{plan.data.test_images} test images, {len(plan.data.classes)} classes")
-    if stored_type(len(s.select) * len(plan.data.classes)) is np.float16:
-        console.print(
-            f"predictions are stored as float16: {len(s.select):,} images x {len(plan.data.classes):,} classes"
-        )
+    console.print(f"{config.data}: {parts}{plan.data.test_images} test images, {classes} classes")
+    if stored_type(len(s.select) * classes) is np.float16:
+        console.print(f"predictions are stored as float16: {len(s.select):,} images x {classes:,} classes")
     for note in plan.notes:
         console.print(note, style="yellow", markup=False)
     console.print(f"space {plan.space.name} over {', '.join(plan.backbones)}; run directory {short_path(plan.run)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import tyro
 from upath import UPath
 
@@ -26,6 +27,7 @@ from trainables.explore import fiftyone
 from trainables.explore.images import Images
 from trainables.explore.page import explore_page
 from trainables.explore.suspects import find_suspects
+from trainables.models import speed
 from trainables.run_directory import open_run, read_run
 from trainables.storage import check_out, write_bytes, write_json
 
@@ -86,6 +88,7 @@ def explore(args: Explore) -> dict[str, Any]:
         "counts": _counts(images),
         "size": [int(side) for side in images.data.images.shape[1:3]],
         "stored_bytes": int(images.data.images.nbytes + images.test.nbytes),
+        "epoch": _epoch(images),
         "original_sizes": _sizes(images),
         "unreadable": images.unreadable,
         "notes": images.notes,
@@ -116,6 +119,16 @@ def explore(args: Explore) -> dict[str, Any]:
         _export(args.fiftyone, found, images, signatures, groups)
     write_json(UPath(args.out.with_suffix(".json")), found)
     return found
+
+
+def _epoch(images: Images) -> dict[str, Any]:
+    """What an epoch of a usual pretrained network takes on this machine: its speed is measured, its work counted."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    side = min(speed.native_size(speed.MEASURED), max(96, round(2.5 * min(images.data.images.shape[1:3]) / 32) * 32))
+    train = int((images.split == 0).sum())
+    work = 3 * speed.gflops(speed.MEASURED, side) * train  # forwards once, and backwards for twice as much
+    seconds = work / speed.training_rate(device)
+    return {"backbone": speed.MEASURED, "pixels": side, "images": train, "seconds": seconds, "device": device}
 
 
 def _open(args: Explore, run: UPath | None) -> Images:
@@ -244,6 +257,11 @@ def summary(found: dict[str, Any]) -> list[str]:
         f"kept at {width} x {height} pixels ({found['stored_bytes'] / 2**20:,.0f} MiB); files have "
         + ", ".join(f"{w} x {h} ({n:,})" for w, h, n in found["original_sizes"][:3])
         + (f" and {len(found['original_sizes']) - 3:,} other sizes" if len(found["original_sizes"]) > 3 else "")
+    )
+    epoch = found["epoch"]
+    lines.append(
+        f"an epoch of {epoch['backbone']} at {epoch['pixels']} pixels takes about {epoch['seconds']:,.0f} s here, on "
+        f"{'a GPU' if epoch['device'] == 'cuda' else 'all CPUs'} ({epoch['images']:,} images)"
     )
     few = min(found["counts"].items(), key=lambda one: sum(one[1].values()))
     many = max(found["counts"].items(), key=lambda one: sum(one[1].values()))

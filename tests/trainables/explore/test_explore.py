@@ -22,6 +22,7 @@ from trainables.data.prepare import prepare
 from trainables.data.splits import load_splits, make_splits, save_splits
 from trainables.errors import UserError
 from trainables.explore.__main__ import Explore, explore
+from trainables.explore.findings import summary
 from trainables.explore.suspects import find_suspects
 from trainables.run_directory import CandidateInfo, write_candidate
 from trainables.storage import write_array, write_json
@@ -47,6 +48,16 @@ def folder(tmp_path) -> Path:
 
 def explored(folder: Path, out: Path, **more) -> dict:
     return explore(Explore(data="folder", data_dir=folder, out=out, **more))
+
+
+def test_it_says_what_an_epoch_takes_here(folder, tmp_path):
+    found = explored(folder, tmp_path / "page.html")
+    epoch = found["epoch"]
+    assert epoch["images"] == next(iter(found["splits"].values())), "those that are trained on"
+    assert epoch["seconds"] > 0
+    line = f"an epoch of tf_efficientnet_lite0 at {epoch['pixels']} pixels takes about"
+    assert any(said.startswith(line) for said in summary(found))
+    assert f"An epoch of tf_efficientnet_lite0 at {epoch['pixels']} pixels" in (tmp_path / "page.html").read_text()
 
 
 def test_planted_twins_across_splits_and_unreadable_files(folder, tmp_path):

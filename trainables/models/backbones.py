@@ -185,9 +185,9 @@ def _body_of(name: str, size: int, state: dict[str, Tensor]) -> dict[str, Tensor
 def check_resizing(name: str, size: int) -> None:
     """Raise UserError when a backbone's pretrained weights cannot be brought to images of `size` pixels.
 
-    Random ones of the same shapes are: a second of work, for networks whose tensors depend on the size.
+    Random ones of the same shapes are: a second of work, for networks of which more than the positions depends on it.
     """
-    if name in NETWORKS or name in SQUEEZENETS or not _resized(name, size):
+    if name in NETWORKS or name in SQUEEZENETS or _resized(name, size) <= {"pos_embed"}:
         return
     model, _ = _create(name, {"num_classes": 2})
     build(TrialConfig(backbone=name, image_size=size), 2, model.state_dict())

@@ -87,7 +87,7 @@ TRIALS = 2
 BACKBONES = {{"{NON_COMMERCIAL}": "if found", "{FREE}": "if found"}}
 def suggest(trial, task):
     name = trial.suggest_categorical("backbone", list(task.backbones))
-    return TrialConfig(backbone=name, pretrained=True, image_size=32, epochs=1)
+    return TrialConfig(backbone=name, pretrained=True, image_size=32, epochs=1, batch_size=8)
 """
 
 

@@ -19,12 +19,16 @@ from trainables.data.splits import Splits, draw
 
 # folder -> marker
 SUITES = {"slow": "slow", "multinode": "cluster", "browser": "browser", "storage": "storage", "track": "track"}
-# Files whose tests start Ray or servers, or train for many seconds: left out of `make check`
+# Files that start servers, or clean processes that load what was exported
+DEPLOY = {
+    "ensemble/serve/test_answer.py", "ensemble/serve/test_app.py", "ensemble/serve/test_document.py",
+    "ensemble/serve/test_metrics.py", "ensemble/serve/test_page.py", "ensemble/serve/test_routes.py",
+    "ensemble/serve/test_siege.py", "ensemble/export/test_files.py", "ensemble/export/test_folders.py",
+    "ensemble/export/test_int8.py",
+}  # fmt: skip
+# Files whose tests start Ray, or train for many seconds: left out of `make check`
 HEAVY = {
-    "cluster/test_lane.py", "cluster/test_tuner.py", "ensemble/serve/test_answer.py", "ensemble/serve/test_app.py",
-    "ensemble/serve/test_document.py", "ensemble/serve/test_metrics.py", "ensemble/serve/test_page.py",
-    "ensemble/serve/test_routes.py", "ensemble/serve/test_siege.py", "ensemble/export/test_files.py",
-    "ensemble/export/test_folders.py", "ensemble/export/test_int8.py", "search/test_fetch.py", "search/test_distil.py",
+    "cluster/test_lane.py", "cluster/test_tuner.py", "search/test_fetch.py", "search/test_distil.py",
     "ensemble/test_predict.py", "ensemble/test_report.py", "search/test_pipeline.py", "search/test_refit.py",
     "search/test_run.py", "search/test_spaces.py", "security/test_fuzz.py", "test_front_door.py", "test_layers.py",
     "trainables/data/test_duplicates.py", "trainables/models/test_networks.py", "trainables/test_s3.py",
@@ -38,7 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         suite = SUITES.get(path.parts[0])
         if suite is not None:
             item.add_marker(getattr(pytest.mark, suite))
-        elif path.as_posix() not in HEAVY and not any(item.get_closest_marker(name) for name in SUITES.values()):
+        elif any(item.get_closest_marker(name) for name in SUITES.values()):
+            pass  # a test of another suite in a file of this one
+        elif path.as_posix() in DEPLOY:
+            item.add_marker(pytest.mark.deploy)
+        elif path.as_posix() not in HEAVY:
             item.add_marker(pytest.mark.fast)
     # `make test` runs two files at a time: what takes minutes comes first, so that it is not waited for at the end
     items.sort(key=lambda item: item.path.relative_to(Path(__file__).parent).as_posix() not in HEAVY)

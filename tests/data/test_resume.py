@@ -58,8 +58,11 @@ def kill_in_the_middle(root: Path, cache: Path, entries: int, packed: bool) -> N
     process.wait()
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["raw", "packed"])
-@pytest.mark.parametrize("entries", [1, 2 * FLUSHED], ids=["early", "in the test part"])
+@pytest.mark.parametrize(
+    ("entries", "packed"),
+    [(1, False), (2 * FLUSHED, False), (2 * FLUSHED, True)],
+    ids=["early", "in the test part", "packed"],
+)
 def test_preparing_continues_after_kill_9(
     entries: int,
     packed: bool,

@@ -21,7 +21,7 @@ from trainables.data.origin import find_origin
 from trainables.data.prepare import prepare
 from trainables.data.splits import load_splits, make_splits, save_splits
 from trainables.errors import UserError
-from trainables.explore.__main__ import Explore, explore
+from trainables.explore.__main__ import Explore, explore, main
 from trainables.explore.findings import summary
 from trainables.explore.suspects import find_suspects
 from trainables.run_directory import CandidateInfo, write_candidate
@@ -244,14 +244,11 @@ def test_after_a_sweep_with_an_export_for_fiftyone(trained, tmp_path):
     assert found["suspects"]["images"][0]["name"].startswith("train ")
 
 
-def test_the_command_and_what_a_user_can_get_wrong(trained, tmp_path, folder):
+def test_the_command_and_what_a_user_can_get_wrong(trained, tmp_path, folder, capsys):
     run, _ = trained
-
-    def call(*args: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "trainables.explore", *args]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-
-    done = call("--data", "folder", "--data-dir", str(folder), "--out", str(tmp_path / "page.html"))
+    command = [sys.executable, "-m", "trainables.explore", "--data", "folder", "--data-dir", str(folder)]
+    command += ["--out", str(tmp_path / "page.html")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "3 classes" in done.stdout
     assert "0 unreadable files" in done.stdout
@@ -264,9 +261,12 @@ def test_the_command_and_what_a_user_can_get_wrong(trained, tmp_path, folder):
         (["--run", str(tmp_path), *out], "is not a run directory"),
         (["--run", str(run), "--data", "folder", "--data-dir", str(folder), *out], "other images"),
     ]:
-        done = call(*args)
-        assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
-        assert message in done.stderr
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main(args)
+        said = capsys.readouterr().err.strip()
+        assert (exit.value.code, len(said.splitlines())) == (2, 1), said
+        assert message in said
     assert not (tmp_path / "none.html").exists()
     with pytest.raises(UserError, match="neither empty nor an earlier export"):
         explored(folder, tmp_path / "page.html", fiftyone=tmp_path / "full")

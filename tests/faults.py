@@ -102,7 +102,7 @@ def reports(run: UPath) -> int:
 def drivers_of(run: UPath, folder: Path, *args: str) -> Iterator[Drivers]:
     """The drivers of a sweep whose files are in `folder`; in the end nothing that they started is left."""
     space = folder / "space.py"
-    write_space(space, TRIALS, EPOCHS, batch_size=64, first=[{"lr": 0.01}])
+    write_space(space, TRIALS, EPOCHS, batch_size=8, first=[{"lr": 0.01}])  # epochs of half a second
     options = ["--space", str(space), "--run", str(run), "--pruner", "none", "--cpus-per-trial", "2", *args]
     drivers = Drivers(options, folder / "log")
     try:

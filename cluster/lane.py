@@ -104,6 +104,7 @@ class Lane:
         self.target = target
         self.spec = spec
         self.ranks: list[Any] = []  # actor handles of those that have started
+        self.places: Any = None  # the placement group that they are in
         _wait_for_room(spec)
         self.mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote(spec.workers)
         self.end: LaneLost | None = None
@@ -133,8 +134,9 @@ class Lane:
                     return result
                 case Broken(result):
                     raise LaneLost(result.error, fault=result)
-                case Joined(rank):
+                case Joined(rank, places):
                     self.ranks.append(rank)
+                    self.places = places
                 case Silence() if not self.thread.is_alive():
                     raise self.end or LaneLost("the lane ended by itself")
                 case Silence(seconds) if len(self.ranks) < self.spec.workers:
@@ -153,6 +155,9 @@ class Lane:
             ray.kill(rank)
         ray.kill(self.mailbox)
         self.thread.join(60)
+        if self.places is not None:
+            # Ray Train's controller gives them back, and its cleaner when that was killed; but when both were, nobody.
+            remove_placement_group(self.places)
         if self.thread.is_alive():
             raise RuntimeError("a lane could not be closed")
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
+from ray.util.placement_group import get_current_placement_group
 
 from trainables.job import Metrics, Outcome, Reporter, Result
 
@@ -53,9 +54,10 @@ Target = Callable[[Any, Reporter], Result]
 
 @dataclass(frozen=True)
 class Joined:
-    """A rank has started: its actor's handle."""
+    """A rank has started: its actor's handle, and the placement group that it is in."""
 
     rank: Any
+    places: Any
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,9 @@ class Mailbox:
 
     # called by the ranks
 
-    async def join(self, rank: Any) -> None:
+    async def join(self, rank: Any, places: Any) -> None:
         self.heard = time.monotonic()
-        self.events.put_nowait((0, Joined(rank)))
+        self.events.put_nowait((0, Joined(rank, places)))
 
     async def take(self, rank: int) -> tuple[int, Work]:
         """The next job and its number, the same for all ranks, once all of them ask."""
@@ -229,7 +231,7 @@ def serve(target: Target, mailbox: Any, threads: int, gpus: float) -> None:
     libc = ctypes.CDLL(None)
     rank = get_context().get_world_rank()
     node = f"{ray.util.get_node_ip_address()} {ray.get_runtime_context().get_node_id()[:8]}"
-    ray.get(mailbox.join.remote(ray.get_runtime_context().current_actor))
+    ray.get(mailbox.join.remote(ray.get_runtime_context().current_actor, get_current_placement_group()))
     gc.freeze()  # else each collection below looks at all of torch and Ray again, for a tenth of a second
     while True:
         number, job = ray.get(mailbox.take.remote(rank))

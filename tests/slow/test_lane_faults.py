@@ -7,16 +7,23 @@ from pathlib import Path
 import pytest
 from ray.util.state import list_actors
 
+from cluster import lane
 from cluster.lane import LaneLost, run_in_lane
 from tests.cluster.test_lane import ONE, TWO, Collect, count_epochs, kill, ray_cluster, train_together  # noqa: F401
 from tests.errand import errand
 
 
-def test_the_job_of_a_killed_controller_goes_on_in_a_new_lane(tmp_path):
+@pytest.mark.parametrize("victims", [("TrainController",), ("PlacementGroupCleaner", "TrainController")])
+def test_the_job_of_a_killed_controller_goes_on_in_a_new_lane(victims, tmp_path, monkeypatch):
+    """Before: when Ray's cleaner had died, too, the lane's places were never free again, and the sweep hung."""
+    monkeypatch.setattr(lane, "START_S", 60.0)
+
     def kill_controllers(metrics):
-        for actor in list_actors(filters=[("state", "=", "ALIVE")]):
-            if actor.class_name == "TrainController":
-                os.kill(actor.pid, signal.SIGKILL)
+        actors = list_actors(filters=[("state", "=", "ALIVE")])
+        for victim in victims:
+            for actor in actors:
+                if actor.class_name == victim:
+                    os.kill(actor.pid, signal.SIGKILL)
 
     report = Collect(at=1, do=kill_controllers)
     job = {"epochs": 8, "epoch_s": 0.5, "checkpoint": str(tmp_path / "epoch")}

@@ -276,10 +276,10 @@ class Sweep:
             self.records.put(record if outcome.continues else record.retried())
             self.interrupted.append(id)
             return outcome
-        if outcome.leaves_candidate:
-            return (
-                self._end_with_candidate(record, read_candidate(self.run / "candidates" / id), learn=True).outcome or ""
-            )
+        written = self.run / "candidates" / id
+        # a machine that is lost behind the last file has lost nothing
+        if outcome.leaves_candidate or (outcome is Outcome.LOST_NODE and exists(written / "candidate.json")):
+            return self._end_with_candidate(record, read_candidate(written), learn=True).outcome or ""
         self._end(record, outcome, value=self.values.worst() if outcome.teaches else None,
                   error=result.error, traceback=result.traceback, seconds=result.seconds)  # fmt: skip
         self.counted -= outcome is Outcome.INVALID  # as if it had been refused at once

@@ -488,3 +488,19 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
         (folder / ".weights.safetensors.0123abcd.tmp").write_bytes(b"half")
     remove_temporaries(UPath(tmp_path))
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == kept
+
+
+def test_a_machine_that_is_lost_behind_the_last_file_has_lost_nothing(tmp_path):
+    """Before: such a trial ended as lost, and its candidate was there all the same."""
+    s = sweep(tmp_path, trials=1)
+    job = take(s)
+    metrics = {"tune_accuracy": 0.7, "tune_log_loss": 0.3, "select_log_loss": 0.3}
+    probs = np.full((4, 2), 0.5)
+    info = CandidateInfo(job.id, job.config, metrics, (), "finished", split_fingerprint="f")
+    write_candidate(s.run, info, probs, probs)
+    ends = []
+    while s.finish(job.id, Result(Outcome.LOST_NODE, error="gone")) != "finished":
+        ends.append(take(s).id)
+        assert len(ends) < 20
+    assert set(ends) <= {job.id}
+    assert (s.records[job.id].outcome, s.records[job.id].value) == (Outcome.FINISHED, 0.7)

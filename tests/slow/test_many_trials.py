@@ -18,7 +18,7 @@ from trainables.config import TrialConfig
 from trainables.job import Job, Outcome, Result
 from trainables.run.records import Stage, read_records
 from trainables.run_directory import CandidateInfo, list_candidates, write_candidate
-from trainables.storage import StorageLost
+from trainables.storage import StorageLost, exists
 
 TRIALS, SEED = 5000, 11
 KILL_EVERY, LANES = 600, 12
@@ -51,6 +51,8 @@ class Lanes:
         if luck < 0.05:
             bridge.lose(lane, Lost("the machine is gone"))
             del self.busy[lane]
+        elif exists(self.sweep.run / "candidates" / job.id / "candidate.json"):  # as run_trial does
+            self._end(lane, Result(Outcome.FINISHED, scores(accuracy(job.config))))
         elif luck < 0.055:
             self._end(lane, Result(choice.choice([Outcome.BUG, Outcome.DIVERGED, Outcome.OUT_OF_MEMORY]), error="x"))
         elif luck < 0.056:

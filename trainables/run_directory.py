@@ -375,9 +375,9 @@ def write_candidate(
     if is_link(path) or is_link(path.parent):
         raise UserError(f"{path} is a symbolic link, or lies behind one; nothing is written through it")
     if select_probs is not None:
-        write_array(path / "select_probs.npy", np.asarray(select_probs, stored_type(select_probs.size)))
+        write_array(path / "select_probs.npy", np.asarray(select_probs, stored_type(np.size(select_probs))))
     if tune_probs is not None:
-        write_array(path / "tune_probs.npy", np.asarray(tune_probs, stored_type(tune_probs.size)))
+        write_array(path / "tune_probs.npy", np.asarray(tune_probs, stored_type(np.size(tune_probs))))
     if weights is not None:
         write_bytes(path / "weights.safetensors", weights)
     write_json(path / "candidate.json", to_json(info))

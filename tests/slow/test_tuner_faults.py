@@ -107,8 +107,10 @@ def test_a_second_ctrl_c_does_not_wait_for_the_epoch(driver, tmp_path):
     outcome, stopping, pid = out.split()
     assert (outcome, stopping) == ("['interrupted']", "True")
     assert (tmp_path / "epoch").read_text() == "3"
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid), 0)
+    end = time.monotonic() + 60
+    while psutil.pid_exists(int(pid)):  # the process that trained; on a busy machine it dies a moment later
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_a_driver_whose_ray_has_died_does_not_wait_for_it(driver):

@@ -15,7 +15,7 @@ from ensemble.report.write import PAGE
 from tests.small_run import train_run
 from tests.tiny_space import write_space
 from trainables.run.records import read_records
-from trainables.run_directory import list_candidates
+from trainables.run_directory import CandidateInfo, list_candidates
 from trainables.storage import read_json
 
 ROOT = Path(__file__).parents[2]
@@ -70,11 +70,11 @@ def test_a_job_sweeps_on_two_nodes_and_leaves_what_a_local_run_does(
 
     local, _ = train_run(tmp_path / "local", pictures, trials=1)
     ours, theirs = candidates[0], list_candidates(local)[0]
-    assert ours.info.keys() == theirs.info.keys()
+    assert read_json(ours.path / "candidate.json").keys() == read_json(theirs.path / "candidate.json").keys()
     assert {path.name for path in ours.path.iterdir()} == {path.name for path in theirs.path.iterdir()}
     assert read_json(UPath(run) / "run.json").keys() == read_json(local / "run.json").keys()
     assert (run / "data").is_dir()  # for the nodes that the images are not on
-    not_always = {PAGE, "report.json", "checkpoints", ".lock", "data"}
+    not_always = {PAGE, "report.json", "looks.json", "latencies.json", "study.db", "checkpoints", ".lock", "data"}
     names = [{path.name for path in folder.iterdir()} - not_always for folder in (run, Path(str(local)))]
     assert names[0] == names[1]
 
@@ -113,16 +113,20 @@ def test_nodes_leave_and_join_and_the_head_is_replaced(cluster: LocalCluster, tm
     time.sleep(3)  # for reports on their way; its trial cannot go on elsewhere so soon
     told = epochs_told(run)
 
-    def finished() -> dict[str, dict]:
+    def finished() -> dict[str, CandidateInfo]:
         return {candidate.id: candidate.info for candidate in list_candidates(UPath(run))}
 
     wait_until(lambda: {"0000", "0001"} <= finished().keys(), "the lost trial's end on the other node")
     cluster.add_node(cpus=1)  # 127.0.0.4
     joined = time.time()
-    wait_until(lambda: any("127.0.0.4" in info["node"] for info in finished().values()), "a trial on the new node")
+    wait_until(lambda: any("127.0.0.4" in info.node for info in finished().values()), "a trial on the new node")
     for info in finished().values():
-        if "127.0.0.4" in info["node"]:
-            print("the new node's first trial began", info["finished"] - info["seconds"] - joined, "s after it joined")
+        if "127.0.0.4" in info.node:
+            print(
+                "the new node's first trial began",
+                (info.finished or 0) - (info.seconds or 0) - joined,
+                "s after it joined",
+            )
     cluster.nodes[0].kill()
     before = finished()
     for node in cluster.nodes:
@@ -134,11 +138,11 @@ def test_nodes_leave_and_join_and_the_head_is_replaced(cluster: LocalCluster, tm
     after = finished()
     assert sorted(after) == [f"{number:04d}" for number in range(6)]
     assert all(after[id] == info for id, info in before.items())
-    lost = [after[id] for id in ("0000", "0001") if after[id]["resumed_after_epochs"]]
+    lost = [after[id] for id in ("0000", "0001") if after[id].resumed_after_epochs]
     assert len(lost) == 1, "one of the first two was on the node that was killed"
-    assert lost[0]["resumed_after_epochs"][0] >= told[lost[0]["id"]] - 1, "at most one epoch is trained again"
+    assert lost[0].resumed_after_epochs[0] >= told[lost[0].id] - 1, "at most one epoch is trained again"
     for info in after.values():
-        assert [row["epoch"] for row in info["curve"]] == list(range(1, 61))
+        assert [row["epoch"] for row in info.curve] == list(range(1, 61))
 
 
 def epochs_told(run: Path) -> dict[str, int]:

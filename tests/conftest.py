@@ -29,6 +29,10 @@ DEPLOY = {
 # Files whose tests start Ray, or train for many seconds: left out of `make check`
 HEAVY = {
     "cluster/test_lane.py", "cluster/test_tuner.py", "search/test_fetch.py", "search/test_distil.py",
+    "data/test_pictures.py", "data/test_resume.py", "data/test_tables.py", "ensemble/test_auto.py",
+    "ensemble/test_goal.py", "ensemble/test_select.py", "ensemble/test_selection.py", "security/test_hostile.py",
+    "trainables/explore/test_explore.py", "trainables/models/test_pretrained.py", "trainables/test_features.py",
+    "trainables/training/test_cross_fit.py", "trainables/training/test_ddp.py", "trainables/training/test_knobs.py",
     "ensemble/test_predict.py", "ensemble/test_report.py", "search/test_pipeline.py", "search/test_refit.py",
     "search/test_run.py", "search/test_spaces.py", "security/test_fuzz.py", "test_front_door.py", "test_layers.py",
     "trainables/data/test_duplicates.py", "trainables/models/test_networks.py", "trainables/test_s3.py",

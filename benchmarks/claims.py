@@ -56,7 +56,7 @@ def features_of(data: Data, backbone: str) -> Features:
 
 
 def drawn(labels: np.ndarray, images: int, seed: int) -> np.ndarray:
-    """Rows of about so many images, each class by its share."""
+    """Rows of about `images` images, in which each class has its share."""
     random, rows = np.random.RandomState(seed), []
     for c in np.unique(labels):
         own = np.flatnonzero(labels == c)

@@ -28,7 +28,7 @@ from ensemble.predict import find_images, images_at_a_time, stored_form
 from ensemble.risk import calibrate, measure
 from ensemble.select import describe, where
 from ensemble.show import make_console
-from search.refit import lane_config, train_all
+from search.refit import exit_on_ctrl_c, lane_config, train_all
 from search.spaces.auto import usual_tuning
 from trainables.command import progress
 from trainables.config import TrialConfig
@@ -277,11 +277,8 @@ def _print(run: UPath, table: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m search.distil") -> None:
     with exit_on_user_error():
         args = tyro.cli(Distil, description=Distil.__doc__, prog=prog, args=arguments)
-        try:
+        with exit_on_ctrl_c():
             run, table = distil(args)
-        except KeyboardInterrupt:  # the second Ctrl-C, or one before anything ran
-            print("stopped; the same command goes on", file=sys.stderr)
-            sys.exit(130)
         _print(run, table)
         name = args.name or f"distilled-{plain_name(args.backbone)}"
         print(f"next:\n  python -m ensemble.predict --run {run} --ensemble {name} --images FOLDER")

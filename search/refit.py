@@ -7,11 +7,12 @@ members with the same weights: the selection stays untouched, and no split is le
 `ensemble.serve` and `ensemble.report` take it like any other. Running the same command again goes on where it stopped.
 """
 
+import contextlib
 import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -237,14 +238,21 @@ def lane_config(info: RunInfo) -> SearchConfig:
         raise UserError("run.json does not say what a trial takes (search.cpus_per_trial, ...)") from None
 
 
+@contextlib.contextmanager
+def exit_on_ctrl_c() -> Iterator[None]:
+    """End with one line after the second Ctrl-C, or one before anything ran."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m search.refit") -> None:
     with exit_on_user_error():
         args = tyro.cli(Refit, description=Refit.__doc__, prog=prog, args=arguments)
-        try:
+        with exit_on_ctrl_c():
             run, ensemble = refit(args)
-        except KeyboardInterrupt:  # the second Ctrl-C, or one before anything ran
-            print("stopped; the same command goes on", file=sys.stderr)
-            sys.exit(130)
         print(f"{len(ensemble.members)} members retrained; ensemble {ensemble.name} in {run}")
         if read_run(run).splits.test:
             print("\n".join(summary(write_report([run], ensemble))))

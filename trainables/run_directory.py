@@ -385,7 +385,7 @@ def write_candidate(
 
 
 def stored_type(numbers: int) -> type[np.floating]:
-    """As what so many probabilities are stored: of 1,000 classes, float32 would be 20 MB for each candidate."""
+    """The type in which a number of probabilities is stored: float32 of 1,000 classes would be 20 MB a candidate."""
     return np.float16 if numbers >= HALF_FROM else np.float32
 
 

@@ -214,7 +214,6 @@ class Tracking:
 
     def __init__(self, trackers: Sequence[Tracker], run: UPath, records: Iterable[TrialRecord], metric: str) -> None:
         self.sweep, records = describe_sweep(run), list(records)
-        self.ended = [record for record in records if record.stage is Stage.ENDED and record.config is not None]
         self.feeds = [Feed(tracker, self.sweep, records, metric) for tracker in trackers]
 
     def places(self) -> list[str]:
@@ -223,7 +222,6 @@ class Tracking:
 
     def add(self, record: TrialRecord) -> None:
         """Let all have a trial that has ended. Never waits."""
-        self.ended.append(record)
         for feed in self.feeds:
             feed.add(record)
 
@@ -235,7 +233,7 @@ class Tracking:
         if not self.feeds:
             return
         with tempfile.TemporaryDirectory(prefix="ninefold-model-") as folder:
-            end = sweep_end(self.sweep.run, ensemble, self.ended, complete)
+            end = sweep_end(self.sweep.run, ensemble, self.feeds[0].ended, complete)
             if ensemble is not None and any(feed.tracker.registers and feed.model != end.digest for feed in self.feeds):
                 end = replace(end, model=self._export(ensemble, Path(folder)))
             for feed in self.feeds:
@@ -256,7 +254,7 @@ class Tracking:
     def leave(self) -> None:
         """Let all have what there is, as of a sweep that is to be continued, and do not wait for it."""
         for feed in self.feeds:
-            feed.conclude(sweep_end(self.sweep.run, None, self.ended, complete=False))
+            feed.conclude(sweep_end(self.sweep.run, None, feed.ended, complete=False))
 
 
 def make_trackers(names: Iterable[Track]) -> list[Tracker]:

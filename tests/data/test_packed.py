@@ -13,7 +13,7 @@ from ensemble.file import read_ensemble
 from ensemble.report.write import write_report
 from tests.data.command import explored, learned, paint, paint_folder
 from trainables.data import prepare as preparing
-from trainables.data.dataset import Data, open_data, open_test, open_test_images
+from trainables.data.dataset import Data, open_data, open_test, open_test_images, open_units
 from trainables.data.packed import PackedImages, encode, index_of, is_too_large, size_of
 from trainables.data.prepare import prepare
 from trainables.data.share import open_run_data, share_data
@@ -107,9 +107,7 @@ def test_twins_are_found_among_them(root: Path, monkeypatch: pytest.MonkeyPatch)
     paint("red", 0, (64, 64)).save(root / "red/00.png")
     paint("red", 0, (64, 64)).save(root / "red/again.jpg", quality=95)
     data = prepare("folder", root, size=16)
-    assert preparing.open_data(data.path).path == data.path
-    from trainables.data.dataset import open_units
-
+    assert isinstance(data.images, PackedImages)
     units = open_units(data)
     assert units is not None
     assert len(units) - len(np.unique(units)) == 1
@@ -135,8 +133,6 @@ def bomb() -> bytes:
 def test_damaged_packs_are_named(packed: Data) -> None:
     path = packed.path / "images.pack"
     whole, index = path.read_bytes(), np.load(index_of(path))
-    first = bytearray(whole)
-    first[: len(bomb())] = bomb()[: index[1]] if len(bomb()) <= index[1] else first[: len(bomb())]
 
     def spoil(content: bytes, places: np.ndarray = index) -> None:
         path.write_bytes(content)

@@ -103,7 +103,7 @@ def test_what_a_job_says_and_how_it_ends(cluster: LocalCluster, tmp_path: Path) 
 @pytest.mark.cluster
 def test_nodes_leave_and_join_and_the_head_is_replaced(cluster: LocalCluster, tmp_path: Path) -> None:
     space, run = tmp_path / "tiny.py", tmp_path / "run"
-    write_space(space, trials=12, epochs=60, batch_size=64)  # so many that some are left in the end
+    write_space(space, trials=12, epochs=60, batch_size=64)  # enough that some are left when the head is replaced
     nodes = [cluster.add_node(cpus=1) for _ in range(2)]
     cluster.ray(*submission(run, space, "--no-wait", "--submission-id", "first"))
     wait_until(lambda: len(list(run.glob("checkpoints/*/state.safetensors"))) == 2, "two trials")

@@ -1,26 +1,14 @@
-"""The sweep's logic without Ray: every outcome told to the study, interrupted trials taken up, budgets kept."""
+"""The sweep's logic without Ray: every outcome told to the study, interrupted trials taken up."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import optuna
-import pytest
 from upath import UPath
 
-from ensemble.pool import load_pool
-from search.budget import Budget, parse_keep
-from search.config import Task
-from search.spaces.recipes import intel_lites
-from search.study.proposals import Queued
-from tests.hand_sweep import climb, finish, scores, states, suggest, sweep, take, told
-from trainables.config import TrialConfig
-from trainables.errors import UserError
-from trainables.job import Outcome, Result, WeightSource
-from trainables.run.records import Records
-from trainables.run_directory import CandidateInfo, list_candidates, remove_temporaries, write_candidate
-from trainables.storage import write_json
+from tests.hand_sweep import climb, finish, scores, states, sweep, take, told
+from trainables.job import Outcome, Result
+from trainables.run_directory import CandidateInfo, remove_temporaries, write_candidate
 
 
 def test_it_hands_out_as_many_trials_as_asked_for(tmp_path: Path) -> None:
@@ -162,68 +150,6 @@ def test_what_a_pruner_has_heard_outlives_a_kill(tmp_path: Path) -> None:
     assert [s.report(bad.id, scores(0.1, epoch)) for epoch in (2, 3)] == [False, True]
 
 
-def test_invalid_proposals_cost_no_trial(tmp_path: Path) -> None:
-    def picky(trial: optuna.Trial, left: float) -> TrialConfig:
-        if trial.number % 2 == 0:
-            raise UserError("even")
-        return suggest(trial)
-
-    s = sweep(tmp_path, trials=2, suggest=picky)
-    assert [job and job.id for job in (s.next(), s.next(), s.next())] == ["0001", "0003", None]
-    assert (s.records["0000"].outcome, s.records["0000"].error) == ("invalid", "even")
-
-
-def test_a_space_that_yields_nothing_valid_is_told(tmp_path: Path) -> None:
-    def never(trial: optuna.Trial, left: float) -> TrialConfig:
-        raise UserError("batch_size is too large")
-
-    s = sweep(tmp_path, suggest=never)
-    with pytest.raises(UserError, match="batch_size is too large"):
-        s.next()
-
-
-def test_the_last_trials_are_shortened_to_the_time_left(tmp_path: Path) -> None:
-    s = sweep(tmp_path, trials=None, deadline=time.time() + 1000)
-    job = s.next()
-    assert job is not None
-    finish(s, job, seconds=6 * 300.0)  # 300 s an epoch: three fit into what is left
-    job = s.next()
-    assert job is not None
-    assert job.config.epochs == 3
-    finish(s, job, seconds=3 * 300.0)
-    s.time.budget = Budget(deadline=time.time() + 100)  # not even one
-    assert s.next() is None
-    assert not s.has_more()
-
-
-def test_time_is_counted_over_processes(tmp_path: Path) -> None:
-    first = sweep(tmp_path)
-    first.time._started -= 100
-    first.saved -= 100
-    first.tick()
-    assert sweep(tmp_path).records.spent.seconds >= 100
-
-
-@pytest.mark.parametrize(
-    ("sampler", "pruner"),
-    [
-        ("tpe", "asha"),
-        ("gp", "none"),
-        ("random", "hyperband"),
-        ("random", "median"),
-        ("tpe", "wilcoxon"),
-    ],
-)
-def test_samplers_and_pruners_by_name(tmp_path: Path, sampler: str, pruner: str) -> None:
-    s = sweep(tmp_path, trials=3, sampler=sampler, pruner=pruner)
-    for _ in range(3):
-        job = s.next()
-        assert job is not None
-        s.report(job.id, scores(0.5))
-        finish(s, job)
-    assert states(s) == ["finished"] * 3
-
-
 def test_checkpoints_of_ended_trials_are_removed_and_those_of_interrupted_ones_kept(tmp_path: Path) -> None:
     s = sweep(tmp_path)
     ended, cut = s.next(), s.next()
@@ -239,118 +165,6 @@ def test_checkpoints_of_ended_trials_are_removed_and_those_of_interrupted_ones_k
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [cut.id]
 
 
-def test_the_sampler_is_told_what_candidates_add_to_the_ensemble_as_it_is_now(tmp_path: Path) -> None:
-    s = sweep(tmp_path, objective="ensemble")
-    good, twin, other = (0.9, 0.9, 0.4, 0.4), (0.89, 0.9, 0.4, 0.4), (0.35, 0.35, 0.9, 0.9)
-    for true in (good, twin, other):
-        finish(s, take(s), true=true)
-    take(s)
-    recorded = [record.value for record in s.records]
-    seen = [trial.value for trial in told(s)[:3]]
-    assert recorded[0] == pytest.approx(-np.log(good).mean() - np.log(2))  # alone when it ended: better than guessing
-    assert seen[2] == pytest.approx(-np.log(np.add(good, other) / 2).mean() + np.log(good).mean())
-    assert seen[2] < seen[1]  # weaker than the twin, but different
-    again = sweep(tmp_path, objective="ensemble")
-    assert [trial.value for trial in told(again)[:3]] == seen
-
-
-def test_it_ends_when_more_trials_do_not_raise_the_ensemble(tmp_path: Path) -> None:
-    s = sweep(tmp_path, trials=None, plateau=2)
-    finish(s, take(s), true=(0.6,) * 4)
-    finish(s, take(s), true=(0.9,) * 4)
-    finish(s, take(s), true=(0.4,) * 4)
-    s = sweep(tmp_path, trials=None, plateau=2)  # the curve outlives a kill
-    assert [round(loss, 3) for *_, loss in s.live.curve] == [0.511, 0.105, 0.105]  # type: ignore[union-attr]
-    last, running = take(s), take(s)
-    s.finish(last.id, Result(Outcome.DIVERGED, error="nan"))
-    assert s.enough() == "2 more trials have not raised the ensemble"
-    assert s.next() is None
-    assert s.report(running.id, scores(0.9))  # what still runs is stopped
-    s.finish(running.id, Result(Outcome.PRUNED))
-    assert not s.has_more()
-
-
-def test_it_ends_at_the_target(tmp_path: Path) -> None:
-    s = sweep(tmp_path, trials=None, target_accuracy=0.75)
-    finish(s, take(s), true=(0.9, 0.9, 0.4, 0.4))
-    assert s.has_more()
-    finish(s, take(s), true=(0.8, 0.4, 0.7, 0.8))
-    assert not s.has_more()
-
-
-def test_device_seconds_are_counted_over_processes(tmp_path: Path) -> None:
-    now = [time.time()]
-    s = sweep(tmp_path, trials=None, device_seconds=1000)
-    s.time.clock = lambda: now[0]
-    s.time.place(lanes=2, devices=2)
-    first, _second = take(s), take(s)
-    now[0] += 100
-    assert s.time.device_seconds() == 400
-    assert s.time.left() == 150  # four devices are busy
-    s.finish(first.id, Result(Outcome.PRUNED))
-    now[0] += 100
-    assert s.time.device_seconds() == 600
-    s.tick()
-    s = sweep(tmp_path, trials=None, device_seconds=1000)
-    assert s.time.device_seconds() == 600
-    assert s.time.left() == 400
-
-
-def test_the_last_part_goes_to_new_seeds_of_the_members(tmp_path: Path) -> None:
-    s = sweep(tmp_path, trials=8, final_seeds=0.5, pruner="promote")
-    configs = {}
-    for true in ((0.9, 0.9, 0.4, 0.4), (0.3,) * 4, (0.3, 0.3, 0.9, 0.9), (0.2,) * 4):
-        job = take(s)
-        configs[job.id] = job.config
-        finish(s, job, true=true)
-    assert s.live is not None
-    s.live.members = {"0000": 0.5, "0002": 0.5}  # four images are too few to prefer them to one
-    seeded = [take(s), take(s)]
-    assert {s.proposals.seeds[job.id] for job in seeded} == {"0000", "0002"}
-    for job in seeded:
-        same = replace(configs[s.proposals.seeds[job.id]], seed=int(job.id))
-        assert job.config == same
-    assert not s.report(seeded[0].id, scores(0.1, 1))  # it does not wait at a rung
-    assert sweep(tmp_path, trials=8, final_seeds=0.5).proposals.seeds == s.proposals.seeds
-
-
-def test_weights_that_can_no_longer_matter_are_dropped(tmp_path: Path) -> None:
-    s = sweep(tmp_path, trials=None, keep="3")
-    write_json(UPath(tmp_path / "ensembles" / "mine.json"), {"members": [{"id": "0001", "weight": 1.0}]})
-    for accuracy, true in ((0.6, 0.9), (0.1, 0.1), (0.5, 0.3), (0.7, 0.4), (0.4, 0.2), (0.8, 0.4)):
-        finish(s, take(s), accuracy, true=(true,) * 4)
-    assert set(s.live.members) == {"0000"}  # type: ignore[union-attr]
-    kept = [c.id for c in list_candidates(s.run) if c.has_weights]
-    assert kept == ["0000", "0001", "0005"]  # the live member, the saved one, and the best of the others
-    assert all((c.path / "select_probs.npy").exists() for c in list_candidates(s.run))
-    left_out = load_pool([s.run]).left_out  # an ensemble that is chosen later can predict new images
-    assert {id for id, why in left_out.items() if "--keep-weights" in why} == {"0002", "0003", "0004"}
-
-
-def test_what_was_spent_outlives_a_kill_while_a_long_trial_runs(tmp_path: Path) -> None:
-    s = sweep(tmp_path, trials=1)
-    now = time.time()
-    s.time.clock = lambda: now
-    take(s)
-    for _ in range(300):
-        now += 1
-        s.tick()
-    assert Records(UPath(tmp_path)).spent.seconds > 290
-
-
-def test_time_counts_from_where_the_process_began(tmp_path: Path) -> None:
-    s = sweep(tmp_path, began=time.time() - 1000)
-    assert s.time.spent().seconds >= 1000
-
-
-def test_sizes_of_weights_to_keep() -> None:
-    assert parse_keep("30").candidates == 30
-    assert parse_keep("1.5GB").bytes == 1_500_000_000
-    for wrong in ("", "1.5", "-3", "20 cats"):
-        with pytest.raises(UserError, match="--keep-weights"):
-            parse_keep(wrong)
-
-
 def test_a_bug_is_not_retried_again_by_the_next_process(tmp_path: Path) -> None:
     s = sweep(tmp_path, trials=1)
     s.finish(take(s).id, Result(Outcome.BUG, error="boom", traceback="lines"))
@@ -358,76 +172,6 @@ def test_a_bug_is_not_retried_again_by_the_next_process(tmp_path: Path) -> None:
     s.finish(take(s).id, Result(Outcome.BUG, error="boom", traceback="lines"))
     assert not s.has_more()
     assert [(record.id, record.outcome, record.traceback) for record in s.failures()] == [("0000", "bug", "lines")]
-
-
-def test_a_sampler_that_repeats_itself_is_made_to_explore(tmp_path: Path) -> None:
-    grid = [TrialConfig(batch_size=size, epochs=2) for size in (8, 16, 32)]
-    bounds = [0, 2]
-    s = sweep(tmp_path, trials=3, sampler="tpe", suggest=lambda trial, left: grid[trial.suggest_int("size", *bounds)])
-    s.proposals.queue += [Queued({"size": 1}), Queued({"size": 1})]
-    first, second = take(s), take(s)
-    assert first.config.batch_size == 16
-    assert states(s) == ["running", "invalid", "running"]
-    assert s.records["0001"].error == "these parameters have been tried"
-    assert second.id == "0002"
-    bounds[:] = 1, 1
-    assert take(s).config.batch_size == 16  # nothing else is left: better again than not at all
-
-
-def _probe_or_more(trial: optuna.Trial, left: float) -> TrialConfig:
-    """Half of the proposals are probes, of which there are two; the others take 60 epochs."""
-    backbone = trial.suggest_categorical("backbone", ["resnet18", "resnet34"])
-    if trial.suggest_categorical("way", ["probe", "tuned"]) == "probe":
-        return TrialConfig(backbone=backbone, pretrained=True, epochs=0)
-    return TrialConfig(backbone=backbone, epochs=60, lr=trial.suggest_float("lr", 1e-4, 1e-1, log=True))
-
-
-@pytest.mark.parametrize("seed", [0, 13, 19, 36])  # the last three fell on it
-def test_a_budget_that_ends_among_repeated_and_slow_proposals_is_no_fault_of_the_space(
-    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    s = sweep(tmp_path, trials=None, deadline=time.time() + 3600, suggest=_probe_or_more, seed=seed, sampler="tpe")
-    monkeypatch.setattr(s.time, "fit", lambda config: config if config.is_probe else None)
-    taken = []
-    while (job := s.next()) is not None:
-        taken.append(job.config)
-        s.finish(job.id, Result(Outcome.DIVERGED, error="loss is nan"))
-    assert sorted(config.backbone for config in taken) == ["resnet18", "resnet34"]
-    assert all(config.is_probe for config in taken)
-    assert not s.has_more()
-
-
-def test_a_space_that_has_been_tried_in_full_ends_the_sweep(tmp_path: Path) -> None:
-    def probes(trial: optuna.Trial, left: float) -> TrialConfig:
-        backbone = trial.suggest_categorical("backbone", ["resnet18", "resnet34", "resnet50"])
-        return TrialConfig(backbone=backbone, pretrained=True, epochs=0)
-
-    s = sweep(tmp_path, trials=10, suggest=probes)
-    for _ in range(3):
-        s.finish(take(s).id, Result(Outcome.DIVERGED, error="loss is nan"))
-    assert s.next() is None
-    assert not s.has_more()
-
-
-def test_fixed_recipes_are_taken_in_turn(tmp_path: Path) -> None:
-    """They suggest no parameters: that is no repetition, and a number passed over would be a recipe passed over."""
-    names = list(intel_lites.BACKBONES)
-    task = Task(dict.fromkeys(names, WeightSource("offline")), 6, 14_033, 11_233, 96, "cpu", None, {})
-    s = sweep(tmp_path, trials=3, suggest=lambda trial, left: intel_lites.suggest(trial, task))
-    jobs = [take(s) for _ in range(3)]
-    assert [job.id for job in jobs] == ["0000", "0001", "0002"]
-    assert [job.config.backbone for job in jobs] == names
-
-
-def test_first_configurations_are_proposed_once_over_processes(tmp_path: Path) -> None:
-    first = [{"lr": 0.02}, {"lr": 0.03}]
-    s = sweep(tmp_path)
-    s.proposals.enqueue(first)
-    assert take(s).config.lr == 0.02
-    s = sweep(tmp_path)
-    s.proposals.enqueue(first)
-    assert [take(s).config.lr for _ in range(2)] == [0.02, 0.03]  # the one that was cut, and then the other
-    assert take(s).config.lr not in (0.02, 0.03)
 
 
 def test_another_configurations_candidate_is_not_taken_for_a_trials_own(tmp_path: Path) -> None:

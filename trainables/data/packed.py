@@ -121,7 +121,7 @@ def index_of(path: Path) -> Path:
 
 
 def write_index(path: Path, lengths: Sequence[int]) -> None:
-    """Write the index of a pack whose images have so many bytes each."""
+    """Write the index of a pack; `lengths` are the bytes of each of its images."""
     np.save(index_of(path), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
 
 
@@ -141,7 +141,7 @@ def divide(path: Path, is_cut: np.ndarray, target: Path) -> None:
 
 
 def is_too_large(images: int, shape: tuple[int, ...], folder: Path) -> bool:
-    """Whether so many images would take more than SHARE of the memory, or of the free disk, as raw pixels."""
+    """Whether raw pixels of these images would take more than SHARE of the memory, or of the free disk."""
     raw = images * math.prod(shape)
     return raw > SHARE * min(_memory(), shutil.disk_usage(folder).free)
 

@@ -1,5 +1,6 @@
 """Real servers on a free port of the loopback interface, one for each file of tests."""
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Iterator
@@ -36,23 +37,28 @@ def picture(pictures: Path) -> Image.Image:
     return image
 
 
-@pytest.fixture(scope="module")
-def server(run: UPath, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(run, tmp_path_factory.mktemp("temporary"), "--most-mib", "2") as server:
+@contextlib.contextmanager
+def healthy(run: UPath, temporary: Path, *options: str) -> Iterator[Server]:
+    """A server that must stay up, and say nothing."""
+    with Server(run, temporary, *options) as server:
         yield server
         assert server.process.poll() is None, "it stayed up"
         assert server.stop() == "", "nothing went wrong unseen"
-        assert server.process.returncode == 0
-        assert list(server.temporary.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def server(run: UPath, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with healthy(run, tmp_path_factory.mktemp("temporary"), "--most-mib", "2") as server:
+        yield server
+    assert server.process.returncode == 0
+    assert list(server.temporary.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
 def hasty(run: UPath, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that waits 2 s for a request, with the largest upload and picture that it allows by default."""
-    with Server(run, tmp_path_factory.mktemp("temporary"), "--most-seconds", "2") as server:
+    with healthy(run, tmp_path_factory.mktemp("temporary"), "--most-seconds", "2") as server:
         yield server
-        assert server.process.poll() is None, "it stayed up"
-        assert server.stop() == "", "nothing went wrong unseen"
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,5 @@ def wary_run(run: UPath, tmp_path_factory: pytest.TempPathFactory) -> UPath:
 
 @pytest.fixture(scope="module")
 def wary(wary_run: UPath, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(wary_run, tmp_path_factory.mktemp("temporary"), "--most-mib", "2") as server:
+    with healthy(wary_run, tmp_path_factory.mktemp("temporary"), "--most-mib", "2") as server:
         yield server
-        assert server.process.poll() is None, "it stayed up"
-        assert server.stop() == "", "nothing went wrong unseen"

@@ -25,7 +25,7 @@ def reference(images: int = 3000, shares: tuple[float, ...] = (0.5, 0.3, 0.2)) -
 
 
 def feed(drift: Drift, number: int, seed: int, a: float = 8, shares: tuple[float, ...] = (0.5, 0.3, 0.2)) -> list[str]:
-    """Lines for the log about so many answers, of classes in these shares, whose confidence is Beta(a, 2)."""
+    """Log lines of simulated answers: their classes come in these shares, their confidence is Beta(a, 2)."""
     random = np.random.default_rng(seed)
     labels = random.choice(len(shares), number, p=shares)
     lines = [drift.add(drift.classes[k], float(p)) for k, p in zip(labels, random.beta(a, 2, number), strict=True)]

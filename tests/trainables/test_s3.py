@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -16,8 +17,8 @@ from search.study.mirror import open_mirror
 from tests.errand import Hear
 from trainables import storage
 from trainables.config import TrialConfig
-from trainables.data.dataset import default_cache, open_data
-from trainables.data.share import open_prepared, share_data
+from trainables.data.dataset import default_cache, open_data, open_test
+from trainables.data.share import open_prepared, open_run_data, share_data
 from trainables.errors import UserError
 from trainables.job import Alone, DataSource, Job, Outcome
 from trainables.run import lease
@@ -192,8 +193,40 @@ def test_a_node_copies_the_prepared_data_once(
     assert there.fingerprint == data.fingerprint
     assert there.path.is_relative_to(tmp_path / "node" / "runs"), "in a cache of that run's own"
     np.testing.assert_array_equal(there.images, data.images)
+    assert not list(there.path.glob("test_*")), "who trains needs no test images"
+    assert not list(there.path.parent.glob("*.tmp"))
     store.stop()
     try:  # from now on nothing is asked of the store
         assert open_prepared(run, tmp_path / "elsewhere" / data.path.name).path == there.path
     finally:
         store.start()
+
+
+def test_a_node_that_was_cut_while_copying_goes_on_and_the_report_gets_the_test_part(
+    store: Store, small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(prepared(small_run).path)
+    run = upload(small_run, "cut")
+    share_data(run, data)
+    monkeypatch.setenv("NINEFOLD_CACHE", str(tmp_path / "node"))
+    there = open_prepared(run, tmp_path / "elsewhere" / data.path.name).path
+    before = (there / "images.npy").stat().st_ino
+    (there / "meta.json").unlink()  # as after a kill: the pixels are whole, the labels not there yet
+    (there / "labels.npy").unlink()
+    assert open_prepared(run, tmp_path / "elsewhere" / data.path.name).path == there
+    assert (there / "images.npy").stat().st_ino == before, "and not copied again"
+    images, labels = open_test(open_run_data(run)[0].path)
+    assert len(images) == len(labels) == data.test_images > 0
+
+
+def test_a_node_without_room_for_the_data_says_so(
+    store: Store, small_run: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(prepared(small_run).path)
+    run = UPath("s3://bucket/full")
+    share_data(run, data)
+    monkeypatch.setenv("NINEFOLD_CACHE", str(tmp_path / "node"))
+    monkeypatch.setattr("trainables.data.share.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(UserError, match="set NINEFOLD_CACHE to a folder on a larger disk"):
+        open_prepared(run, tmp_path / "elsewhere" / data.path.name)
+    assert not list((tmp_path / "node").rglob("*.npy"))

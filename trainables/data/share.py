@@ -1,7 +1,8 @@
 """The prepared data set beside a run, for the machines that the images themselves are not on.
 
     <run>/data/<name>-<fingerprint>/            the files of the cache folder (see data.py), meta.json last
-    <cache>/runs/<key>/data/<name>-<fingerprint>/   a copy of it, for that run alone
+    <cache>/runs/<key>/data/<name>-<fingerprint>/   a copy of it, for that run alone; without the test part where a
+                                                    machine only trains
 
 A run may be somebody else's, and a fingerprint is of the source images, so it cannot be checked on the arrays. So what
 lies beside a run never becomes part of the cache that sweeps share: planted images would be trained on under the name
@@ -61,7 +62,7 @@ def open_prepared(run: UPath, path: str | Path) -> Data:
             return open_data(folder)
     copy = _own_cache(run) / "data" / name
     if (copy / "meta.json").exists() or exists(run / "data" / name / "meta.json"):
-        return _copied(run, run / "data" / name)
+        return _copied(run, run / "data" / name, test=False)
     return open_data(path)  # which says what is missing
 
 
@@ -86,7 +87,7 @@ def open_run_data(run: UPath, info: RunInfo | None = None) -> tuple[Data, Splits
     elif is_local(shared):
         data = open_data(str(shared), cache=_own_cache(run))
     else:
-        data = _copied(run, shared)
+        data = _copied(run, shared, test=True)
     if info.data.fingerprint not in ("", data.fingerprint):
         raise UserError(f"{data.path} holds other images than those of {run}; prepare them again")
     splits = load_splits(run)
@@ -108,35 +109,46 @@ def _own_cache(run: UPath) -> Path:
     return default_cache() / "runs" / hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:20]
 
 
-def _copied(run: UPath, shared: UPath) -> Data:
-    """The data set beside a run, copied to this machine once, into a folder of that run alone."""
+def _copied(run: UPath, shared: UPath, test: bool) -> Data:
+    """The data set beside a run, copied to this machine once, into a folder of that run alone; `test`: its test part,
+    too."""
     cache = _own_cache(run)
     folder = cache / "data" / shared.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # else the lanes of a node would copy side by side
-        if not (folder / "meta.json").exists():
-            _fetch(shared, folder)
+        if not (folder / "meta.json").exists() or (test and not (folder / "test_labels.npy").exists()):
+            _fetch(shared, folder, test)
     return open_data(folder, cache)
 
 
-def _fetch(shared: UPath, folder: Path) -> None:
-    """Copy; the folder appears whole or not at all."""
-    temporary = folder.with_name(f"{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
-
-    def fetch(name: str) -> None:
-        source, target = shared / name, temporary / name
-        if is_link(source):
-            raise UserError(f"{source} is a symbolic link, which is not followed")
-        if is_local(source):
-            shutil.copyfile(str(source), target)
-        else:
-            patiently(source, partial(source.fs.get_file, source.path, str(target)))
-
+def _fetch(shared: UPath, folder: Path, test: bool) -> None:
+    """Copy what is not there yet, file by file, meta.json last; raises UserError when there is no room for it."""
+    folder.mkdir(exist_ok=True)
+    place = folder.with_name(f"{uuid.uuid4().hex}.tmp")
+    place.mkdir()
     try:
-        fetch("meta.json")
-        for name in files_of(read_meta(temporary))[:-1]:
-            fetch(name)
-        temporary.rename(folder)
+        _copy(shared / "meta.json", place)
+        names = [n for n in files_of(read_meta(place))[:-1] if test or not n.startswith("test_")]
+        missing = [name for name in names if not (folder / name).exists()]
+        needed, free = sum((shared / name).stat().st_size for name in missing), shutil.disk_usage(place).free
+        if needed > free:
+            raise UserError(
+                f"the images of {shared.parent.parent} take {needed / 1e9:.1f} GB, and {folder.parent} has "
+                f"{free / 1e9:.1f} GB free; set NINEFOLD_CACHE to a folder on a larger disk on this machine"
+            )
+        for name in missing:
+            _copy(shared / name, place)
+            (place / name).replace(folder / name)
+        (place / "meta.json").replace(folder / "meta.json")
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _copy(source: UPath, folder: Path) -> None:
+    if is_link(source):
+        raise UserError(f"{source} is a symbolic link, which is not followed")
+    target = folder / source.name
+    if is_local(source):
+        shutil.copyfile(str(source), target)
+    else:
+        patiently(source, partial(source.fs.get_file, source.path, str(target)))

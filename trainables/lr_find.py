@@ -20,6 +20,7 @@ from upath import UPath
 
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data
+from trainables.data.decode import Fit
 from trainables.data.prepare import prepare
 from trainables.data.splits import Splits, split_data
 from trainables.errors import UserError, exit_on_user_error
@@ -38,12 +39,23 @@ SKIPPED = 5  # first steps, of which the running mean knows too little to tell a
 class LrFind:
     """The learning-rate range test: a suggestion, and a plot of the train loss over the lr."""
 
-    data: str = "digits"
-    """Data set, as in search.run; the test trains on its train split."""
+    data: str | None = None
+    """Data set, as in search.run; default: folder with --data-dir or --labels, else digits. The test trains on
+    its train split."""
     data_dir: Path | None = None
     """Where the images lie."""
+    labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Table of the images, as for search.run."""
+    group_by: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
+    """Which images stay on one side of a split, as for search.run."""
+    ignore_twins: bool = False
+    """Split without regard to twins, as for search.run."""
     stored_size: int | None = None
     """Side in pixels at which images are kept; default: their own, or the median one up to 256."""
+    fit: Fit = "squash"
+    """How images of other proportions are brought to that size, as for search.run."""
+    split_seed: int = 0
+    """Of the splits, as for search.run."""
     weights_dir: Path | None = None
     """Folder with pretrained weights as <timm name>.safetensors or .pth."""
     low: float = 1e-5
@@ -143,8 +155,12 @@ def main() -> None:
         args = tyro.cli(LrFind, description=LrFind.__doc__, prog="python -m trainables.lr_find")
         config = replace(args.config, backbone=plain_name(args.config.backbone))
         weights = find_weights(config.backbone, args.weights_dir) if config.pretrained else None
-        data = prepare(args.data, args.data_dir, size=args.stored_size)
-        splits = split_data(data)
+        name = args.data or ("folder" if args.data_dir or args.labels else "digits")
+        data = prepare(
+            name, args.data_dir, size=args.stored_size, fit=args.fit, group_by=args.group_by,
+            twins=not args.ignore_twins, labels=args.labels,
+        )  # fmt: skip
+        splits = split_data(data, args.split_seed)
         lrs, losses = range_test(config, data, splits, args.low, args.high, args.steps, weights)
         if len(lrs) == 0:
             raise UserError(f"the loss is not a number at lr {args.low:g}; lower --low")

@@ -1,5 +1,6 @@
 """The learning-rate range test."""
 
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from trainables import lr_find
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data
-from trainables.data.splits import Splits
+from trainables.data.prepare import prepare
+from trainables.data.splits import Splits, split_data
 from trainables.lr_find import range_test, smooth, suggest
 from trainables.train import train
 
@@ -67,6 +69,21 @@ def test_the_command_prints_a_suggestion_and_writes_a_page_of_its_own(
     html = page.read_text()
     assert "Plotly.newPlot" in html
     assert '<script src="http' not in html
+
+
+def test_the_command_reads_a_table_and_keeps_groups_together(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Before: it knew neither --labels nor --group-by, and so trained on other images than the sweep."""
+    rows = [f"{path},{path.parent.name},{i // 3}" for i, path in enumerate(sorted(pictures.rglob("*.png")))]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label,burst", *rows]) + "\n")
+    options = ["--labels", str(tmp_path / "labels.csv"), "--group-by", "burst", "--fit", "crop", "--split-seed", "3"]
+    net = ["--backbone", "speednet", "--width", "0.125", "--image-size", "16", "--batch-size", "12"]
+    monkeypatch.setattr(sys, "argv", ["lr_find", *options, *net, "--steps", "30", "--out", str(tmp_path / "a.html")])
+    with contextlib.suppress(SystemExit):  # whatever the loss does
+        lr_find.main()
+    data = prepare("folder", labels=str(tmp_path / "labels.csv"), group_by="burst", fit="crop")
+    assert f"{len(split_data(data, 3).train)} train images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from ensemble.file import Ensemble, read_ensemble
 from ensemble.pool import Pool, limits_for, load_pool
 from ensemble.report.trials import list_trials
 from ensemble.select import SELECTORS, Select, best_single, check, describe, fit, where
-from ensemble.selection.claim import VARIANCE, HeldOut, claim, paired_interval, score
+from ensemble.selection.claim import VARIANCE, HeldOut, claim, design_effect, paired_interval, score
 from ensemble.selection.explain import class_gain
 from ensemble.selection.metrics import Z95, log_losses
 from ensemble.show import make_console
@@ -151,7 +151,8 @@ def findings(sides: Sequence[Side]) -> dict[str, Any]:
     probs = [side.fitted if is_fitted or side.held_out is None else side.held_out.ensemble[0] for side in sides]
     right = [side.ensemble.decision.answers(p) == first.labels for side, p in zip(sides, probs, strict=True)]
     losses = log_losses(probs[1], first.labels) - log_losses(probs[0], first.labels)
-    half = Z95 * math.sqrt(VARIANCE * float(losses.var()) / len(losses))
+    wider = VARIANCE * design_effect(losses, first.units)
+    half = Z95 * math.sqrt(wider * float(losses.var()) / len(losses))
     difference = right[1].astype(np.float64) - right[0]
     return {
         "created": time.time(),
@@ -160,7 +161,7 @@ def findings(sides: Sequence[Side]) -> dict[str, Any]:
         "sides": [_side(side, is_fitted) for side in sides],
         "difference": where(first) | {"fitted": is_fitted} | {
             "accuracy": float(difference.mean()),
-            "interval": list(paired_interval(difference)),
+            "interval": list(paired_interval(difference, units=first.units)),
             "log_loss": float(losses.mean()),
             "log_loss_interval": [float(losses.mean()) - half, float(losses.mean()) + half],
             "only_first_right": int((right[0] & ~right[1]).sum()),
@@ -179,9 +180,8 @@ def _side(side: Side, is_fitted: bool) -> dict[str, Any]:
         score_of = describe(side.fitted, pool.labels, goal, ensemble.decision)
         alone = describe(np.asarray(pool.probs[single]), pool.labels, goal)
     else:
-        share = pool.learned_from
-        score_of = claim(held_out, goal, share)
-        alone = score(held_out.single, pool.labels, goal, share)
+        score_of = claim(held_out, goal, pool.learned_from, pool.units)
+        alone = score(held_out.single, pool.labels, goal, pool.learned_from, pool.units)
     return {
         "run": pool.runs[0].name,
         "path": str(pool.runs[0].absolute()),

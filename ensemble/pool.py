@@ -18,7 +18,7 @@ from ensemble.selection.limits import Limits
 from trainables.data.splits import FOLDS
 from trainables.errors import UserError
 from trainables.run.latencies import Latencies, read_latencies
-from trainables.run_directory import Candidate, RunInfo, find_candidates, read_run, select_labels
+from trainables.run_directory import Candidate, RunInfo, find_candidates, read_run, select_labels, select_units
 from trainables.storage import Damaged
 
 TOLERANCE = 1e-3
@@ -40,6 +40,7 @@ class Pool:
         left_out: reason by candidate id (by run/id from the second run on).
         learned_from: share of its images that each network which made the predictions had of those that the one in the
             candidate has; below 1 where candidates are cross-fitted.
+        units: int64 (N,), the same for images of one group and for twins; None where every image is alone.
         device: on which the candidates' latencies were measured together; "" where each has its own trial's figure.
     """
 
@@ -53,6 +54,7 @@ class Pool:
     left_out: dict[str, str] = field(default_factory=dict)
     device: str = ""
     learned_from: float = 1.0
+    units: np.ndarray | None = None
 
     def run_of(self, m: int) -> str:
         """What Member.run says about where candidate m lies: "" for the first run."""
@@ -151,6 +153,7 @@ def load_pool(runs: Sequence[UPath], exclude: Collection[str] = ()) -> Pool:
         left_out,
         measured[0].device,
         learned_from(first),
+        _units(runs[0], len(labels)),
     )
 
 
@@ -206,6 +209,17 @@ def _labels(run: UPath, classes: int) -> np.ndarray:
             f"run.json names {classes} classes"
         )
     return labels.astype(np.int64)
+
+
+def _units(run: UPath, images: int) -> np.ndarray | None:
+    path = run / "select_units.npy"
+    try:
+        units = select_units(run)
+    except (OSError, Damaged) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove it to count every image as one of its own") from None
+    if units is not None and len(units) != images:
+        raise UserError(f"{path} is for {len(units)} images and not {images}; remove it to count every image alone")
+    return None if units is None else units.astype(np.int64)
 
 
 def _check(array: np.ndarray, candidate: Candidate, labels: np.ndarray, classes: int, fingerprint: str) -> None:

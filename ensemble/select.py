@@ -334,15 +334,15 @@ def score_all(
         mean, low, high = metrics.paired_bootstrap(right, single_right)
         gain = {"accuracy": mean, "interval": [low, high]}
         return scores | {"best_single": named | fitted | describe(alone, pool.labels, goal), "gain": fitted | gain}
-    claimed = claim(held_out, goal, pool.learned_from)
+    claimed = claim(held_out, goal, pool.learned_from, pool.units)
     temperature = temperature_of(alone, pool.labels, SPREADS["wide"])
     return scores | {
         "claim": split | claimed,
-        "best_single": named | split | score(held_out.single, pool.labels, goal, pool.learned_from),
+        "best_single": named | split | score(held_out.single, pool.labels, goal, pool.learned_from, pool.units),
         "best_single_calibrated": named
         | {"temperature": temperature}
         | split
-        | score(held_out.calibrated, pool.labels, goal, pool.learned_from),
+        | score(held_out.calibrated, pool.labels, goal, pool.learned_from, pool.units),
         "gain": split | claimed["gain"],
     }
 

@@ -40,8 +40,9 @@ from search.sweep import Sweep
 from search.track.tracker import Tracker
 from search.track.tracking import Tracking, make_trackers
 from trainables.config import TrialConfig
+from trainables.data.dataset import open_units
 from trainables.data.share import share_data
-from trainables.data.splits import save_splits
+from trainables.data.splits import Kept, kept_together, save_splits
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import DataSource
 from trainables.models.latency import measure_latencies
@@ -223,13 +224,23 @@ def _open_run(plan: Plan, config: SearchConfig) -> None:
         return
     save_splits(plan.run, splits)
     write_array(plan.run / "select_labels.npy", np.asarray(data.labels)[splits.select])
+    kept = kept_together(data, config.split_seed) or Kept("", 0, 0, 0)
+    if (units := open_units(data)) is not None:
+        write_array(plan.run / "select_units.npy", units[splits.select])
     options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     info = RunInfo(
         classes=data.classes,
         format=FORMAT,
         split_fingerprint=splits.fingerprint,
         splits=SplitSizes(
-            len(splits.train), len(splits.tune), len(splits.select), test=data.test_images, shared=splits.shared
+            len(splits.train),
+            len(splits.tune),
+            len(splits.select),
+            data.test_images,
+            splits.shared,
+            kept.why,
+            kept.images,
+            kept.leaks,
         ),
         data=DataInfo(
             name=config.data,

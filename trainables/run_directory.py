@@ -6,6 +6,7 @@
       study.db                  the same for Optuna's tools, and for them alone; unless --storage names another place
       splits.npz                train / tune / select indices, int64
       select_labels.npy         int64 (N,)
+      select_units.npy          optional, int64 (N,): images of one group, and twins, have the same number
       candidates/<id>/
         candidate.json          written LAST: a candidate without it does not exist (needs `id`)
         select_probs.npy        float32 (N, C), rows sum to 1, in select_labels order; float16 from HALF_FROM numbers on
@@ -105,13 +106,20 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """Images of each split; `shared`: tune and select are the same images."""
+    """Images of each split; `shared`: tune and select are the same images.
+
+    Attributes, beside those: together: images that stay on one side, because of `why` (twins, groups by ...); leaks: of
+    tune and select's, how many would otherwise have one like them in train.
+    """
 
     train: int = 0
     tune: int = 0
     select: int = 0
     test: int = 0
     shared: bool = False
+    why: str = ""
+    together: int = 0
+    leaks: int = 0
 
 
 @dataclass(frozen=True)
@@ -315,6 +323,12 @@ def study_name(run: UPath) -> str:
 def select_labels(run: UPath) -> np.ndarray:
     """Return labels of the select split, int64 (N,)."""
     return read_array(run / "select_labels.npy", "iu", 1)
+
+
+def select_units(run: UPath) -> np.ndarray | None:
+    """Return which images of the select split belong together, integers (N,); None where every one is alone."""
+    path = run / "select_units.npy"
+    return read_array(path, "iu", 1) if exists(path) else None
 
 
 def remove_temporaries(run: UPath) -> None:

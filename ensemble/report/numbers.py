@@ -24,7 +24,7 @@ from ensemble.selection.explain import class_gain, explain
 from ensemble.selection.goal import MOST_PROBABLE, Decision
 from ensemble.selection.limits import Limits
 from trainables.data.packed import ImageRows
-from trainables.run_directory import RunInfo
+from trainables.run_directory import RunInfo, SplitSizes
 from trainables.storage import hide_password
 
 HELD_OUT = ("claim", "best_single", "best_single_calibrated", "gain", "risk")  # scores that only selection can measure
@@ -87,7 +87,7 @@ def findings(
     return found | {
         "select": scores,
         "data": dataclasses.asdict(info.data),
-        "splits": dataclasses.asdict(info.splits),
+        "splits": dataclasses.asdict(info.splits) | {"leaks_worth": _worth_of_leaks(info.splits, scores)},
         "classes": pool.classes,
         "ensemble": {
             "name": ensemble.name, "selector": ensemble.selector, "metric": ensemble.metric,
@@ -142,6 +142,16 @@ def test_scores(ensemble: Ensemble, single: str, evidence: Evidence) -> dict[str
         calibrated = scale(np.asarray(evidence.single, np.float64), named["temperature"])
         found["best_single_calibrated"] = heat | evidence.where | describe(calibrated, labels, goal, decision)
     return found
+
+
+def _worth_of_leaks(splits: SplitSizes, scores: dict[str, Any]) -> float | None:
+    """By how much the claimed accuracy could have been too high at most, 0 to 1, had twins and groups been torn apart:
+    networks would have answered those images from memory, and have got some of the rest of them right anyway."""
+    held_out = splits.select if splits.shared else splits.tune + splits.select
+    if not splits.leaks or not held_out:
+        return None
+    wrong = 1 - scores.get("claim", scores["select"])["accuracy"]
+    return float(wrong * min(1.0, splits.leaks / held_out))
 
 
 def _members(pool: Pool, blend: Blend, single: int) -> list[dict[str, Any]]:

@@ -91,53 +91,67 @@ def leave_out(
     return held_out
 
 
-def score(probs: np.ndarray, labels: np.ndarray, goal: Goal | None = None, learned_from: float = 1.0) -> dict[str, Any]:
+def score(
+    probs: np.ndarray, labels: np.ndarray, goal: Goal | None = None, learned_from: float = 1.0,
+    units: np.ndarray | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Accuracy with its 95 % interval, log-loss, Brier score and calibration error of held-out probs (R, N, C).
 
     learned_from: share of its images, above 0 to 1, that each predicting network had of those that the final one has
     learned from. Below 1, for cross-fitted candidates, the accuracy is rather too low, and the interval reaches as much
-    higher as the final network may be better.
+    higher as the final network may be better. units: int (N,), the same for images that belong together, such as those
+    of one patient: they are no independent looks, and so the interval is wider.
 
     Answers are those that the goal asks for, and where it is neither accuracy nor log-loss, `metric` is its score.
     """
     repeats, goal = len(probs), goal or Goal()
     decision = goal.decide(probs, labels)
     right = _right(probs, labels, decision)
-    more = {} if goal.is_scored else {"metric": goal.measure(probs, labels, decision, VARIANCE)}
+    wider = VARIANCE * design_effect(right, units)
+    more = {} if goal.is_scored else {"metric": goal.measure(probs, labels, decision, wider)}
     return more | {
         "accuracy": float(right.mean()),
-        "interval": list(accuracy_interval(right, learned_from=learned_from)),
+        "interval": list(accuracy_interval(right, learned_from=learned_from, units=units)),
         "log_loss": float(np.mean([log_losses(p, labels).mean() for p in probs])),
         "brier": float(np.mean([brier_scores(p, labels).mean() for p in probs])),
         "ece": ece(probs.reshape(-1, probs.shape[2]), np.tile(labels, repeats)),
     }
 
 
-def claim(held: HeldOut, goal: Goal | None = None, learned_from: float = 1.0) -> dict[str, Any]:
+def claim(
+    held: HeldOut, goal: Goal | None = None, learned_from: float = 1.0, units: np.ndarray | None = None
+) -> dict[str, Any]:
     """`score` of the ensemble, and `gain`: its accuracy (and metric) minus the best single candidate's."""
     goal = goal or Goal()
     own, alone = (goal.decide(probs, held.labels) for probs in (held.ensemble, held.single))
     difference = _right(held.ensemble, held.labels, own) - _right(held.single, held.labels, alone)
-    gain: dict[str, Any] = {"accuracy": float(difference.mean()), "interval": list(paired_interval(difference))}
+    gain: dict[str, Any] = {
+        "accuracy": float(difference.mean()),
+        "interval": list(paired_interval(difference, units=units)),
+    }
     if not goal.is_scored:
-        gain["metric"] = goal.measure(held.ensemble, held.labels, own, VARIANCE, minus=(held.single, alone))
-    return score(held.ensemble, held.labels, goal, learned_from) | {"gain": gain}
+        wider = VARIANCE * design_effect(difference, units)
+        gain["metric"] = goal.measure(held.ensemble, held.labels, own, wider, minus=(held.single, alone))
+    return score(held.ensemble, held.labels, goal, learned_from, units) | {"gain": gain}
 
 
-def accuracy_interval(right: np.ndarray, z: float = Z95, learned_from: float = 1.0) -> tuple[float, float]:
+def accuracy_interval(
+    right: np.ndarray, z: float = Z95, learned_from: float = 1.0, units: np.ndarray | None = None
+) -> tuple[float, float]:
     """Interval of the accuracy from how often each row is right, held out: (N,) in 0 to 1.
 
-    Wilson's (1927) for a number of rows that is lower by VARIANCE. learned_from: see `score`.
+    Wilson's (1927) for a number of rows that is lower by VARIANCE, and by the design effect of units. learned_from,
+    units: see `score`.
     """
-    n, p = len(right) / VARIANCE, float(right.mean())
+    n, p = len(right) / VARIANCE / design_effect(right, units), float(right.mean())
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     high = min(1.0, centre + half)
     return max(0.0, centre - half), 1 - (1 - high) * learned_from**LEARNING
 
 
-def paired_interval(difference: np.ndarray, z: float = Z95) -> tuple[float, float]:
-    """Interval of the mean of differences of being right, (N,) in -1 to 1.
+def paired_interval(difference: np.ndarray, z: float = Z95, units: np.ndarray | None = None) -> tuple[float, float]:
+    """Interval of the mean of differences of being right, (N,) in -1 to 1. units: see `score`.
 
     One row is added to those that only the one and to those that only the other gets right, because without it few
     differences look like certainty. Source: Bonett and Price 2012, "Adjusted Wald Confidence Interval for a Difference
@@ -145,8 +159,27 @@ def paired_interval(difference: np.ndarray, z: float = Z95) -> tuple[float, floa
     """
     n = len(difference) + 2
     won, lost = (np.maximum(difference, 0).sum() + 1) / n, (np.maximum(-difference, 0).sum() + 1) / n
-    half = z * math.sqrt(VARIANCE * (won + lost - (won - lost) ** 2) / n)
+    half = z * math.sqrt(VARIANCE * design_effect(difference, units) * (won + lost - (won - lost) ** 2) / n)
     return max(-1.0, float(won - lost) - half), min(1.0, float(won - lost) + half)
+
+
+def design_effect(values: np.ndarray, units: np.ndarray | None) -> float:
+    """By how much more the mean of these values, (N,), varies than that of as many independent rows; at least 1.
+
+    units: int (N,), the same for rows that belong together; None: every row is alone. Where the values are all alike,
+    rows of a unit count as one. Source: Kish 1965, "Survey Sampling"; the variance is that of a ratio estimator, over
+    units (Cochran 1977, 6.3).
+    """
+    if units is None or len(values) < 2:
+        return 1.0
+    _, unit, sizes = np.unique(units, return_inverse=True, return_counts=True)
+    largest = float((sizes**2).sum() / len(values))  # that of rows which are equal within every unit
+    off = np.asarray(values, np.float64) - np.mean(values)
+    if not off.any() or len(sizes) < 2:
+        return largest
+    sums = np.bincount(unit, weights=off)
+    found = (sums @ sums) * len(sizes) / (len(sizes) - 1) / (off @ off)
+    return float(min(max(1.0, found), largest))
 
 
 def _right(probs: np.ndarray, labels: np.ndarray, decision: Decision) -> np.ndarray:

@@ -5,13 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from upath import UPath
 
-from tests.data.command import COLOURS, explored, learned, paint, paint_folder, planned, refused
+from ensemble.file import read_ensemble
+from ensemble.pool import load_pool
+from ensemble.report.write import write_report
+from tests.data.command import COLOURS, explored, learned, paint, paint_folder, planned, refused, swept
 from trainables.data.dataset import open_units
 from trainables.data.duplicates import Group
 from trainables.data.groups import LARGEST_TWINS, count_leaks, draw_units, group_numbers, unit_of_each
 from trainables.data.splits import Splits, draw, make_splits
 from trainables.errors import UserError
+from trainables.storage import read_json
 
 
 @pytest.fixture(autouse=True)
@@ -184,3 +189,32 @@ def test_twins_of_a_test_part_that_was_given_are_told(tmp_path: Path) -> None:
     plan = planned(tmp_path / "run", "--data", "folder", "--data-dir", str(root))[1]
     assert plan.data.test_images == 13
     assert plan.notes == ["1 images of the test part have a twin in the train part: its score is flattered"]
+
+
+def test_the_report_says_what_would_have_leaked_and_what_it_was_worth(tmp_path: Path) -> None:
+    root = paint_folder(tmp_path / "images", 30)
+    for colour in COLOURS:
+        for i in range(0, 20, 2):  # every second one again, brighter by one level: near twins
+            picture = np.asarray(Image.open(root / colour / f"{i:02}.png")).astype(int)
+            Image.fromarray((picture + 1).clip(0, 255).astype(np.uint8)).save(root / colour / f"again-{i:02}.png")
+    plan = swept(tmp_path / "run", "--data", "folder", "--data-dir", str(root))
+    write_report([plan.run], read_ensemble(plan.run))
+    found = read_json(UPath(plan.run / "report.json"))
+    splits, claim = found["splits"], found["select"]["claim"]["accuracy"]
+    assert splits["why"] == "twins"
+    assert splits["together"] >= 40
+    assert 0 < splits["leaks"] <= splits["select"]
+    assert splits["leaks_worth"] == pytest.approx((1 - claim) * splits["leaks"] / splits["select"])
+    units = load_pool([plan.run]).units
+    assert units is not None
+    assert 1 < len(units) / len(np.unique(units)) < 2
+    page = (plan.run / "report.html").read_text()
+    assert f"Otherwise {splits['leaks']} images of tune and select would have had one like them in train" in page
+
+
+def test_a_report_without_twins_says_nothing_of_them(tmp_path: Path) -> None:
+    plan = swept(tmp_path / "run", "--data", "folder", "--data-dir", str(paint_folder(tmp_path / "images", 30)))
+    write_report([plan.run], read_ensemble(plan.run))
+    assert read_json(UPath(plan.run / "report.json"))["splits"]["leaks_worth"] is None
+    assert load_pool([plan.run]).units is None
+    assert "Kept on one side" not in (plan.run / "report.html").read_text()

@@ -16,9 +16,11 @@ from ensemble.selection.claim import (
     accuracy_interval,
     claim,
     deal_folds,
+    design_effect,
     leave_out,
     paired_interval,
 )
+from ensemble.selection.goal import Goal
 from ensemble.selection.limits import Limits
 from ensemble.selection.metrics import accuracy, balanced_accuracy
 from ensemble.selection.options import Option, Table
@@ -135,3 +137,47 @@ def test_what_was_predicted_by_networks_that_saw_fewer_images_may_be_better_in_t
     for (low, high), (low_then, high_then) in zip(ends[0], ends[2], strict=True):
         assert low_then == low
         assert 1 - high_then == pytest.approx((1 - high) * 0.8**0.5)
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.5, 0.9])
+def test_intervals_of_bursts_hold_as_often_as_they_say(alike: float) -> None:
+    """60 scenes of 2 to 10 pictures: with this probability a picture turns out as its scene does."""
+    rng, holds, narrow = np.random.default_rng(0), 0, 0
+    for _ in range(1000):
+        units = np.repeat(np.arange(60), rng.integers(2, 11, 60))
+        scene, own = rng.random(60) < 0.8, rng.random(len(units)) < 0.8
+        right = np.where(rng.random(len(units)) < alike, scene[units], own).astype(float)
+        low, high = accuracy_interval(right, units=units)
+        holds += low <= 0.8 <= high
+        low, high = accuracy_interval(right)
+        narrow += low <= 0.8 <= high
+    assert holds >= 930
+    assert narrow < 850 or alike == 0.0, "that every picture is a look of its own must not do"
+
+
+def test_design_effects_that_are_known() -> None:
+    rng = np.random.default_rng(1)
+    right = (rng.random(400) < 0.7).astype(float)
+    assert design_effect(right, None) == design_effect(right, rng.permutation(400)) == 1
+    assert design_effect(np.repeat(right, 4), np.repeat(np.arange(400), 4)) == pytest.approx(4, rel=0.01)
+    assert design_effect(np.ones(8), np.repeat([5, 7], 4)) == 4, "nothing varies: a unit is one look"
+    assert design_effect(right, np.zeros(400)) == 400
+    balanced = np.tile([0.0, 1.0], 50)  # one of each in every unit
+    assert design_effect(balanced, np.repeat(np.arange(50), 2)) == 1, "never narrower than without"
+
+
+def test_claims_of_units_are_wider() -> None:
+    rng = np.random.default_rng(2)
+    labels, units = np.repeat(rng.integers(0, 3, 50), 6), np.repeat(np.arange(50), 6)
+    right = np.repeat(rng.random(50) < 0.8, 6)
+    probs = np.eye(3, dtype=np.float32)[np.where(right, labels, (labels + 1) % 3)][None] * 0.9 + 0.1 / 3
+    worse = np.eye(3, dtype=np.float32)[np.where(rng.random(300) < 0.6, labels, (labels + 1) % 3)][None]
+    held = HeldOut(labels, probs, worse, worse)
+    alone, together = claim(held), claim(held, units=units)
+    assert alone["accuracy"] == together["accuracy"]
+    for one, other in ((alone, together), (alone["gain"], together["gain"])):
+        assert other["interval"][0] < one["interval"][0]
+        assert other["interval"][1] > one["interval"][1]
+    balanced = Goal("balanced_accuracy")
+    one, other = (claim(held, balanced, units=known)["metric"]["interval"] for known in (None, units))
+    assert other[1] - other[0] > 1.5 * (one[1] - one[0])

@@ -204,6 +204,21 @@ def test_many_probabilities_are_stored_in_half_precision(tmp_path):
         assert log_loss(pool.probs[0], pool.labels) == pytest.approx(log_loss(probs[:kept], labels[:kept]), abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [(np.zeros(300), "cannot be read"), (np.zeros(299, int), "is for 299 images and not 300"), (None, None)],
+)
+def test_units_that_do_not_fit_are_refused(tmp_path, units, message):
+    run, _, _ = make_run(tmp_path / "run")
+    if units is not None:
+        write_array(run / "select_units.npy", units)
+        with pytest.raises(UserError, match=message):
+            load_pool([run])
+        write_array(run / "select_units.npy", np.arange(300) // 2)
+    pool = load_pool([run])
+    assert (pool.units is None) == (units is None)
+
+
 def spoil(path, name, probs):
     """Write candidates/<name>/ with these predictions, whatever they are."""
     write_candidate(path, CandidateInfo(name), probs)

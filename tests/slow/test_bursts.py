@@ -12,6 +12,6 @@ def test_with_bursts_the_claim_is_too_high_without_groups_and_holds_with_them(tm
     assert ignored.leaked > 0.9
     assert kept.leaked == 0
     assert ignored.claim - ignored.truth > 0.1
-    assert ignored.holds_by_scene == 0
+    assert ignored.holds == 0
     assert abs(kept.claim - kept.truth) < 0.06
-    assert kept.holds_by_scene >= 5 / 6
+    assert kept.holds >= 5 / 6

@@ -119,10 +119,43 @@ def _fingerprint(data: str, parts: Sequence[np.ndarray]) -> str:
     return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What was kept on one side of every split, because it belongs together.
+
+    Attributes:
+        why: "twins", "groups by patient" or both.
+        images: those that have another in their unit.
+        leaks: of `held_out`, how many would have one like them in train, if images were dealt one by one.
+        held_out: images of tune and select in that case.
+    """
+
+    why: str
+    images: int
+    leaks: int
+    held_out: int
+
+
+def kept_together(data: Data, seed: int = 0) -> Kept | None:
+    """What twins and groups change about the splits of a data set; None where every image is alone."""
+    meta, units = read_meta(data.path), open_units(data)
+    if units is None:
+        return None
+    plain = make_splits(data.labels, data.fingerprint, seed, held_out=data.held_out)
+    before = np.union1d(plain.tune, plain.select)
+    sides = [(plain.train, before)]
+    if plain.folds:
+        sides = [(plain.without(fold).train, held_out) for fold, held_out in enumerate(plain.folds)]
+    why = " and ".join(["twins"] * (meta.twins > 0) + [f"groups by {meta.grouped_by}"] * bool(meta.grouped_by))
+    alone = int((np.unique(units, return_counts=True)[1] == 1).sum())
+    leaks = sum(count_leaks(units, train, held_out) for train, held_out in sides)
+    return Kept(why or "groups", len(units) - alone, leaks, len(before))
+
+
 def notes_on(data: Data, splits: Splits, seed: int = 0) -> list[str]:
     """What a person should know of the splits of a data set, a line each: what was kept on one side, and why."""
     notes = []
-    meta, units = read_meta(data.path), open_units(data)
+    meta, kept = read_meta(data.path), kept_together(data, seed)
     held = np.union1d(splits.tune, splits.select)
     if data.held_out:
         moved = data.held_out - len(held)
@@ -130,18 +163,10 @@ def notes_on(data: Data, splits: Splits, seed: int = 0) -> list[str]:
             f"tune and select are the {len(held):,} images of the held-out part that the data set came with"
             + (f"; {moved:,} others have a twin or their group in its train part, and are trained on" * (moved > 0))
         )
-    if units is not None:
-        plain = make_splits(data.labels, data.fingerprint, seed, held_out=data.held_out)
-        before = np.union1d(plain.tune, plain.select)
-        sides = [(plain.train, before)]
-        if plain.folds:
-            sides = [(plain.without(fold).train, held_out) for fold, held_out in enumerate(plain.folds)]
-        leaked = sum(count_leaks(units, train, held_out) for train, held_out in sides)
-        why = " and ".join(["twins"] * (meta.twins > 0) + [f"groups by {meta.grouped_by}"] * bool(meta.grouped_by))
-        alone = int((np.unique(units, return_counts=True)[1] == 1).sum())
+    if kept is not None:
         notes.append(
-            f"{why or 'groups'} ({len(units) - alone:,} images) stay on one side; otherwise {leaked:,} of "
-            f"{len(before):,} images of tune and select would have one like them in train"
+            f"{kept.why} ({kept.images:,} images) stay on one side; otherwise {kept.leaks:,} of "
+            f"{kept.held_out:,} images of tune and select would have one like them in train"
         )
     if meta.test_twins:
         notes.append(

@@ -1,24 +1,32 @@
 """What thousands of trials cost the driver: its memory and the seconds per trial, early in a sweep and at its end.
 
     python -m benchmarks.scale [--trials 5000] [--sampler random] [--json FILE]
+    python -m benchmarks.scale --trials 20000 --lanes 1000 --simulated
 
-A sweep of no-op trials on the real path: search.sweep on a SQLite study, search.tuner, and two lanes of real Ray. Every
-trial reports three epochs and leaves a candidate of predictions alone (100 images, 10 classes), which the ensemble so
-far takes in; nothing is trained. Prints, for the hundred trials around number 500 and for the last hundred: the
+A sweep of no-op trials on the real path: search.sweep on a SQLite study, cluster.tuner, and two lanes of real Ray.
+Every trial reports three epochs and leaves a candidate of predictions alone (100 images, 10 classes), which the
+ensemble so far takes in; nothing is trained. Prints, for the hundred trials before number 1,000 and for the last
+hundred (of those after whose end another one began): the
 driver's proportional memory (PSS), the mean seconds from one trial's end to the next, and what part of them the driver
 spent on proposals, the sampler's own work told apart, and on the other calls of the sweep. What is left is Ray's, and
 the lanes' writing.
+
+--simulated leaves Ray away: one other process writes the candidates of all lanes and sends their reports. Then many
+lanes cost nothing but what they cost the driver.
 
 The sampler is random by default: it measures this project. What TPE adds grows with the number of trials, for it looks
 at all of them for each proposal; --sampler tpe shows it.
 """
 
 import json
+import multiprocessing
 import os
+import queue
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +39,7 @@ from upath import UPath
 
 from cluster.connect import connect, disconnect
 from cluster.lane import LaneSpec
-from cluster.tuner import run_trials
+from cluster.tuner import TICK_S, JobSource, run_trials
 from ensemble.running import EnsembleSoFar
 from ensemble.show import make_console
 from search.board import WatchedSweep
@@ -48,18 +56,20 @@ from trainables.storage import write_array, write_json
 
 EPOCHS = 3
 IMAGES, CLASSES = 100, 10
-EARLY, WINDOW = 500, 100  # the early trials that the last ones are compared with, and how many of each
-BAR = 1.5  # how much more the end may cost
+EARLY, WINDOW = 1000, 100  # the early trials that the last ones are compared with, and how many of each
+BAR = 1.2  # how much more the end may cost
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A sweep of many no-op trials: does the last one cost more than the five hundredth?"""
+    """A sweep of many no-op trials: does the last one cost more than the thousandth?"""
 
     trials: int = 5000
-    """In all; with fewer than a thousand, "early" is half of them."""
+    """In all; with fewer than two thousand, "early" is half of them."""
     lanes: int = 2
     """Trials at a time."""
+    simulated: bool = False
+    """No Ray: one process stands for all lanes."""
     sampler: Sampler = "random"
     """Optuna sampler."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -141,6 +151,33 @@ def noop(job: Job, report: Reporter) -> Result:
     return Result(Outcome.FINISHED, metrics, seconds)
 
 
+def simulated(job: Job) -> tuple[list[dict[str, Any]], Result]:
+    """`noop` and what it reported."""
+    reports: list[dict[str, Any]] = []
+    result = noop(job, reports.append)  # type: ignore[arg-type]  # which nobody stops
+    return reports, result
+
+
+def run_simulated(source: JobSource, lanes: int) -> None:
+    """What cluster.tuner.run_trials does with a source, without Ray and its faults."""
+    ended: queue.SimpleQueue[tuple[Job, Future[Any]]] = queue.SimpleQueue()
+    running, ticked = 0, 0.0
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        while source.has_more() or running:
+            while running < lanes and (job := source.next()) is not None:
+                running += 1
+                pool.submit(simulated, job).add_done_callback(lambda done, job=job: ended.put((job, done)))  # type: ignore[misc]
+            job, done = ended.get()
+            running -= 1
+            reports, result = done.result()
+            for metrics in reports:
+                source.report(job.id, metrics)
+            source.finish(job.id, result)
+            if time.monotonic() - ticked > TICK_S:
+                ticked = time.monotonic()
+                source.tick()
+
+
 def suggest(trial: optuna.Trial, left: float) -> TrialConfig:
     """Six parameters, as a space of ordinary size has."""
     return TrialConfig(
@@ -157,7 +194,7 @@ def suggest(trial: optuna.Trial, left: float) -> TrialConfig:
 
 def measure(options: Scale) -> list[Row]:
     """Run the sweep in a temporary run directory; an early row and the last one."""
-    meter = Meter((min(EARLY, options.trials // 2), options.trials))
+    meter = Meter((min(EARLY, options.trials // 2), options.trials - options.lanes))
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         run = UPath(folder)
         write_array(run / "select_labels.npy", np.random.default_rng(0).integers(0, CLASSES, IMAGES))
@@ -171,11 +208,15 @@ def measure(options: Scale) -> list[Row]:
         sampling.ask = meter.timed("sampler", sampling.ask)  # type: ignore[method-assign]
         for name, part in {"next": "next", "has_more": "rest", "report": "rest", "finish": "rest"}.items():
             setattr(sweep, name, meter.timed(part, getattr(sweep, name)))
-        connect(cpus=options.lanes)
-        try:
-            run_trials(WatchedSweep(sweep, meter), noop, LaneSpec(workers=1, cpus=1), options.lanes)
-        finally:
-            disconnect()
+        source = WatchedSweep(sweep, meter)
+        if options.simulated:
+            run_simulated(source, options.lanes)
+        else:
+            connect(cpus=options.lanes)
+            try:
+                run_trials(source, noop, LaneSpec(workers=1, cpus=1), options.lanes)
+            finally:
+                disconnect()
     if len(meter.ends) != options.trials:
         raise RuntimeError(f"{len(meter.ends)} of {options.trials} trials ended")
     return [meter.row(mark) for mark in meter.marks]
@@ -184,7 +225,7 @@ def measure(options: Scale) -> list[Row]:
 def show(options: Scale, early: Row, last: Row) -> None:
     table = Table(
         title=f"Driver of {options.trials} no-op trials, {options.lanes} at a time, sampler {options.sampler}, "
-        f"{os.cpu_count()} cores"
+        f"{os.cpu_count()} cores{', lanes simulated' * options.simulated}"
     )
     headings = ("", "trials/s", "ms a trial", "of these: proposals", "sampler", "reports and ends", "memory, MiB")
     for heading in headings:

@@ -6,16 +6,15 @@
 A sweep of no-op trials on the real path: search.sweep on a SQLite study, cluster.tuner, and two lanes of real Ray.
 Every trial reports three epochs and leaves a candidate of predictions alone (100 images, 10 classes), which the
 ensemble so far takes in; nothing is trained. Prints, for the hundred trials before number 1,000 and for the last
-hundred (of those after whose end another one began): the
-driver's proportional memory (PSS), the mean seconds from one trial's end to the next, and what part of them the driver
-spent on proposals, the sampler's own work told apart, and on the other calls of the sweep. What is left is Ray's, and
-the lanes' writing.
+hundred of those after whose end another one began: the driver's proportional memory (PSS), the mean seconds from one
+trial's end to the next, and what part of them the driver spent on proposals, the sampler's own work told apart, and on
+the other calls of the sweep. What is left is Ray's, and the lanes' writing.
 
 --simulated leaves Ray away: one other process writes the candidates of all lanes and sends their reports. Then many
 lanes cost nothing but what they cost the driver.
 
-The sampler is random by default: it measures this project. What TPE adds grows with the number of trials, for it looks
-at all of them for each proposal; --sampler tpe shows it.
+The sampler is random by default: it measures this project. What TPE adds is Optuna's work on the trials that it is
+told of (search.study.values.MOST); --sampler tpe shows it.
 """
 
 import json

@@ -12,6 +12,7 @@ from trainables.config import TestTimeAugmentation
 from trainables.data.packed import ImageRows
 from trainables.errors import UserError
 from trainables.models.views import Pixels, view_logits
+from trainables.training.feed import rows_on
 from trainables.training.memory import fitting, halved
 
 EVAL_BATCH = 500
@@ -50,7 +51,7 @@ def eval_batch(device: torch.device, image_size: int) -> int:
 @torch.no_grad()
 def predict_probs(
     model: nn.Module,
-    images: ImageRows,
+    images: ImageRows | torch.Tensor,
     indices: np.ndarray | None,
     pixels: Pixels,
     image_size: int,
@@ -74,7 +75,7 @@ def predict_probs(
     while start < len(indices):
         chunk = indices[start : start + batch_size]
         try:
-            batch = torch.from_numpy(np.ascontiguousarray(images[chunk])).to(device)
+            batch = rows_on(images, chunk, device)
             with autocast(device, precision):
                 logits = view_logits(model, batch, pixels, image_size, tta)
         except RuntimeError as error:

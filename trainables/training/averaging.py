@@ -20,6 +20,8 @@ class WeightAverage:
     def __init__(self, model: nn.Module, ema: float, lookahead: int) -> None:
         self.ema, self.lookahead, self.steps = ema, lookahead, 0
         self.slow = {k: v.detach().clone() for k, v in model.state_dict().items()} if ema or lookahead else {}
+        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None  # slow and fast, of what is averaged
+        self._others: list[tuple[Tensor, Tensor]] = []  # and of what is only counted
 
     @classmethod
     def of(cls, model: nn.Module, config: TrialConfig, steps: int) -> "WeightAverage":
@@ -46,12 +48,14 @@ class WeightAverage:
                 tensor.copy_(self.slow[name])
 
     def _follow(self, model: nn.Module, decay: float) -> None:
-        for name, tensor in model.state_dict().items():
-            slow = self.slow[name]
-            if slow.dtype.is_floating_point:
-                slow.lerp_(tensor, 1 - decay)
-            else:
-                slow.copy_(tensor)
+        if self._pairs is None:  # a state_dict at every step would cost a GPU more than the average does
+            pairs = [(self.slow[name], tensor) for name, tensor in model.state_dict().items()]
+            averaged = [pair for pair in pairs if pair[0].dtype.is_floating_point]
+            self._pairs = [slow for slow, _ in averaged], [fast for _, fast in averaged]
+            self._others = [pair for pair in pairs if not pair[0].dtype.is_floating_point]
+        torch._foreach_lerp_(*self._pairs, 1 - decay)
+        for slow, fast in self._others:
+            slow.copy_(fast)
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
@@ -81,3 +85,4 @@ class WeightAverage:
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         self.steps = state["steps"]
         self.slow = {name: tensor.to(device) for name, tensor in state["slow"].items()}
+        self._pairs = None

@@ -25,9 +25,10 @@ from trainables.job import Lesson, WeightSource
 from trainables.models.backbones import build, check_image_size, head_of, normalisation, set_frozen
 from trainables.models.weights import read_pretrained
 from trainables.training.augment import Pixels, augmented, mix
+from trainables.training.feed import Feed, rows_on
 from trainables.training.head import Head, fit_at, fit_head
 from trainables.training.optim import lr_factor, make_optimizers
-from trainables.training.precision import choose_layout
+from trainables.training.precision import choose_layout, quicken
 from trainables.training.teacher import Teacher
 
 WHITENING_IMAGES = 2000
@@ -45,6 +46,7 @@ class Learner:
         accumulate: micro-batches per step.
         image_size: of the epoch, in pixels.
         lr: of the head, in the step set last.
+        feed: brings images to the device.
         features: of the frozen body, where the head can be fed from them; None otherwise.
         strength: of the regularisation that the head was fitted with; None where it was not.
         cached: whether the epoch trains the head on stored features.
@@ -78,15 +80,18 @@ class Learner:
         self.config, self.data, self.splits, self.tick = config, data, splits, tick
         self.teacher: Teacher | None = None
         self.device = pick_device(device)
+        quicken(self.device)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         torch.manual_seed(config.seed)
         mean, std = normalisation(config.backbone, config.pretrained, data.mean, data.std)
         self.pixels = Pixels.of(mean, std, device=self.device)
+        self.labels = torch.tensor(data.labels, device=self.device)
         pretrained = read_pretrained(config.backbone, weights) if weights is not None and config.pretrained else None
         model = build(config, len(data.classes), pretrained)
         if hasattr(model, "prepare"):  # a whitening layer is set from the data
             sample = np.sort(np.random.default_rng(0).permutation(splits.train)[:WHITENING_IMAGES])
-            model.prepare(self.pixels(self._images(sample), config.image_size))  # type: ignore[operator]
+            images = rows_on(data.images, sample, self.device)
+            model.prepare(self.pixels(images, config.image_size))  # type: ignore[operator]
         self.model: nn.Module = model.to(self.device)
         if self.world > 1 and self.device.type == "cuda":
             self.model = with_synced_batchnorm(model)
@@ -117,6 +122,8 @@ class Learner:
             self._set_head(self.head)
         if lesson is not None:
             self.teacher = Teacher(lesson, data, splits, self.device, tick)
+        unlabelled = None if self.teacher is None else self.teacher.unlabelled
+        self.feed = Feed(data.images, unlabelled, self.device, data.fingerprint)
         self.forward: nn.Module = self.model
         self.learns: set[int] = set()  # which parameters do, in the epoch
         self.epoch, self.cached, self.image_size, self.lr = 0, False, config.image_size, config.lr
@@ -198,7 +205,10 @@ class Learner:
         rows = self.splits.train
         if self.teacher is not None and self.teacher.unlabelled is not None:
             rows = np.concatenate([rows, len(self.data.labels) + np.arange(len(self.teacher.unlabelled))])
-        return _batches(config, self.data.labels, rows, epoch)
+        batches = _batches(config, self.data.labels, rows, epoch)
+        if not self.cached:
+            self.feed.begin([self._share_of(batch) for batch in batches])
+        return batches
 
     def _wrap(self) -> None:
         """Let the ranks' gradients meet; anew whenever other parameters learn than before."""
@@ -225,12 +235,13 @@ class Learner:
     def step(self, batch: np.ndarray, progress: float) -> Tensor:
         """One optimiser step on a batch of image indices, after a share (0 to 1) of the training; returns the loss
         summed over this rank's share of the batch."""
-        mine = batch[self.rank :: self.world]
+        mine, many = self._share_of(batch), min(self.accumulate, max(1, len(batch) // self.world))
         loss_sum = torch.zeros((), device=self.device)
-        micro_batches = np.array_split(mine, min(self.accumulate, max(1, len(batch) // self.world)))
-        for micro in micro_batches:
+        micro_batches = np.array_split(mine, many)
+        images = [None] * many if self.cached else self.feed(mine).tensor_split(many)
+        for micro, own in zip(micro_batches, images, strict=True):
             with nullcontext() if micro is micro_batches[-1] else self._without_sync():
-                logits, targets = self._cached_logits(micro) if self.cached else self._logits(micro, progress)
+                logits, targets = self._cached_logits(micro) if own is None else self._logits(own, micro, progress)
                 loss = _loss(logits.float(), targets, self.config.label_smoothing, self.class_weights)
                 # the sum over all ranks and micro-batches is the mean over the whole batch; DDP divides by `world`
                 self.scaler.scale(loss * (self.world / len(batch))).backward()
@@ -251,8 +262,8 @@ class Learner:
         self.scaler.update()
         return loss_sum
 
-    def _logits(self, micro: np.ndarray, progress: float) -> tuple[Tensor, Tensor]:
-        images, targets = self._images(micro), self._targets(micro)
+    def _logits(self, images: Tensor, micro: np.ndarray, progress: float) -> tuple[Tensor, Tensor]:
+        targets = self._targets(micro)
         x = augmented(images, micro, self.config, self.image_size, self.epoch, self.generator, self.pixels)
         if self.teacher is not None:
             targets = self.teacher.targets(x, self.pixels, targets)
@@ -264,22 +275,15 @@ class Learner:
         assert self.features is not None
         return head_of(self.model)(self.features.batch(micro, self.epoch, self.generator)), self._targets(micro)
 
-    def _images(self, indices: np.ndarray) -> Tensor:
-        known = len(self.data.labels)
-        if self.teacher is not None and self.teacher.unlabelled is not None and int(indices.max()) >= known:
-            is_known = indices < known
-            pixels = np.empty((len(indices), *self.data.images.shape[1:]), np.uint8)
-            pixels[is_known] = self.data.images[indices[is_known]]
-            pixels[~is_known] = self.teacher.unlabelled[indices[~is_known] - known]
-        else:
-            pixels = np.ascontiguousarray(self.data.images[indices])
-        return torch.from_numpy(pixels).to(self.device, non_blocking=True)
+    def _share_of(self, batch: np.ndarray) -> np.ndarray:
+        """This rank's images of a batch."""
+        return batch[self.rank :: self.world]
 
     def _targets(self, indices: np.ndarray) -> Tensor:
-        known = indices < len(self.data.labels)  # an image without a label has a row of zeros
-        labels = torch.from_numpy(np.where(known, self.data.labels[np.where(known, indices, 0)], 0))
-        targets = F.one_hot(labels, len(self.data.classes)).float() * torch.from_numpy(known)[:, None]
-        return targets.to(self.device, non_blocking=True)
+        rows = torch.from_numpy(indices).to(self.device, non_blocking=True)
+        known = rows < len(self.labels)  # an image without a label has a row of zeros
+        labels = self.labels[torch.where(known, rows, 0)]
+        return F.one_hot(labels, len(self.data.classes)).float() * known[:, None]
 
     def _without_sync(self) -> Any:
         return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else nullcontext()
@@ -307,7 +311,7 @@ class Learner:
 
     def _predict(self, indices: np.ndarray, tta: TestTimeAugmentation) -> np.ndarray:
         return predict_probs(
-            self.model, self.data.images, indices, self.pixels, self.image_size, tta, self.precision, tick=self.tick
+            self.model, self.feed.images, indices, self.pixels, self.image_size, tta, self.precision, tick=self.tick
         )
 
     # agreement between ranks

@@ -42,10 +42,12 @@ def make_optimizers(
     hidden: list[dict] = []
     other: list[dict] = []
     for group in groups:
-        for parameter in group["params"]:
-            # timm's position embeddings and class tokens are a single row: vectors, whose scale is theirs to learn
-            is_hidden = parameter.ndim >= 2 and len(parameter) > 1 and id(parameter) not in head_parameters
-            (hidden if is_hidden else other).append({**group, "params": [parameter]})
+        # timm's position embeddings and class tokens are a single row: vectors, whose scale is theirs to learn
+        is_hidden = [p.ndim >= 2 and len(p) > 1 and id(p) not in head_parameters for p in group["params"]]
+        for groups_of, kind in ((hidden, True), (other, False)):
+            params = [p for p, is_one in zip(group["params"], is_hidden, strict=True) if is_one is kind]
+            if params:  # together, because a GPU updates a group's tensors in one go
+                groups_of.append({**group, "params": params})
     made: list[torch.optim.Optimizer] = []
     if other:
         made.append(torch.optim.SGD(other, lr=lr, momentum=0.85, nesterov=True))

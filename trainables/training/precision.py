@@ -73,6 +73,16 @@ def choose_layout(
     return best
 
 
+def quicken(device: torch.device) -> None:
+    """Let a GPU take its fastest convolutions, tried out for each size, and TF32 in matrix products of fp32.
+
+    TF32 has 10 bits of mantissa, more than bf16's 7. Affects the whole process; does nothing on other devices.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+
+
 def _measure(model: nn.Module, image_size: int, images: int, learns: bool) -> Layout:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     fp32, bf16 = Layout("fp32", True), Layout("bf16", True)

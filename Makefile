@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # CI installs what was tested, file by file; everybody else what the ranges in pyproject.toml admit.
 PINS   := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: dry-run check test test-slow test-cluster test-browser test-storage test-track test-deploy lint setup clean
+.PHONY: dry-run check test test-slow test-cluster test-browser test-storage test-track test-deploy test-gpu lint setup clean
 
 dry-run: setup          ## the main job: sweep the embedded digits, end in an ensemble
 	$(VENV)/bin/python -m search.run
@@ -19,6 +19,9 @@ test: lint              ## everything that takes seconds, with real Ray
 
 test-deploy: setup      ## serving and exports: real servers, and clean processes that load what was written
 	$(VENV)/bin/python -m pytest -m deploy -n 2 --dist loadfile
+
+test-gpu: setup         ## what a CUDA GPU changes; skipped with a word where there is none
+	$(VENV)/bin/python -m pytest -m gpu tests/gpu/test_training.py tests/gpu/test_sweep.py
 
 test-slow: setup        ## fault tests that take minutes
 	$(VENV)/bin/python -m pytest -m slow

@@ -18,7 +18,9 @@ from trainables.data.prepare import prepare
 from trainables.data.splits import Splits, draw
 
 # folder -> marker
-SUITES = {"slow": "slow", "multinode": "cluster", "browser": "browser", "storage": "storage", "track": "track"}
+SUITES = {
+    "slow": "slow", "multinode": "cluster", "browser": "browser", "storage": "storage", "track": "track", "gpu": "gpu",
+}  # fmt: skip
 # Files that start servers, or clean processes that load what was exported
 DEPLOY = {
     "ensemble/serve/test_answer.py", "ensemble/serve/test_app.py", "ensemble/serve/test_document.py",

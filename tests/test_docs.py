@@ -288,6 +288,7 @@ def unlisted(names: Iterable[str], text: str) -> list[str]:
 def test_every_selector_space_and_extra_is_in_its_table() -> None:
     extras = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
     assert unlisted(SELECTORS, text_of(ROOT / "docs/selection.md")) == []
+    assert [name for name in SELECTORS if name not in (Select.__doc__ or "")] == []
     assert unlisted(known_spaces(), text_of(ROOT / "docs/search-spaces.md")) == []
     assert unlisted(extras, text_of(ROOT / "docs/quickstart.md")) == []
 

@@ -4,7 +4,7 @@ Every selector is `f(probs, labels, limits, ...) -> weights`:
 
     probs   (M, N, C) float, rows sum to 1, or a sequence of M arrays (N, C) such as memory maps
     labels  (N,) int, 0..C-1
-    limits  how many members, at what cost (ensemble.limits)
+    limits  how many members, at what cost (ensemble.selection.limits)
     weights (M,) float64, non-negative, sum 1, at most limits.k of them above 0
 
 None of them changes its input; all are deterministic for a seed. Candidates are expected in the order of their ids, for

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ensemble import select
 from ensemble.selection import selectors as selection
 from ensemble.selection.auto import auto
 from ensemble.selection.blend import ROWS, Blend, combine
@@ -275,3 +276,7 @@ def test_accuracy_skips_rows_without_changing_the_answer():
         total += probs[m]
         expected = [-((total + p).argmax(axis=1) == labels).mean() for p in probs]
         assert scorer.losses(np.arange(8)).tolist() == expected
+
+
+def test_every_selector_of_the_command_is_tried_here() -> None:
+    assert set(select.SELECTORS) <= {*SELECTORS, "auto"}

@@ -8,7 +8,7 @@ import pytest
 
 from search.config import Cost, Task
 from search.plan import checked
-from search.spaces import TINY_TRIALS, load_space
+from search.spaces import TINY_TRIALS, known_spaces, load_space
 from trainables.job import WeightSource
 from trainables.models.backbones import check_backbone
 from trainables.models.speed import native_size
@@ -17,6 +17,10 @@ ROOT = Path(__file__).parents[2]
 SEEDS = ("cifar10_nine", "intel_scenes", "cifar100_transfer", "cifar10_keras_cnn", "cifar10_from_scratch")
 SPACES = ("auto", "dry_run", *SEEDS)
 RECIPES = ("speednet_cifar10", "lite0_intel", "intel_lites", "lites_cifar10")
+
+
+def test_every_space_is_tried_here() -> None:
+    assert {*SPACES, *RECIPES} == set(known_spaces())
 
 
 def task(name: str, found: bool, device: str) -> Task:

@@ -5,6 +5,7 @@ whitening layer, three groups of two 3x3 convolutions that start as identities, 
 scale, scaled logits.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -236,7 +237,11 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_classic(name: str, num_classes: int, width: float, drop_rate: float, drop_path_rate: float) -> nn.Module:
-    """One of NETWORKS by name, randomly initialised; drop_path_rate is for vit_scratch alone."""
-    if name == "vit_scratch":  # the others have no residual branches to drop
-        return _vit_scratch(num_classes, width, drop_rate, drop_path_rate)
-    return NETWORKS[name](num_classes=num_classes, width=width, drop_rate=drop_rate)
+    """One of NETWORKS by name, randomly initialised; drop_path_rate is for those that have branches to drop."""
+    more = {"drop_path_rate": drop_path_rate} if has_branches(name) else {}
+    return NETWORKS[name](num_classes=num_classes, width=width, drop_rate=drop_rate, **more)
+
+
+def has_branches(name: str) -> bool:
+    """Whether a network of NETWORKS takes a `drop_path_rate`, because it has residual branches."""
+    return "drop_path_rate" in inspect.signature(NETWORKS[name]).parameters

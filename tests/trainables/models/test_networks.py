@@ -14,7 +14,7 @@ from trainables.data.dataset import Data
 from trainables.data.prepare import prepare
 from trainables.data.splits import Splits, make_splits
 from trainables.errors import UserError
-from trainables.models.backbones import build, head_of
+from trainables.models.backbones import build, check_image_size, head_of
 from trainables.models.classic import NETWORKS
 from trainables.models.weights import find_weights
 from trainables.train import train
@@ -120,3 +120,18 @@ def test_weights_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for name in ("resnet10t.safetensors", "resnet14t.pth", "resnet18.pth"):
         with pytest.raises(UserError, match=f"{name} cannot be read as weights"):
             find_weights(name.split(".")[0], tmp_path)
+
+
+@pytest.mark.parametrize("size", [12, 16, 36, 224, 1024])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_image_size_goes_through(name: str, size: int) -> None:
+    check_image_size(TrialConfig(backbone=name, image_size=size))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_features_are_what_the_head_is_given(name: str) -> None:
+    model = build(TrialConfig(backbone=name, width=0.25, image_size=16), 5).eval()
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(torch.zeros(2, 3, 16, 16)), pre_logits=True)
+        assert features.shape == (2, model.num_features)
+        assert model.get_classifier()(features).shape == (2, 5)

@@ -15,7 +15,7 @@ from trainables.config import TrialConfig
 from trainables.data.dataset import Data
 from trainables.data.splits import Splits
 from trainables.models.backbones import build, head_of
-from trainables.models.classic import NETWORKS, SpeedNet
+from trainables.models.classic import NETWORKS, SpeedNet, has_branches
 from trainables.train import train
 from trainables.training.averaging import WeightAverage
 from trainables.training.learner import Learner
@@ -289,17 +289,22 @@ def spread(model: nn.Module, size: int = 32) -> float:
         return float((model(x) - model(x)).abs().max())
 
 
+OWN_DROPOUT = ("simple_norm_dropout", "keras_cnn")  # networks that drop even without the trial's dropout
+
+
 @pytest.mark.parametrize("name", [*NETWORKS, "resnet10t", "squeezenet1_1", "test_vit"])
 def test_dropout_drops(name: str) -> None:
     size = 160 if name == "test_vit" else 32
     config = TrialConfig(backbone=name, width=0.25, image_size=size)
     torch.manual_seed(0)
-    if name not in ("simple_norm_dropout", "keras_cnn"):  # have some of their own
+    if name not in OWN_DROPOUT:
         assert spread(build(config, 5), size) == 0
     assert spread(build(replace(config, dropout=0.5), 5), size) > 0
 
 
-@pytest.mark.parametrize(("name", "size"), [("resnet10t", 32), ("test_vit", 160), ("vit_scratch", 32)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnet10t", 32), ("test_vit", 160), *((name, 32) for name in NETWORKS if has_branches(name))]
+)
 def test_drop_path_drops_whole_branches(name: str, size: int) -> None:
     torch.manual_seed(0)
     config = TrialConfig(backbone=name, image_size=size)

@@ -52,7 +52,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[offline,explore,export,serve,dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[offline,explore,export,serve,hf,heif,dev]'
 	touch $(STAMP)
 
 clean:

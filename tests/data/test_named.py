@@ -1,6 +1,7 @@
 """Data sets by their name in torchvision and in Hugging Face's datasets, from files written here."""
 
 import io
+import sys
 import tarfile
 from pathlib import Path
 
@@ -85,12 +86,8 @@ def test_without_network_a_set_of_torchvision_is_one_line(
 def test_hugging_faces_sets_need_their_library(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        assert "pip install 'ninefold[hf]'" in refused(capsys, monkeypatch, tmp_path / "run", "--data", "hf:org/name")
-    else:
-        pytest.skip("datasets is installed")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    assert "pip install 'ninefold[hf]'" in refused(capsys, monkeypatch, tmp_path / "run", "--data", "hf:org/name")
 
 
 # --- with the library datasets ----------------------------------------------------------------------------------------
@@ -129,7 +126,8 @@ def test_parquet_shards(tmp_path: Path) -> None:
     write_parquet(tmp_path / "flags")
     plan = learned(tmp_path / "run", tmp_path, "--data", f"hf:{tmp_path / 'flags'}")
     assert plan.data.classes == tuple(COLOURS)
-    assert (len(plan.splits.train), len(plan.splits.select), plan.data.test_images) == (72, 24, 18)
+    splits = plan.splits
+    assert (len(splits.train), len(splits.tune), len(splits.select), plan.data.test_images) == (72, 12, 12, 18)
     assert prepare(f"hf:{tmp_path / 'flags'}").path == plan.data.path
 
 

@@ -1,5 +1,7 @@
 """Pictures of more than 8 bits, of phones, and of several pages."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,17 @@ from PIL import Image, features
 
 from ensemble.predict import find_images, stored_form
 from tests.data.command import COLOURS, explored, learned, paint, paint_folder, predicted, refused, swept
+from trainables.data import decode
 from trainables.data.decode import Canvas, Picture, find_white, read_images
 from trainables.data.prepare import prepare
 from trainables.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def formats() -> Iterator[None]:
+    yield
+    for cached in (decode._formats, decode.suffixes):
+        cached.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -125,8 +135,10 @@ def test_heic_without_pillow_heif_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was passed over without a word."""
-    if ".heic" in Image.registered_extensions():
-        pytest.skip("pillow-heif is installed")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed, nor had been a moment ago
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    for cached in (decode._formats, decode.suffixes):
+        cached.cache_clear()
     root = paint_folder(tmp_path / "photos", 12)
     for i in range(5):
         (root / "red" / f"IMG_{i}.HEIC").write_bytes(b"a photograph")

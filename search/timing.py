@@ -13,6 +13,8 @@ from trainables.config import TrialConfig
 from trainables.run.records import Spent
 from trainables.run_directory import Candidate
 
+ENOUGH = 10_000  # images in training that are worth a trial where there is no time for a whole epoch
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -133,13 +135,18 @@ class Timing:
         return math.inf if not took else left / took
 
     def fit(self, config: TrialConfig) -> TrialConfig | None:
-        """The config with as many epochs as the time left allows (its schedule then still ends at zero), or None."""
+        """The config with as many epochs as the time left allows (its schedule then still ends at zero), or None.
+
+        A part of an epoch is worth while where it is ENOUGH images; the trial's own deadline cuts it.
+        """
         speed, left = self.seconds(config), self.left()
         if left == math.inf or speed is None:
             return config
         if config.epochs == 0:  # the head alone
             return config if speed.start + config.all_epochs * speed.epoch <= left else None
         epochs = config.epochs if not speed.epoch else min(config.epochs, int((left - speed.start) / speed.epoch))
+        if epochs < 1 and self.costs is not None:
+            epochs = int(self.costs.train_images * (left - speed.start) / speed.epoch >= ENOUGH)
         return replace(config, epochs=epochs) if epochs >= 1 else None
 
 

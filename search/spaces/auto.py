@@ -43,6 +43,7 @@ UNEQUAL = 4.0  # images of the largest class for one of the smallest, from which
 SMALL, FEWEST = 96, 1000  # largest side in pixels, and fewest images, for nets from scratch
 QUICK = 0.05  # share of the time left up to which a probe comes before everything else
 SHARES = (1.0, 0.86, 0.71, 0.57, 0.43, 0.29)  # of its native side, at which a backbone may be used
+MANY = 10_000  # train images, of which one epoch is worth while
 PROBE_SHARE, TUNED_SHARE = 0.2, 0.35  # of the time left, that one trial may take
 # Body's learning rate: lowest, usual, highest; layer decay: lowest, usual. Transformers want less than plain convnets.
 RATES = {"conv": (1e-4, 5e-4, 1.5e-3), "convnext": (3e-5, 1e-4, 4e-4), "vit": (1e-5, 5e-5, 2e-4)}
@@ -147,7 +148,8 @@ def _affordable(task: Task, backbone: str, smaller: bool) -> tuple[int, int]:
     """Image size and epochs of a tuned trial: the largest size that leaves time for enough epochs, then as many as fit.
 
     A trial takes a good third of the time left, or what enough epochs take at the smallest size; all of it where the
-    rest would be too short for another. `smaller` is a step down in size, for more epochs.
+    rest would be too short for another. Where that is too much for many images, one epoch is enough, of images of any
+    size at which the backbone may be used. `smaller` is a step down in size, for more epochs.
     """
     sizes = _sizes(task, backbone)
     sizes = [size for size in sizes if size >= task.costs[backbone].native / 2] or sizes
@@ -159,6 +161,9 @@ def _affordable(task: Task, backbone: str, smaller: bool) -> tuple[int, int]:
         return cost.features(task.images, size) + epochs * task.trainings * cost.epoch(task.train_images, size)
 
     left, least = _left(task), seconds(sizes[0], enough)
+    if least > left and task.train_images >= MANY:  # then an epoch is many images, and small ones say enough
+        sizes, enough = _sizes(task, backbone), 1
+        least = seconds(sizes[0], enough)
     goal = max(TUNED_SHARE * left, least)
     if goal + least > left and goal > left / 2:
         goal = left

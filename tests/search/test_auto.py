@@ -57,6 +57,19 @@ def test_probes_are_made_at_the_native_size_or_the_largest_affordable() -> None:
     assert sizes[-1] == 260
 
 
+def test_many_photographs_are_tuned_small_where_the_time_is_short() -> None:
+    """100,000 of them in half an hour: an epoch at half the native size would take an hour."""
+    where = task(left=1729.0, images=100_000)
+    tuned = proposed(where, backbone=LITES[0], way="tuned")
+    cost = where.costs[LITES[0]]
+    assert 1 <= tuned.epochs <= 2
+    assert tuned.image_size < 112
+    assert cost.features(100_000, tuned.image_size) + cost.epoch(80_000, tuned.image_size) <= 1729
+    assert proposed(task(left=8000.0, images=100_000), backbone=LITES[0], way="tuned").image_size > tuned.image_size
+    few = proposed(task(left=20.0, images=2000), backbone=LITES[0], way="tuned")
+    assert few.image_size >= 112, "one epoch of few images would teach nothing, however small they are"
+
+
 def test_more_time_buys_epochs_and_then_pixels() -> None:
     tuned = [proposed(task(left), backbone=LITES[0], way="tuned") for left in (100, 430, 3600, 36_000, None)]
     work = [config.epochs * config.image_size**2 for config in tuned]
@@ -146,6 +159,18 @@ def test_a_trial_whose_like_was_never_seen_is_fitted_into_the_time_left() -> Non
     assert time.fit(probe) == probe
     time.know(Costs({LITES[0]: 224}, {LITES[0]: 1.0}, 1.0, 1000, 800))
     assert time.fit(probe) is None
+    assert time.fit(config) is None
+
+
+def test_a_part_of_an_epoch_of_many_images_is_worth_a_trial() -> None:
+    """Before: of 80,000 photographs a half-hour sweep only made a probe, and left the rest of its time unused."""
+    time = Timing(Spent(), Budget(deadline=1000.0), clock=lambda: 0.0)
+    config = TrialConfig(backbone=LITES[0], pretrained=True, image_size=224, epochs=3)
+    time.know(Costs({LITES[0]: 224}, {LITES[0]: 1.0}, 100.0, 50_000, 40_000))  # 1,200 s an epoch, 667 s of features
+    shortened = time.fit(config)
+    assert shortened is not None
+    assert shortened.epochs == 1
+    time.know(Costs({LITES[0]: 224}, {LITES[0]: 1.0}, 75.0, 50_000, 40_000))  # time for a tenth of one
     assert time.fit(config) is None
 
 

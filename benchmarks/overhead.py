@@ -2,12 +2,12 @@
 
     python -m benchmarks.overhead [--trials 100] [--peer-trials 10] [--documented-trials 3] [--json FILE]
 
-Every trial reports three epochs and does nothing else. `start` is the time from the call to the end of the first trial
-(processes, imports: paid once per sweep, Ray itself already running); `a trial` is the median gap between the ends of
-the trials after the warm-up, with the range of the middle 80 %. Rows:
+Every trial reports three epochs and does nothing else; every row has a process and a Ray of its own. `start` is the
+time from the call to the end of the first trial (processes, imports: paid once per sweep, Ray itself already running);
+`a trial` is the median gap between the ends of the trials after the warm-up, with the range of the middle 80 %. Rows:
 
 - the bare function: called in a loop in this process; what Ray has nothing to do with.
-- ours: search.tuner.run_trials with one lane (Ray Tune over one Ray Train run that stays).
+- ours: cluster.tuner.run_trials with one lane (Ray Tune over one Ray Train run that stays).
 - Ray's documented pattern: a Tune function that starts a TorchTrainer of one worker per trial, actors not reused.
 - OptunaSearch + ASHA: plain function trainables, without Ray Train; and the same with reuse_actors=True, which is
   Tune's floor.
@@ -20,11 +20,13 @@ import json
 import logging
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import optuna
@@ -43,6 +45,9 @@ from cluster.tuner import run_trials
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import HANG_S, Metrics, Outcome, Reporter, Result
 
+Name = Literal["bare", "ours", "documented", "plain", "reused"]
+NAMES: tuple[Name, ...] = get_args(Name)
+
 EPOCHS = 3
 WARM_UP = 3  # trials left out of `a trial`, where a row has enough of them
 
@@ -55,12 +60,14 @@ class Overhead:
         trials: no-op trials for the bare function and for ours, at least 10.
         peer_trials: for OptunaSearch + ASHA, at least 5.
         documented_trials: for Ray's documented pattern, of 12 to 19 s each on two cores; at least 2.
+        row: only this one, in this process; its figures, the seconds of each trial's end, go to `json`.
         json: file for the same figures.
     """
 
     trials: int = 100
     peer_trials: int = 10
     documented_trials: int = 3
+    row: Name | None = None
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
 
 
@@ -89,21 +96,53 @@ def main() -> None:
         options = tyro.cli(Overhead, description=Overhead.__doc__, prog="python -m benchmarks.overhead")
         if options.trials < 10 or options.peer_trials < 5 or options.documented_trials < 2:
             raise UserError("too few trials to tell a median; use --trials 10, --peer-trials 5, --documented-trials 2")
-        report(measure(options), options.json)
+        if options.row is None:
+            report(measure(options), options.json)
+        elif options.json is None:
+            raise UserError("--row needs --json FILE, to which its figures go")
+        else:
+            options.json.write_text(json.dumps(asdict(measure_alone(options.row, options))))
 
 
 def measure(options: Overhead) -> list[Row]:
+    """Every row in a process of its own, with a Ray of its own: what ran before it would slow it."""
+    rows = []
+    for name in NAMES:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "row.json"
+            counts = ("--trials", options.trials, "--peer-trials", options.peer_trials,
+                      "--documented-trials", options.documented_trials)  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.overhead",
+                "--row",
+                name,
+                *map(str, counts),
+                "--json",
+                str(path),
+            ]
+            subprocess.run([*module, "--row", name, *map(str, counts), "--json", str(path)], check=True)
+            rows.append(Row(**json.loads(path.read_text())))
+    return rows
+
+
+def measure_alone(name: str, options: Overhead) -> Row:
+    """One row, in this process."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if name == "bare":
+        return Row("bare function", bare(options.trials))
     connect(cpus=2)
     try:
-        # Ours last: run_trials sets Tune's environment, which the peers should not inherit.
-        peers = [
-            Row("Ray's documented Tune -> TorchTrainer", documented(options.documented_trials)),
-            Row("OptunaSearch + ASHA, plain functions", optuna_asha(options.peer_trials, reuse_actors=False)),
-            Row("OptunaSearch + ASHA, reuse_actors=True", optuna_asha(options.trials, reuse_actors=True)),
-        ]
-        return [Row("bare function", bare(options.trials)), Row("ours: lanes", ours(options.trials)), *peers]
+        if name == "ours":
+            return Row("ours: lanes", ours(options.trials))
+        if name == "documented":
+            return Row("Ray's documented Tune -> TorchTrainer", documented(options.documented_trials))
+        if name == "plain":
+            ends = optuna_asha(options.peer_trials, reuse_actors=False)
+            return Row("OptunaSearch + ASHA, plain functions", ends)
+        return Row("OptunaSearch + ASHA, reuse_actors=True", optuna_asha(options.trials, reuse_actors=True))
     finally:
         disconnect()
 

@@ -112,16 +112,7 @@ def measure(options: Overhead) -> list[Row]:
             path = Path(folder) / "row.json"
             counts = ("--trials", options.trials, "--peer-trials", options.peer_trials,
                       "--documented-trials", options.documented_trials)  # fmt: skip
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.overhead",
-                "--row",
-                name,
-                *map(str, counts),
-                "--json",
-                str(path),
-            ]
+            module = [sys.executable, "-m", "benchmarks.overhead"]
             subprocess.run([*module, "--row", name, *map(str, counts), "--json", str(path)], check=True)
             rows.append(Row(**json.loads(path.read_text())))
     return rows

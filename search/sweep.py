@@ -274,7 +274,8 @@ class Sweep:
             return Outcome.INTERRUPTED
         if outcome.continues or record.retries < outcome.retries:
             self.records.put(record if outcome.continues else record.retried())
-            self.interrupted.append(id)
+            if not (outcome is Outcome.INTERRUPTED and result.error):  # its own time was over: only more would help it
+                self.interrupted.append(id)
             return outcome
         written = self.run / "candidates" / id
         # a machine that is lost behind the last file has lost nothing

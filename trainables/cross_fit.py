@@ -5,7 +5,6 @@ those of the folds' networks, which had a fifth fewer images to learn from, so t
 """
 
 import dataclasses
-import time
 from functools import partial
 from typing import Any
 
@@ -44,8 +43,6 @@ def cross_fit(
     resumed: list[int] = []
 
     def run(number: int, part: Splits) -> Trained:
-        share = None if deadline is None else time.time() + max(0.0, deadline - time.time()) / (trainings - number)
-
         def progress(metrics: Metrics) -> bool:
             nonlocal told, stopped
             done = (number * config.all_epochs + int(metrics["epoch"])) // trainings
@@ -55,7 +52,8 @@ def cross_fit(
             return stopped
 
         state = None if checkpoint is None else checkpoint.with_name(f"state-{number}.safetensors")
-        trained = train(config, data, part, progress, checkpoint=state, deadline=share, **options)
+        share = 1 / (trainings - number)
+        trained = train(config, data, part, progress, checkpoint=state, deadline=deadline, share=share, **options)
         resumed.extend((number * config.all_epochs + epoch) // trainings for epoch in trained.resumed)
         return dataclasses.replace(trained, outcome=Outcome.PRUNED) if stopped else trained
 

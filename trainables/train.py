@@ -156,6 +156,7 @@ def train(
     weights: WeightSource | None = None,
     checkpoint: UPath | None = None,
     deadline: float | None = None,
+    share: float = 1.0,
     device: str | None = None,
     tick: Callable[[], None] = lambda: None,
     lesson: Lesson | None = None,
@@ -170,6 +171,8 @@ def train(
         weights: source of pretrained weights; needed when config.pretrained.
         checkpoint: file that is written after each epoch but the last, and continued from when it exists.
         deadline: time.time() after which the running epoch is ended early and the trial finishes with what it has.
+        share: above 0 to 1, of the time that is left until the deadline when the head's features are there: those serve
+            all trainings on the same images, among which the rest of the time is shared out.
         tick: called at every step, as a sign of life.
         lesson: an ensemble to learn from, beside the labels.
 
@@ -194,7 +197,9 @@ def train(
         if state is None:
             raise
         raise Damaged(f"{checkpoint} is not this trial's checkpoint ({error})") from error
-    cut, outcome = Deadline(deadline, learner), Outcome.FINISHED
+    now = time.time()
+    at = None if deadline is None else now + share * (deadline - now) if deadline > now else deadline
+    cut, outcome = Deadline(at, learner), Outcome.FINISHED
     progress.seconds += time.perf_counter() - started
 
     while progress.epoch < config.all_epochs:

@@ -8,6 +8,7 @@ import functools
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,7 +93,7 @@ def _train_within_memory(job: Job, data: Data, splits: Splits, report: Reporter)
     checkpoint = run / "checkpoints" / job.id / "state.safetensors"
     if splits.folds and job.lesson is not None:
         raise UserError("these images are too few for a select split, so what was taught could not be scored")
-    taught = {} if job.lesson is None else {"lesson": job.lesson}
+    taught: dict[str, Any] = {} if job.lesson is None else {"lesson": job.lesson}
     # without a GPU slot of its own a trial must not take somebody else's
     device = "cpu" if torch.cuda.is_available() and not job.gpus else None
     while True:

@@ -248,3 +248,18 @@ def test_a_machine_that_is_lost_behind_the_last_file_has_lost_nothing(tmp_path):
         assert len(ends) < 20
     assert set(ends) <= {job.id}
     assert (s.records[job.id].outcome, s.records[job.id].value) == (Outcome.FINISHED, 0.7)
+
+
+def test_a_trial_whose_own_time_was_over_is_not_begun_again_and_again(tmp_path: Path) -> None:
+    """Before: it came back at once, with less time, until the sweep's end; the lane did nothing else."""
+    s = sweep(tmp_path / "run", trials=3)
+    short = take(s)
+    s.finish(short.id, Result(Outcome.INTERRUPTED, error="the deadline passed while features were computed"))
+    others = [take(s), take(s)]
+    assert short.id not in [job.id for job in others]
+    for job in others:
+        finish(s, job)
+    assert s.next() is None
+    assert not s.has_more()
+    again = sweep(tmp_path / "run", trials=3)
+    assert take(again).id == short.id, "the next start has time for it"

@@ -1,6 +1,7 @@
 """Few images: every one is predicted by a network that has not seen it, and the one that is kept has seen all."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainables.config import TrialConfig
 from trainables.cross_fit import cross_fit
 from trainables.data.dataset import Data
 from trainables.data.splits import Splits, make_splits
+from trainables.features import Features
 from trainables.job import Alone, DataSource, Job, Outcome
 from trainables.models.weights import find_weights
 from trainables.run_directory import list_candidates, read_candidate
@@ -84,6 +86,24 @@ def test_time_is_shared_out_among_the_folds(data: Data, dealt: Splits) -> None:
     assert found.outcome is Outcome.TIME
     assert found.probs["select"].sum(1) == pytest.approx(1.0, abs=1e-5)
     assert len(found.curve) == 1
+
+
+def test_features_that_all_folds_use_may_take_all_of_the_time(
+    data: Data, dealt: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: they had the first fold's share alone, and a trial that passed it was begun again and again."""
+    computed = Features._vectors
+
+    def slowly(self: Features, *args: Any) -> Any:
+        time.sleep(2)
+        return computed(self, *args)
+
+    monkeypatch.setattr(Features, "_vectors", slowly)
+    monkeypatch.setattr("trainables.features.eval_batch", lambda *_: 30)  # three batches, after each the clock is read
+    fresh = dataclasses.replace(data, fingerprint="0123456789abcdef")
+    config = TrialConfig(backbone="tf_efficientnet_lite0", pretrained=True, image_size=32, epochs=0, precision="fp32")
+    weights = find_weights("tf_efficientnet_lite0")
+    assert cross_fit(config, fresh, dealt, deadline=time.time() + 22, weights=weights).outcome is Outcome.FINISHED
 
 
 def test_reports_carry_no_scores_before_the_end_and_may_stop_it(data: Data, dealt: Splits) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,12 @@ from ensemble.selection.blend import Blend, Probs, Stack, combine
 from ensemble.selection.goal import METRICS, MOST_PROBABLE, Decision, Goal
 from trainables.errors import UserError
 from trainables.run_directory import ID, Candidate, read_candidate, refuse_links, safe_id
-from trainables.storage import exists, is_link, is_local, list_folder, parse, read_json, write_json
+from trainables.storage import Damaged, exists, is_link, is_local, list_folder, parse, read_json, write_json
 
 __all__ = [
     "Ensemble",
     "Member",
+    "as_before",
     "combine",
     "list_ensembles",
     "read_ensemble",
@@ -282,6 +283,27 @@ def write_ensemble(run: UPath, ensemble: Ensemble, default: bool = True) -> UPat
     if default:
         write_json(run / DEFAULT, {"ensemble": ensemble.name})
     return path
+
+
+def as_before(run: UPath, ensemble: Ensemble) -> Ensemble:
+    """The ensemble with the `created` of the one that its file holds, where that answers alike.
+
+    To choose again and choose the same is no new choice: what was predicted or reported with it still holds.
+    """
+    path = run / "ensembles" / f"{ensemble.name}.json"
+    try:
+        before = Ensemble.from_dict(read_json(path), ensemble.name) if exists(path) and not is_link(path) else None
+    except (UserError, Damaged):
+        before = None
+    if before is None or _answers(before) != _answers(ensemble):
+        return ensemble
+    return replace(ensemble, created=before.created)
+
+
+def _answers(ensemble: Ensemble) -> dict[str, Any]:
+    """What decides an ensemble's answers, and how sure they are."""
+    apart = ("options", "scores", "left_out", "created", "frontier", "insight")
+    return {key: value for key, value in ensemble.to_dict().items() if key not in apart}
 
 
 def read_ensemble(run: UPath, name: str | None = None) -> Ensemble:

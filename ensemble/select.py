@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from upath import UPath
 
-from ensemble.file import Ensemble, Member, list_ensembles, write_ensemble
+from ensemble.file import Ensemble, Member, as_before, list_ensembles, write_ensemble
 from ensemble.pool import Pool, limits_for, load_pool
 from ensemble.risk import USUAL_RISK, calibrate, measure
 from ensemble.selection import metrics, selectors
@@ -124,7 +124,7 @@ def select(args: Select) -> tuple[Pool, Ensemble, UPath]:
     runs = _runs(args)
     _refuse_to_replace(runs[0], args)
     pool = load_pool(runs, args.exclude)
-    ensemble = choose_from(pool, args)
+    ensemble = as_before(runs[0], choose_from(pool, args))
     path = write_ensemble(runs[0], ensemble, args.default)
     if args.json is not None:
         write_json(UPath(args.json), {"path": str(path.absolute()), **ensemble.to_dict()})

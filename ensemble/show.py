@@ -126,7 +126,7 @@ def _members(pool: Pool, ensemble: Ensemble) -> Any:
     table = Table(
         title=f"{ensemble.selector}: {len(ensemble.members)} of {len(pool.candidates)} candidates",
         title_justify="left",
-        caption="without it: what the ensemble's accuracy loses, in points; fixes: errors of the best single model"
+        caption="without it: how the ensemble's accuracy changes, in points; fixes: errors of the best single model"
         + (f"\nand the average itself has temperature {ensemble.temperature:.2f}" if ensemble.temperature != 1 else ""),
         caption_justify="left",
     )
@@ -152,8 +152,11 @@ def _members(pool: Pool, ensemble: Ensemble) -> Any:
 
 
 def _points(loss: float | None) -> str:
-    """What an ensemble's accuracy loses without a member, in points; nothing for a lone one: there is no "without"."""
-    return "" if loss is None else f"{-100 * loss:+.2f}"
+    """How an ensemble's accuracy changes without a member, in points; nothing for a lone one: there is no "without"."""
+    if loss is None:
+        return ""
+    change = round(-100 * loss, 2)
+    return f"{change:+.2f}" if change else "0.00"
 
 
 def score_rows(scores: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -22,8 +22,8 @@ from cluster.capacity import Lanes
 from cluster.connect import in_cluster
 from cluster.metrics import SweepMetrics
 from cluster.tuner import run_trials
-from ensemble.file import Ensemble, write_ensemble
-from ensemble.report.write import PAGE, summary, write_report
+from ensemble.file import Ensemble, as_before, write_ensemble
+from ensemble.report.write import PAGE, read_report, summary, write_report
 from ensemble.running import EnsembleSoFar
 from ensemble.select import Select, choose_from, open_pool, show
 from ensemble.show import make_console
@@ -46,7 +46,7 @@ from trainables.data.splits import Kept, kept_together, save_splits
 from trainables.errors import UserError, exit_on_user_error
 from trainables.job import DataSource
 from trainables.models.latency import measure_latencies
-from trainables.run.latencies import write_latencies
+from trainables.run.latencies import read_latencies, write_latencies
 from trainables.run.lease import Lease
 from trainables.run.records import Records, Spent
 from trainables.run_directory import (
@@ -123,7 +123,8 @@ def _sweep(
         store=WeightStore(plan.run, parse_keep(config.keep_weights)) if config.keep_weights else None,
         mirror=opened.mirror, tracking=opened.tracking, workers=config.workers_per_trial,
     )  # fmt: skip
-    if sweep.has_more():
+    is_over = not sweep.has_more()
+    if not is_over:
         print_start(console, plan, config, sweep)
         with lanes:
             first = task(sweep.time.left())
@@ -150,7 +151,7 @@ def _sweep(
         sweep.remove_stale_checkpoints()
     if not sweep.stopping:
         sweep.close()
-    return _conclude(console, plan, config, sweep, began), not sweep.stopping
+    return _conclude(console, plan, config, sweep, began, is_over), not sweep.stopping
 
 
 @dataclass(frozen=True)
@@ -295,8 +296,11 @@ def _check_continues(plan: Plan, config: SearchConfig, begun: RunInfo) -> None:
         )
 
 
-def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, began: float) -> Ensemble | None:
-    """Leaderboard, ensemble, test summary, and what to do next."""
+def _conclude(
+    console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, began: float, is_over: bool
+) -> Ensemble | None:
+    """Leaderboard, ensemble, test summary, and what to do next. is_over: there was nothing to do, as earlier starts had
+    used the budget: then what was measured, and a report on the same ensemble, still hold."""
     print_leaderboard(console, plan.run)
     for failed in sweep.failures():
         console.print(f"{failed.id} failed: {failed.outcome}: {failed.error}", style="yellow", markup=False)
@@ -309,24 +313,29 @@ def _conclude(console: Console, plan: Plan, config: SearchConfig, sweep: Sweep, 
     if not list_candidates(plan.run):
         console.print("no trial has finished, so there is no ensemble")
         return None
-    if not sweep.stopping:
+    if not sweep.stopping and not (is_over and read_latencies(plan.run).candidates):
         shape, classes = plan.data.images.shape[1:], len(plan.data.classes)
         write_latencies(plan.run, measure_latencies(list_candidates(plan.run), shape, classes))
     args = Select(top_k=config.top_k, metric=config.metric, run=(str(plan.run),))
     pool = open_pool(args)
-    ensemble = choose_from(pool, args)
+    ensemble = as_before(plan.run, choose_from(pool, args))
     write_ensemble(plan.run, ensemble)
     show(pool, ensemble)
     if sweep.stopping:
         console.print("the test part stays unread until the sweep is complete")
     else:
-        found = write_report([plan.run], ensemble)
+        found = read_report(plan.run, ensemble) if is_over else None
+        if found is None:
+            found = write_report([plan.run], ensemble)
         if "test" not in found:
             why = found["missing"].get("test", "the data set has no test part")
             console.print(f"{why}, so nothing is said about unseen images beyond the select split", markup=False)
         console.print("\n".join(summary(found)), style="bold")
         console.print(f"report: {short_path(plan.run / PAGE)}", markup=False)
-    console.print(f"\n{len(pool.candidates)} candidates in {short_path(plan.run)} after {time.time() - began:.0f} s")
+    if is_over:
+        console.print("nothing was left to do: with a larger --minutes or --trials the same command goes on")
+    took = sweep.records.spent.seconds if is_over else time.time() - began
+    console.print(f"\n{len(pool.candidates)} candidates in {short_path(plan.run)} after {took:.0f} s")
     console.print("next:")
     metric = "" if config.metric == "accuracy" else f"--metric {config.metric} "
     console.print(

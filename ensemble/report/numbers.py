@@ -91,6 +91,7 @@ def findings(
         "classes": pool.classes,
         "ensemble": {
             "name": ensemble.name, "selector": ensemble.selector, "metric": ensemble.metric,
+            "created": ensemble.created,
             "temperature": ensemble.temperature,
             "device": pool.device, "members": _members(pool, blend, single),
         },

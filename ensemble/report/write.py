@@ -31,9 +31,21 @@ from trainables.data.splits import Splits
 from trainables.errors import UserError
 from trainables.run.records import read_records
 from trainables.run_directory import Candidate, RunInfo, read_run
-from trainables.storage import write_bytes, write_json
+from trainables.storage import Damaged, exists, read_json, write_bytes, write_json
 
 PAGE, NUMBERS = "report.html", "report.json"
+
+
+def read_report(run: UPath, ensemble: Ensemble) -> dict[str, Any] | None:
+    """What report.json holds, where it is of this very ensemble: a new one would be another look at the test labels."""
+    try:
+        found = read_json(run / NUMBERS) if exists(run / PAGE) and exists(run / NUMBERS) else {}
+        if found["ensemble"]["name"] != ensemble.name or found["ensemble"]["created"] != ensemble.created:
+            return None
+        summary(found)
+    except (Damaged, KeyError, TypeError, ValueError):  # written by another version, or by hand
+        return None
+    return found
 
 
 def write_report(runs: Sequence[UPath], ensemble: Ensemble) -> dict[str, Any]:

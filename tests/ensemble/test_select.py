@@ -1,5 +1,6 @@
 """The command, on run directories written by hand: good ones, damaged ones, several at once."""
 
+import dataclasses
 import json
 import os
 import re
@@ -407,3 +408,14 @@ def test_without_a_recorded_default_the_one_that_was_created_last_is_taken(tmp_p
         with pytest.raises(UserError, match="expected one of a, b, c: name one with --ensemble"):
             read_ensemble(run)
         assert read_ensemble(run, "a").name == "a"
+
+
+def test_to_choose_the_same_again_is_no_new_choice(tmp_path):
+    """Before: `created` changed, and so predict refused to go on with its own file after another select."""
+    run, _, _ = make_run(tmp_path / "run")
+    args = Select(run=(str(run),), selector="greedy", top_k=3)
+    first, second = (select.select(args)[1] for _ in range(2))
+    assert second.created == first.created == read_ensemble(run).created
+    other = select.select(dataclasses.replace(args, selector="uniform", name="greedy-k3"))[1]
+    assert other.created != first.created
+    assert select.select(dataclasses.replace(args, top_k=2))[1].created != first.created

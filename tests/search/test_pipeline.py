@@ -133,6 +133,10 @@ def test_nothing_is_lost_or_repeated(hits: tuple[str, ...], tmp_path: Path, pict
 
     # the same command again has nothing left to do
     before = remember()
+    looks = json.loads((run / "looks.json").read_text())
     again = SearchProcess(*args, log=tmp_path / "again").finish()
     assert "trials at a time" not in again
+    assert "nothing was left to do" in again
+    assert json.loads((run / "looks.json").read_text()) == looks, "nor were the test labels read again"
+    assert json.loads(next(run.glob("ensembles/*.json")).read_text())["created"] == chosen["created"]
     assert remember() == before

@@ -208,7 +208,7 @@ def cost(pool: Pool) -> dict[str, Any]:
         records, spent = read_records(pool.runs[0]), read_spent(pool.runs[0])
     outcomes = Counter(trial.outcome for trial in list_trials(records, pool.candidates))
     return {
-        "trials": sum(n for outcome, n in outcomes.items() if outcome not in (Outcome.NOT_STARTED, Outcome.INVALID)),
+        "trials": sum(n for outcome, n in outcomes.items() if outcome not in set(Outcome) or Outcome(outcome).counts),
         "outcomes": dict(outcomes),
         "has_records": bool(records),
         "training_seconds": _sum(candidate.info.seconds for candidate in pool.candidates),

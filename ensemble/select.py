@@ -379,6 +379,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m ensemble
         show(pool, ensemble)
         told = f"it is the default of {pool.runs[0]}" if args.default else f"take it with --ensemble {ensemble.name}"
         print(f"\nwritten to {path}; {told}")
+        name = "" if args.default else f" --ensemble {ensemble.name}"
+        print(f"next: python -m ensemble.report --run {pool.runs[0]}{name}")
 
 
 if __name__ == "__main__":

@@ -114,15 +114,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m search.f
     with exit_on_user_error():
         args = tyro.cli(Fetch, description=Fetch.__doc__, prog=prog, args=arguments)
         stored, missing = fetch(args)
-        for name, reason in missing.items():
-            print(f"{name} could not be had: {reason}", file=sys.stderr)
+        if missing:  # mostly all for one reason, that no hub can be reached; LICENCES.md has each one's
+            first = next(iter(missing))
+            more = f", nor {', '.join([*missing][1:])}" if len(missing) > 1 else ""
+            print(f"{first} could not be had: {missing[first]}{more}", file=sys.stderr)
         if not stored:
             raise UserError(f"none of {len(missing)} backbones could be had; {args.to / LICENCES} says why")
         new = [one for one in stored if one.is_new]
         mib = sum(one.bytes for one in stored) / 2**20
         print(f"{args.to}: weights of {len(stored)} backbones, {len(new)} of them new, {mib:.0f} MiB")
         print(f"licences: {args.to / LICENCES}")
-        print(f"next: python -m search.run --weights-dir {args.to}")
+        print(f"next: python -m search.run --data folder --data-dir PHOTOS --weights-dir {args.to}")
 
 
 if __name__ == "__main__":

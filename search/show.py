@@ -24,7 +24,10 @@ def print_missing(console: Console, plan: Plan) -> None:
             console.print(f"{name}: no pretrained weights found here, so it starts from random ones", style="yellow")
     without = [name for name in plan.missing if name not in plan.backbones]
     if without:
-        console.print(f"without backbones whose weights are not found here: {', '.join(without)}", style="yellow")
+        console.print(
+            f"without backbones whose weights are not found here, which is fine: {', '.join(without)} "
+            "(to have them: python -m search.fetch)", style="yellow",
+        )  # fmt: skip
     if plan.restricted:
         console.print(f"without weights of restricted licences (--weights-licence any): {', '.join(plan.restricted)}")
 

@@ -28,12 +28,18 @@ class Outcome(StrEnum):
     BUG = "bug"
     LOST_NODE = "lost node"
     NOT_STARTED = "not started"
+    REPEATED = "repeated"
     STORAGE_LOST = "storage lost"
 
     @property
     def leaves_candidate(self) -> bool:
         """Whether the trial has written a candidate."""
         return self in (Outcome.FINISHED, Outcome.TIME)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is one of the trials that a budget allows, or else a proposal that came to nothing."""
+        return self not in (Outcome.INVALID, Outcome.NOT_STARTED, Outcome.REPEATED)
 
     @property
     def teaches(self) -> bool:
@@ -72,6 +78,7 @@ _TEXTS = {
     Outcome.BUG: "failed with an error",
     Outcome.LOST_NODE: "lost with its machine",
     Outcome.NOT_STARTED: "proposed, but did not fit into the time left",
+    Outcome.REPEATED: "proposed, but had been tried already",
     Outcome.STORAGE_LOST: "could not reach the run directory",
 }
 

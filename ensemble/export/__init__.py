@@ -208,6 +208,12 @@ def describe(runs: Sequence[UPath], ensemble: Ensemble) -> dict[str, str]:
     return {name: json.dumps(value) for name, value in described.items()}
 
 
+def members_in_half_precision(runs: Sequence[UPath], ensemble: Ensemble) -> list[str]:
+    """Ids of the members that were trained, and are predicted with, in bf16 or fp16; what is exported is in fp32."""
+    candidates = {member.id: member.candidate(runs).info for member in ensemble.members}
+    return [id for id, info in candidates.items() if info.precision != "fp32"]
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m ensemble.export") -> None:
     with exit_on_user_error():
         args = tyro.cli(Export, description=Export.__doc__, prog=prog, args=arguments)
@@ -223,5 +229,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m ensemble
         print(f"{which} from PyTorch by at most {made.largest_difference:.1e} in probability, on {made.images} {kind}")
         if made.note:
             print(made.note)
+        if half := members_in_half_precision(runs, ensemble):
+            print(f"predict and serve compute {', '.join(half)} in half precision, and may differ a little more")
         if args.push is not None:
             print(f"pushed to {push(made.path, args.push)}")

@@ -170,7 +170,10 @@ def serve(args: Serve) -> None:
         hosts = (*LOOPBACK, args.host.lower()) if is_local else None
         guard = Guard(app, hosts, token, most_bytes, args.most_seconds, Path(uploads))  # type: ignore[arg-type]
         address = f"http://{args.host}:{listener.getsockname()[1]}"
-        print(f"{run.name}, {len(ensemble.members)} members, at {address} (page) and {address}/predict (HTTP API)")
+        members = len(ensemble.members)
+        print(
+            f"{run.name}, {members} member{'s' * (members != 1)}, at {address} (page) and {address}/predict (HTTP API)"
+        )
         if token:
             shown = quote(args.token.strip(), safe="") if args.token else f"${TOKEN}"
             print(f"with a token: {address}/?token={shown} (page) and 'Authorization: Bearer TOKEN' (HTTP API)")

@@ -102,7 +102,7 @@ class Proposals:
             # the next proposal is a random one; a probe is the same whenever it is made
             is_new = not trial.params or bool(queued.seed_of) or _key(trial.params) not in self.known
             if not is_new and (not exploring or config.is_probe):
-                self._refuse(trial, queued, Outcome.INVALID, "these parameters have been tried")
+                self._refuse(trial, queued, Outcome.REPEATED)
                 exploring, repeated = True, repeated + 1
                 if repeated == MOST_REPEATED:
                     self.exhausted = True

@@ -78,8 +78,8 @@ def test_a_sampler_that_repeats_itself_is_made_to_explore(tmp_path: Path) -> Non
     s.proposals.queue += [Queued({"size": 1}), Queued({"size": 1})]
     first, second = take(s), take(s)
     assert first.config.batch_size == 16
-    assert states(s) == ["running", "invalid", "running"]
-    assert s.records["0001"].error == "these parameters have been tried"
+    assert states(s) == ["running", "repeated", "running"]
+    assert s.records["0001"].outcome is Outcome.REPEATED
     assert second.id == "0002"
     bounds[:] = 1, 1
     assert take(s).config.batch_size == 16  # nothing else is left: better again than not at all

@@ -145,7 +145,7 @@ def find_source(
         own = "images of your own: folder, with --data-dir; sets by name: torchvision:NAME, hf:NAME"
         raise UserError(f"unknown data set {name!r}; {hint} ({own})")
     if data_dir is not None and not data_dir.is_dir():
-        raise UserError(f"data folder {data_dir} does not exist; expected a folder with train/<class>/* in it")
+        raise UserError(f"data folder {data_dir} does not exist; expected one with <class>/* or train/<class>/* in it")
     if labels is not None:
         if name != "folder":
             raise UserError(f"--labels is a table of images of your own; add --data folder (it is {name})")

@@ -87,7 +87,7 @@ class TrialRecord:
     @property
     def counts(self) -> bool:
         """Whether it is one of the trials that a budget allows: it was, or will be, trained."""
-        return self.outcome not in (Outcome.INVALID, Outcome.NOT_STARTED)
+        return self.outcome is None or self.outcome.counts
 
     def scored(self, epoch: int, score: float) -> "TrialRecord":
         """With the score after an epoch; one that is known stands, for a lane that was started again repeats epochs."""

@@ -20,6 +20,7 @@ from trainables.run_directory import Candidate
 from trainables.training.augment import Pixels
 
 ROUNDS = 7
+RESTLESS = 3.0  # times the fastest round that the slowest takes, from which on a machine was not quiet
 AT_A_TIME = 8  # networks that are held in memory
 Kind = tuple[str, float, str, int, str, str]
 
@@ -45,7 +46,10 @@ def measure_latencies(
             for kind, latency in zip(some, _measure(some, shape, classes, place), strict=True):
                 found |= dict.fromkeys(by_kind[kind], latency)
             advance(len(some))
-    return Latencies(describe_device(place), found)
+    device = describe_device(place)
+    if found and statistics.median(latency.high / latency.low for latency in found.values()) > RESTLESS:
+        device += ", beside other work"  # so that nobody takes these figures for the network's
+    return Latencies(device, found)
 
 
 def describe_device(place: torch.device) -> str:

@@ -116,7 +116,10 @@ def auto_in_words(report: dict[str, Any]) -> str:
     chosen = f"auto chose {report['selector']}{size}{heat}"
     if not report["options"]:
         return f"{chosen}: there was nothing to compare (one candidate, or too few images)"
-    return f"{chosen}: held-out log-loss decided among {len(report['options'])} options"
+    own = [option["loss"] for option in report["options"] if option["error"] == 0]
+    better = any(option["loss"] < min(own, default=0.0) for option in report["options"])
+    close = "; lower ones are within a standard error of it, and it comes first" if better else ""
+    return f"{chosen}: held-out log-loss decided among {len(report['options'])} options{close}"
 
 
 def _members(pool: Pool, ensemble: Ensemble) -> Any:

@@ -21,6 +21,9 @@ SLICED = 8  # hyperparameters that are shown one by one: the most important ones
 LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
 
 
+FEW = 15  # candidates, each of which has a tick of its own; else half ones would be shown, rounded
+
+
 def growth(singles: list[dict[str, Any]], points: list[dict[str, Any]], chosen: dict[str, Any]) -> go.Figure:
     """Single models in the order in which they came, the best of them so far, and the ensemble of what there was.
 
@@ -71,7 +74,12 @@ def growth(singles: list[dict[str, Any]], points: list[dict[str, Any]], chosen: 
     return figure.update_layout(
         legend=LEGEND,
         height=460,
-        xaxis={"title": {"text": "candidates trained so far"}, "range": [0.3, len(singles) + 1], "tickformat": "d"},
+        xaxis={
+            "title": {"text": "candidates trained so far"},
+            "range": [0.3, len(singles) + 1],
+            "tickformat": "d",
+            **({"dtick": 1} if len(singles) <= FEW else {}),
+        },
         yaxis={"title": {"text": "select accuracy"}, "tickformat": ".1%", "range": [low, high]},
     )
 

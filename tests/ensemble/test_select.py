@@ -18,6 +18,7 @@ from ensemble.pool import load_pool
 from ensemble.select import Select, choose
 from ensemble.selection.blend import Blend, Stack
 from ensemble.selection.metrics import accuracy, log_loss
+from ensemble.show import auto_in_words
 from tests.ensemble.test_selection import make_pool
 from trainables.config import TrialConfig
 from trainables.errors import UserError
@@ -419,3 +420,11 @@ def test_to_choose_the_same_again_is_no_new_choice(tmp_path):
     other = select.select(dataclasses.replace(args, selector="uniform", name="greedy-k3"))[1]
     assert other.created != first.created
     assert select.select(dataclasses.replace(args, top_k=2))[1].created != first.created
+
+
+def test_why_auto_did_not_take_the_lowest_loss_is_said():
+    options = [{"loss": 0.41, "error": 0.0}, {"loss": 0.40, "error": 0.02}]
+    report = {"selector": "best_single", "k": 1, "temperatures": "none", "options": options}
+    assert auto_in_words(report).endswith("; lower ones are within a standard error of it, and it comes first")
+    options[1]["loss"] = 0.42
+    assert auto_in_words(report).endswith("decided among 2 options")

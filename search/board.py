@@ -205,7 +205,7 @@ class LiveBoard:
         ended = len(self.ends)
         if self.trials and ended:
             guesses.append((self.trials - self.earlier - ended) * (time.time() - self.began) / ended)
-        return f"about {_clock(max(0.0, min(guesses)))} left" if guesses else "time left: unknown yet"
+        return f"trials end in about {_clock(max(0.0, min(guesses)))}" if guesses else "time left: unknown yet"
 
 
 def _clock(seconds: float) -> str:

@@ -48,7 +48,7 @@ def test_trials_of_earlier_starts_are_counted_but_do_not_make_this_one_look_fast
     board.began -= 100
     said = line(board, capsys)
     assert said.startswith("trials: 1 from earlier starts, 1 pruned, 0 running, 4 in all; ")
-    left = re.search(r"about 0:(\d\d):(\d\d) left", said)  # two of four remain, at 100 s each
+    left = re.search(r"trials end in about 0:(\d\d):(\d\d)", said)  # two of four remain, at 100 s each
     assert left is not None
     assert 200 <= 60 * int(left[1]) + int(left[2]) < 300
 

@@ -117,7 +117,14 @@ class Learner:
             self._restore(state)
         elif self.features is not None:
             self.head, self.strength = fit_head(
-                self.features.rows, data.labels, splits.train, splits.tune, len(data.classes), self._weighs(), tick
+                self.features.rows,
+                data.labels,
+                splits.train,
+                splits.tune,
+                len(data.classes),
+                self._weighs(),
+                tick,
+                deadline,
             )
             self._set_head(self.head)
         if lesson is not None:

@@ -147,6 +147,9 @@ def _chosen_with(ensemble: Ensemble) -> Select | None:
 def findings(sides: Sequence[Side]) -> dict[str, Any]:
     """Everything that is told about two sides, as plain JSON; what is measured says on what."""
     first = sides[0].pool
+    runs = [side.pool.runs[0] for side in sides]
+    alike = runs[0].name == runs[1].name  # then the folders above have to tell them apart
+    names = [f"{run.absolute().parent.name}/{run.name}" if alike else run.name for run in runs]
     is_fitted = any(side.held_out is None for side in sides)
     probs = [side.fitted if is_fitted or side.held_out is None else side.held_out.ensemble[0] for side in sides]
     right = [side.ensemble.decision.answers(p) == first.labels for side, p in zip(sides, probs, strict=True)]
@@ -158,7 +161,7 @@ def findings(sides: Sequence[Side]) -> dict[str, Any]:
         "created": time.time(),
         "split_fingerprint": first.split_fingerprint,
         "classes": list(first.classes),
-        "sides": [_side(side, is_fitted) for side in sides],
+        "sides": [_side(side, is_fitted, name) for side, name in zip(sides, names, strict=True)],
         "difference": where(first) | {"fitted": is_fitted} | {
             "accuracy": float(difference.mean()),
             "interval": list(paired_interval(difference, units=first.units)),
@@ -171,7 +174,7 @@ def findings(sides: Sequence[Side]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _side(side: Side, is_fitted: bool) -> dict[str, Any]:
+def _side(side: Side, is_fitted: bool, name: str) -> dict[str, Any]:
     pool, ensemble = side.pool, side.ensemble
     candidates = {candidate.id: candidate for candidate in pool.candidates}
     held_out, goal = None if is_fitted else side.held_out, ensemble.goal
@@ -183,7 +186,7 @@ def _side(side: Side, is_fitted: bool) -> dict[str, Any]:
         score_of = claim(held_out, goal, pool.learned_from, pool.units)
         alone = score(held_out.single, pool.labels, goal, pool.learned_from, pool.units)
     return {
-        "run": pool.runs[0].name,
+        "run": name,
         "path": str(pool.runs[0].absolute()),
         "ensemble": ensemble.name,
         "selector": ensemble.selector,
@@ -290,7 +293,7 @@ def _accuracy(score: dict[str, Any]) -> str:
 
 def _architectures(members: list[dict[str, Any]]) -> str:
     counts = Counter(member["architecture"] for member in members)
-    return ", ".join(f"{n} {name}" if n > 1 else name for name, n in counts.most_common())
+    return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in counts.most_common())
 
 
 def _outcomes(outcomes: dict[str, int]) -> str:

@@ -9,6 +9,7 @@ A verb imports what it needs, and no other does. Shell completion, of all verbs 
 """
 
 import difflib
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Union
@@ -119,6 +120,8 @@ def main() -> None:
     with exit_on_user_error():
         if verb in ("-h", "--help"):
             print(overview())
+        elif verb == "--version":
+            print(importlib.metadata.version("ninefold"))
         elif verb in ("--tyro-print-completion", "--tyro-write-completion"):
             _complete([verb, *rest])
         elif verb in VERBS:

@@ -81,7 +81,7 @@ def print_leaderboard(console: Console, run: UPath) -> None:
     )
     for heading in ("candidate", "backbone"):
         table.add_column(heading)
-    for heading in ("tune acc.", "select acc.", "select log-loss", "epochs", "lr", "params", "ms/image", "seconds"):
+    for heading in ("tune acc.", "select acc.", "select log-loss", "epochs", "lr", "params", "ms/image", "training, s"):
         table.add_column(heading, justify="right")
     for info in rows[:LEADERBOARD_ROWS]:
         m, c = info.metrics, info.config

@@ -1,5 +1,6 @@
 """The front door: what `import ninefold` gives, and the command `ninefold`."""
 
+import importlib.metadata
 import inspect
 import json
 import shlex
@@ -228,6 +229,18 @@ def test_help_lists_the_verbs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         code, out, _ = command(monkeypatch, capsys, *words)
         assert code == 0
         assert all(f"\n  {verb} " in out for verb in VERBS)
+
+
+def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert command(monkeypatch, capsys, "--version")[1].strip() == importlib.metadata.version("ninefold")
+
+
+def test_a_folder_without_its_option_is_understood(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    code, _, told = command(monkeypatch, capsys, "explore", "photos")
+    assert code == 2
+    assert told.strip() == "error: 'photos' is no option; did you mean --data folder --data-dir photos?"
 
 
 def test_mistakes_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -206,3 +206,9 @@ def test_what_cannot_be_compared_is_refused_in_a_line(
     with pytest.raises(UserError, match="name another --json"):
         compare(options(runs, json=tmp_path / "no" / "x.json"))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    twins = tuple(Path(shutil.copytree(run, tmp_path / run.name / "photos")) for run in runs)
+    found = compare(Compare(run=tuple(map(str, twins)), out=tmp_path / "compare.html"))
+    assert [side["run"] for side in found["sides"]] == ["few/photos", "many/photos"]

@@ -265,7 +265,9 @@ def summary(found: dict[str, Any]) -> list[str]:
     )
     few = min(found["counts"].items(), key=lambda one: sum(one[1].values()))
     many = max(found["counts"].items(), key=lambda one: sum(one[1].values()))
-    lines.append(f"classes have {sum(few[1].values()):,} ({few[0]}) to {sum(many[1].values()):,} ({many[0]}) images")
+    least, most = sum(few[1].values()), sum(many[1].values())
+    spread = f"classes have {least:,} ({few[0]}) to {most:,} ({many[0]}) images"
+    lines.append(spread if least < most else f"all classes have {most:,} images")
     lines += found["notes"]
     if found["suspects"]:
         suspects = found["suspects"]

@@ -39,7 +39,7 @@ def resident(images: ImageRows, key: str, device: torch.device, free: int | None
     key: names them. free: bytes of memory that the device has; None: asked of it, and a CPU keeps nothing.
     """
     key = f"{key} {device}"
-    if key in _resident:
+    if key in _resident and _resident[key].shape == images.shape:
         return _resident[key]
     _resident.clear()
     if free is None:

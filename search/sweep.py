@@ -191,7 +191,7 @@ class Sweep:
         if id in self.proposals.seeds or (self.time.costs is not None and self.time.costs.trainings > 1):
             return ()
         if self.rungs is None:
-            return tuple(range(1, config.all_epochs)) if self.pruning is not None else ()
+            return self.pruning.stops_at(config.all_epochs) if self.pruning is not None else ()
         has_room = self.time.room_for(config) >= FACTOR
         return _rungs(config) if has_room else ()
 

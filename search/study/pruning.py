@@ -28,6 +28,12 @@ class Pruning:
         )  # fmt: skip
         self.trials: dict[str, optuna.Trial] = {}
 
+    def stops_at(self, epochs: int) -> tuple[int, ...]:
+        """The epochs before the last, of so many, after which a trial may be told to stop: it waits for the answer."""
+        if isinstance(self.study.pruner, SortedHalving):
+            return self.study.pruner.rungs_below(epochs)
+        return tuple(range(1, epochs))
+
     def replay(self, record: TrialRecord) -> None:
         """Hear all that an earlier process has heard of a trial."""
         self.begin(record.id)
@@ -70,6 +76,13 @@ class SortedHalving(BasePruner):
         self.first, self.factor = first, factor
         self.rungs: defaultdict[int, list[float]] = defaultdict(list)  # epoch -> losses there, sorted
         self.passed: dict[int, int] = {}  # trial -> the epoch of its next rung
+
+    def rungs_below(self, epochs: int) -> tuple[int, ...]:
+        """The epochs of all rungs before that one."""
+        found: list[int] = []
+        while (epoch := self.first * self.factor ** len(found)) < epochs:
+            found.append(epoch)
+        return tuple(found)
 
     def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
         step = trial.last_step

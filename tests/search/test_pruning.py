@@ -4,7 +4,18 @@ import numpy as np
 import optuna
 import pytest
 
-from search.study.pruning import SortedHalving
+from search.study.pruning import Pruning, SortedHalving
+
+
+def test_a_trial_waits_for_an_answer_only_where_there_may_be_one() -> None:
+    """Before: with "asha" a trial waited for the driver after every epoch, of which all but a few decide nothing."""
+    assert [Pruning("asha", True).stops_at(epochs) for epochs in (3, 4, 24, 25)] == [
+        (),
+        (3,),
+        (3, 6, 12),
+        (3, 6, 12, 24),
+    ]
+    assert Pruning("median", True).stops_at(4) == (1, 2, 3)
 
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])

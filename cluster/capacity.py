@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from cluster.connect import Demand, Node, connect, disconnect, in_cluster, nodes
-from cluster.lane import LaneSpec
+from cluster.lane import ANYWHERE, LaneSpec
 from trainables.errors import UserError
 from trainables.job import LaneRequest
 
@@ -29,14 +29,19 @@ class Lanes:
         dashboard: Ray's, its address; "" when there is none.
         spec: what one lane takes, by the machines there are at the start.
         count: how many there are.
+        places: on which machines, see `places_on`.
     """
 
     dashboard: str
     spec: LaneSpec
-    count: int
+    places: dict[str, int]
 
     def __init__(self, request: LaneRequest, say: Callable[[str], None] = print) -> None:
         self.request, self.say, self.demand = request, say, Demand()
+
+    @property
+    def count(self) -> int:
+        return sum(self.places.values())
 
     def __enter__(self) -> "Lanes":
         try:
@@ -44,7 +49,7 @@ class Lanes:
         except ConnectionError as error:
             raise UserError(str(error)) from error
         try:
-            self.spec, self.count = self._first()
+            self.spec, self.places = self._first()
         except BaseException:
             disconnect()
             raise
@@ -53,15 +58,15 @@ class Lanes:
     def __exit__(self, *exc: object) -> None:
         disconnect()
 
-    def _first(self) -> tuple[LaneSpec, int]:
-        """Size and number of lanes, once there is room for one."""
+    def _first(self) -> tuple[LaneSpec, dict[str, int]]:
+        """Size and places of the lanes, once there is room for one."""
         request, end, said = self.request, time.time() + JOIN_S, False
         while True:
             try:
-                spec, count = lanes_for(nodes(), request)
+                spec, places = lanes_for(nodes(), request)
                 if not spec.gpus and request.gpus is None and in_cluster():
                     self.say(CPUS_ALONE)
-                return spec, count
+                return spec, places
             except UserError as error:
                 if not in_cluster() or time.time() > end:
                     raise
@@ -71,39 +76,39 @@ class Lanes:
             self.demand.keep(request.cpus or 1.0, request.gpus or 0.0, request.workers, lanes=1)
             time.sleep(LOOK_S)
 
-    def now(self, wanted: int | None) -> int:
-        """How many there are; of an autoscaler those that `wanted` (None: any number of) trials lack are asked for.
+    def now(self, wanted: int | None) -> dict[str, int]:
+        """The places there are; of an autoscaler those that `wanted` (None: any number of) trials lack are asked for.
 
         Raises UserError when Ray has died on this machine: a driver that stays behind gets no worker ever again.
         """
         machines = nodes()
         if not any(node.here for node in machines):
             raise UserError(f"{RAY_DIED}; the same command continues")
-        self.count = count_lanes(machines, self.spec)
+        self.places = places_on(machines, self.spec)
         lacking = sys.maxsize if wanted is None else max(0, wanted - self.count)
         self.demand.keep(self.spec.cpus, self.spec.gpus, self.spec.workers, lacking)
-        return self.count
+        return self.places
 
 
-def lanes_for(machines: Sequence[Node], request: LaneRequest) -> tuple[LaneSpec, int]:
-    """What one lane takes and how many lanes these machines hold; raises UserError when they hold none."""
+def lanes_for(machines: Sequence[Node], request: LaneRequest) -> tuple[LaneSpec, dict[str, int]]:
+    """What one lane takes, and where these machines hold lanes; raises UserError when they hold none."""
     gpus, workers = request.gpus, request.workers
     if gpus is None:
         gpus = 1.0 if any(node.gpus for node in machines) else 0.0
     shares = []  # CPU slots for one worker, on every machine that can have any
     for node in machines:
-        places = _gpu_places(node, gpus) if gpus else min(int(node.cpus), max(workers, MOST_CPU_LANES))
-        shares += [float(node.cpus // places)] if places else []
+        ranks = _gpu_places(node, gpus) if gpus else min(int(node.cpus), max(workers, MOST_CPU_LANES))
+        shares += [float(node.cpus // ranks)] if ranks else []
     cpus = request.cpus or max(1.0, min(shares, default=1.0))
     spec = LaneSpec(workers=workers, cpus=cpus, gpus=gpus)
-    lanes = count_lanes(machines, spec)
-    if lanes < 1:
+    places = places_on(machines, spec)
+    if not places:
         has = " + ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in machines)
         raise UserError(
             f"a trial needs {workers} x ({cpus:g} CPUs, {gpus:g} GPUs), but there are {has or 'none'}; "
             "lower --cpus-per-trial, --gpus-per-trial or --workers-per-trial"
         )
-    return spec, lanes
+    return spec, places
 
 
 def _gpu_places(node: Node, gpus: float) -> int:
@@ -111,9 +116,15 @@ def _gpu_places(node: Node, gpus: float) -> int:
     return int(node.gpus) * int(1 / gpus) if gpus < 1 else int(node.gpus / gpus)
 
 
-def count_lanes(machines: Sequence[Node], spec: LaneSpec) -> int:
-    """How many lanes of this size the machines hold; the workers of one lane may be on several."""
-    places = [
-        min(int(node.cpus / spec.cpus), _gpu_places(node, spec.gpus) if spec.gpus else sys.maxsize) for node in machines
-    ]
-    return sum(places) // spec.workers
+def places_on(machines: Sequence[Node], spec: LaneSpec) -> dict[str, int]:
+    """Ray's id of a machine -> how many lanes of this size it holds, at least one.
+
+    Where that leaves out lanes that would fit with their workers on several machines, all lanes may be anywhere.
+    """
+    ranks = {
+        node.id: min(int(node.cpus / spec.cpus), _gpu_places(node, spec.gpus) if spec.gpus else sys.maxsize)
+        for node in machines
+    }
+    whole = {id: count // spec.workers for id, count in ranks.items() if count >= spec.workers}
+    most = sum(ranks.values()) // spec.workers
+    return whole if sum(whole.values()) == most else {ANYWHERE: most}  # none: no machine

@@ -13,9 +13,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ray import tune
@@ -23,7 +23,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cluster.lane import LaneLost, LaneSpec, run_in_lane
+from cluster.lane import ANYWHERE, NODE_LABEL, LaneLost, LaneSpec, run_in_lane
 from cluster.ranks import Target
 from trainables.errors import UserError
 from trainables.job import Metrics, Outcome, Result
@@ -87,13 +87,14 @@ class Lost:
 Message = Metrics | Result | Lost
 
 
-def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | Callable[[], int]) -> None:
+def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | Callable[[], Mapping[str, int]]) -> None:
     """Run the source's jobs in lanes of size `spec` until it has no more; Ray must be connected.
 
-    `lanes` is how many there are; a function is asked twice a second, so that machines that join get trials. A job
-    whose lane was lost, alone or with its machine, goes first to whichever lane is free next. Where machines may go, a
-    lost lane is not replaced before the cluster would have noticed that its machine is gone: the new one would wait for
-    room while the others run out of trials.
+    `lanes` is how many there are, or a function that says how many each machine holds (cluster.capacity.places_on): it
+    is asked twice a second, so that machines that join get trials. All processes of a lane are then on its machine, so
+    a lost machine takes its own lanes only. A job whose lane was lost, alone or with its machine, goes first to
+    whichever lane is free next. Where machines may go, a lost lane is not replaced before the cluster would have
+    noticed that its machine is gone: the new one would wait for room while the others run out of trials.
 
     Besides the target's own outcomes (see run_in_lane) a job can end as pruned: the source stopped it; interrupted:
     everything is stopping, its checkpoint stays; lost node: its lanes were lost again and again.
@@ -107,18 +108,17 @@ def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | C
         # The thread that sits in tune.report must leave before its actor can be reused; the default wait is 2 s.
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
         try:
-            _tell(run_in_lane(target, spec, config["job"], _tell))
+            _tell(run_in_lane(target, replace(spec, node=config["node"]), config["job"], _tell))
         except LaneLost as loss:
             _tell(Lost(str(loss), loss.details, loss.started))
 
     os.environ.update(TUNE_ENVIRONMENT)
-    bridge = _Bridge(source, lanes, NOTICE_S) if callable(lanes) else _Bridge(source, lambda: lanes)
+    bridge = _Bridge(source, lanes, NOTICE_S) if callable(lanes) else _Bridge(source, lambda: {ANYWHERE: lanes})
     with _ctrl_c_stops(source), _quiet(), tempfile.TemporaryDirectory(prefix="tune-") as folder:
         try:
             # tune.run rather than Tuner, which would pickle the source for a restore that is never used.
             tune.run(
-                # The trial's own process only waits for its lane; a CPU slot for it would starve the lane's workers.
-                tune.with_resources(train_trial, {"memory": 1}),
+                tune.with_resources(train_trial, _place),
                 name="sweep",
                 num_samples=-1,
                 search_alg=_Searcher(bridge),
@@ -135,6 +135,14 @@ def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | C
         raise bridge.error
 
 
+def _place(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+    """Where the trial's own process is to be: with its lane, which it only waits for. A CPU slot for it would starve
+    the lane's workers."""
+    node = config["node"]
+    labels = None if node == ANYWHERE else [{NODE_LABEL: node}]
+    return tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=labels)
+
+
 def _tell(message: Message) -> None:
     """From the trial to _Bridge.hear; in a tuple, because Tune takes nested dicts apart."""
     tune.report({"message": (message,)})
@@ -143,11 +151,14 @@ def _tell(message: Message) -> None:
 class _Bridge:
     """The source behind Tune's searcher and scheduler: knows jobs by Tune's trial ids, and never raises into Tune."""
 
-    def __init__(self, source: JobSource, lanes: Callable[[], int], notice_s: float = 0.0) -> None:
+    def __init__(self, source: JobSource, lanes: Callable[[], Mapping[str, int]], notice_s: float = 0.0) -> None:
         self.source, self.lanes, self.notice_s = source, lanes, notice_s
-        self.left, self.left_until = 0, -math.inf  # lanes that a loss has left for sure, and how long that counts
-        self.room, self.counted = 0, -math.inf  # how many lanes there are, and when that was asked
+        # machine -> how many of its lanes a loss has left for sure, and how long that counts
+        self.left: dict[str, tuple[int, float]] = {}
+        self.room: Mapping[str, int] = {}  # machine -> how many lanes it holds
+        self.counted = -math.inf  # when that was asked
         self.running: dict[str, Numbered] = {}  # Tune's trial id -> the job
+        self.nodes: dict[str, str] = {}  # Tune's trial id -> the machine, of those that run
         self.again: list[Numbered] = []  # jobs whose lane was lost
         self.losses: Counter[str] = Counter()  # by the job's id, since its last new epoch
         self.epochs: dict[str, float] = {}  # the latest of every job
@@ -158,13 +169,33 @@ class _Bridge:
 
     def next(self, trial_id: str) -> Numbered | None:
         self._count_lanes()
-        room = min(self.room, self.left) if time.monotonic() < self.left_until else self.room
-        if self.source.stopping or len(self.running) >= room:
+        node = self._free_node()
+        if self.source.stopping or node is None:
             return None
         job = self.again.pop(0) if self.again else self._ask(self.source.next)
         if job is not None:
-            self.running[trial_id] = job
+            self.running[trial_id], self.nodes[trial_id] = job, node
         return job
+
+    def _free_node(self) -> str | None:
+        """The machine with most free lanes, or None."""
+        if len(self.running) >= sum(self.room.values()):
+            return None
+        free = {node: room - self._busy(node) for node, room in self.room.items()}
+        for node, (left, until) in self.left.items():
+            if node in free and time.monotonic() < until:
+                free[node] = min(free[node], left - self._busy(node))
+        best = max(free, key=lambda node: free[node], default=None)
+        return best if best is not None and free[best] > 0 else None
+
+    def _busy(self, node: str) -> int:
+        """How many trials run on the machine."""
+        return len(self.running) if node == ANYWHERE else list(self.nodes.values()).count(node)
+
+    def is_missing(self, trial_id: str) -> bool:
+        """Whether the trial's machine has left the cluster."""
+        node = self.nodes.get(trial_id, ANYWHERE)
+        return node != ANYWHERE and bool(self.room) and ANYWHERE not in self.room and node not in self.room
 
     def has_more(self) -> bool:
         if self.source.stopping:
@@ -197,29 +228,32 @@ class _Bridge:
             self._break_circuit(result.error)
         elif result.outcome is not Outcome.INTERRUPTED:
             self.barren = 0
+        self.nodes.pop(trial_id, None)
         self._ask(self.source.finish, self.running.pop(trial_id).id, result)
 
     def lose(self, trial_id: str, loss: Lost) -> None:
         """The lane died, or the Tune actor that owned it."""
         if trial_id not in self.running:
             return
-        id = self.running[trial_id].id
+        id, node = self.running[trial_id].id, self.nodes.get(trial_id, ANYWHERE)
         if loss.started:
             self.losses[id] += 1
-            self._break_circuit(loss.error)
+            if node == ANYWHERE or time.monotonic() > self.left.get(node, (0, -math.inf))[1]:
+                self._break_circuit(loss.error)  # a machine's lanes are lost together, which is one failure
         else:  # other jobs of the cluster have the room now
             print(f"{id} waits: {loss.error}", file=sys.stderr, flush=True)
         if self.losses[id] > MOST_LOSSES:
             self.finish(trial_id, Result(Outcome.LOST_NODE, error=loss.error, traceback=loss.details))
         else:
             self.again.append(self.running.pop(trial_id))
-        self.left, self.left_until = len(self.running), time.monotonic() + self.notice_s
+            self.nodes.pop(trial_id, None)
+        self.left[node] = self._busy(node), time.monotonic() + self.notice_s
 
     def interrupt(self) -> None:
         """Whatever has not ended is continued next time."""
         for job in [*self.running.values(), *self.again]:
             self._ask(self.source.finish, job.id, Result(Outcome.INTERRUPTED))
-        self.running, self.again = {}, []
+        self.running, self.nodes, self.again = {}, {}, []
 
     def tick(self) -> None:
         """Called at every step of Tune's loop."""
@@ -246,7 +280,7 @@ class _Bridge:
 
     def _count_lanes(self) -> None:
         if time.monotonic() - self.counted > TICK_S:
-            self.counted, self.room = time.monotonic(), self._ask(self.lanes) or 0
+            self.counted, self.room = time.monotonic(), self._ask(self.lanes) or {}
 
     def _ask(self, method: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -267,7 +301,7 @@ class _Searcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         job = self.bridge.next(trial_id)
         if job is not None:
-            return {"job": job}
+            return {"job": job, "node": self.bridge.nodes[trial_id]}
         return None if self.bridge.has_more() else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -290,6 +324,10 @@ class _Scheduler(FIFOScheduler):
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Called at every step of Tune's loop, which takes at most 0.1 s; Tune starts pending trials by itself."""
         self.bridge.tick()
+        for trial in list(tune_controller.get_live_trials()):
+            if trial.status == Trial.PENDING and self.bridge.is_missing(trial.trial_id):
+                self.bridge.lose(trial.trial_id, Lost("its machine has left the cluster", started=False))
+                tune_controller.stop_trial(trial)
         if self.bridge.source.stopping:
             for trial in list(tune_controller.get_live_trials()):
                 begun = trial.status != Trial.PENDING  # one that waits for its place has no epoch to end

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from rich.console import Console
 from cluster.capacity import Lanes
 from cluster.connect import in_cluster
 from cluster.metrics import SweepMetrics
+from cluster.tasks import call_on_workers
 from cluster.tuner import run_trials
 from ensemble.file import Ensemble, as_before, write_ensemble
 from ensemble.report.write import PAGE, read_report, summary, write_report
@@ -138,16 +140,16 @@ def _sweep(
             metrics = SweepMetrics(plan.run.name)
             board = LiveBoard(live, plan.trials, budget.deadline, plan.splits.shared, earlier, links, metrics)
 
-            def count_lanes() -> int:
+            def places() -> dict[str, int]:
                 if isinstance(opened.lock, Lease):
                     opened.lock.check()
-                count = lanes.now(wanted=plan.trials and plan.trials - len(sweep.tried))
-                sweep.time.place(max(1, count), devices=lanes.spec.workers * (lanes.spec.gpus or 1))
-                return count
+                now = lanes.now(wanted=plan.trials and plan.trials - len(sweep.tried))
+                sweep.time.place(max(1, lanes.count), devices=lanes.spec.workers * (lanes.spec.gpus or 1))
+                return now
 
             with board:
                 while sweep.has_more() and not sweep.stopping:
-                    run_trials(WatchedSweep(sweep, board), run_trial, lanes.spec, count_lanes)
+                    run_trials(WatchedSweep(sweep, board), run_trial, lanes.spec, places)
         sweep.remove_stale_checkpoints()
     if not sweep.stopping:
         sweep.close()
@@ -326,7 +328,8 @@ def _conclude(
     else:
         found = read_report(plan.run, ensemble) if is_over else None
         if found is None:
-            found = write_report([plan.run], ensemble)
+            spread = partial(call_on_workers, config.lane_request(), console.print) if in_cluster() else None
+            found = write_report([plan.run], ensemble, spread)
         if "test" not in found:
             why = found["missing"].get("test", "the data set has no test part")
             console.print(f"{why}, so nothing is said about unseen images beyond the select split", markup=False)

@@ -4,8 +4,9 @@ The frozen ensemble and the best single model are scored on the test part of the
 nothing else reads the test labels. Whatever else is told of the select split says so.
 """
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from upath import UPath
 
 from ensemble.file import Ensemble, run_of
 from ensemble.pool import Pool, load_pool
-from ensemble.predict import candidate_predictor, predict_all
+from ensemble.predict import BATCH, Predictor, candidate_predictor, predict_all
 from ensemble.report.looks import Look, count_look, in_words
 from ensemble.report.numbers import Evidence, findings, test_scores
 from ensemble.report.page import report_page
@@ -26,14 +27,18 @@ from ensemble.selection.goal import LOWER_IS_BETTER
 from ensemble.show import metric_in_words
 from trainables.command import progress
 from trainables.data.dataset import Data, open_test
+from trainables.data.packed import ImageRows
 from trainables.data.share import open_run_data, select_images
 from trainables.data.splits import Splits
 from trainables.errors import UserError
 from trainables.run.records import read_records
-from trainables.run_directory import Candidate, RunInfo, read_run
+from trainables.run_directory import Candidate, RunInfo, read_candidate, read_run
 from trainables.storage import Damaged, exists, read_json, write_bytes, write_json
 
 PAGE, NUMBERS = "report.html", "report.json"
+PARTS = 64  # that the test part has at least, where other machines predict it, and it is not tiny
+Spread = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
+"""Calls a function as `function(device, *call)` for every call, on other machines; yields the results in order."""
 
 
 def read_report(run: UPath, ensemble: Ensemble) -> dict[str, Any] | None:
@@ -48,13 +53,14 @@ def read_report(run: UPath, ensemble: Ensemble) -> dict[str, Any] | None:
     return found
 
 
-def write_report(runs: Sequence[UPath], ensemble: Ensemble) -> dict[str, Any]:
+def write_report(runs: Sequence[UPath], ensemble: Ensemble, spread: Spread | None = None) -> dict[str, Any]:
     """Write report.html and report.json, and return what the latter holds: `test` only where there is a test part.
 
     Of a refit only report.json: all its labelled images were trained on, so the test part is all there is to report on.
 
-    runs: the ensemble's own, then the others that its members come from. Raises UserError when the ensemble's members
-    are not usable.
+    runs: the ensemble's own, then the others that its members come from. spread: has other machines predict the test
+    part, from the run directory's networks and the images alone. Raises UserError when the ensemble's members are not
+    usable.
     """
     run, info = runs[0], read_run(runs[0])
     if info.refit_of is not None:
@@ -72,7 +78,7 @@ def write_report(runs: Sequence[UPath], ensemble: Ensemble) -> dict[str, Any]:
     evidence = None
     if info.splits.test and data is not None:
         try:
-            evidence = _on_test(runs, ensemble, pool.candidates[single], data)
+            evidence = _on_test(runs, ensemble, pool.candidates[single], data, spread)
         except UserError as error:
             missing["test"] = str(error)
     elif info.splits.test:
@@ -142,15 +148,19 @@ def _report_refit(runs: Sequence[UPath], info: RunInfo, ensemble: Ensemble) -> d
     return found
 
 
-def _on_test(runs: Sequence[UPath], ensemble: Ensemble, alone: Candidate, data: Data) -> Evidence:
+def _on_test(
+    runs: Sequence[UPath], ensemble: Ensemble, alone: Candidate, data: Data, spread: Spread | None = None
+) -> Evidence:
     """The frozen ensemble and the best single model on the test part. Raises UserError when one cannot predict."""
     looks = count_look(runs[0], ensemble.name, ensemble.created)
     images, labels = open_test(data.path)
     candidates = [member.candidate(runs) for member in ensemble.members]
-    probs, networks = {}, {str(c.path): c for c in [*candidates, alone]}
+    networks = {str(c.path): c for c in [*candidates, alone]}
     with progress("predicting the test part", len(networks) * len(images)) as advance:
-        for path, candidate in networks.items():
-            probs[path] = predict_all(candidate_predictor(candidate), images, advance)
+        if spread is None:
+            probs = {p: predict_all(candidate_predictor(c), images, advance) for p, c in networks.items()}
+        else:
+            probs = _predict_elsewhere(tuple(networks), images, spread, advance)
     together = ensemble.predict([probs[str(candidate.path)] for candidate in candidates])
     return Evidence(
         "test",
@@ -163,6 +173,30 @@ def _on_test(runs: Sequence[UPath], ensemble: Ensemble, alone: Candidate, data: 
         ensemble.decision,
         looks,
     )
+
+
+def _predict_elsewhere(
+    paths: tuple[str, ...], images: ImageRows, spread: Spread, advance: Callable[[int], None]
+) -> dict[str, np.ndarray]:
+    """Each network's probabilities, float32 (N, C), of images (N, H, W, 3) that go to other machines in parts."""
+    size = max(1, min(BATCH, len(images) // PARTS))
+    calls = ((paths, np.asarray(images[start : start + size])) for start in range(0, len(images), size))
+    parts: list[list[np.ndarray]] = []
+    for part in spread(predict_part, calls):
+        parts.append(part)
+        advance(sum(map(len, part)))
+    return {path: np.concatenate(of_one) for path, of_one in zip(paths, zip(*parts, strict=True), strict=True)}
+
+
+def predict_part(device: str, paths: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
+    """Probabilities, float32 (N, C), of images (N, H, W, 3) by each of the candidates in these folders."""
+    return [_network(path, device)(images) for path in paths]
+
+
+@functools.lru_cache(maxsize=16)
+def _network(path: str, device: str) -> Predictor:
+    """Loaded once by a process that gets part after part."""
+    return candidate_predictor(read_candidate(UPath(path)), device)
 
 
 def _on_select(

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from upath import UPath
 
 from cluster import capacity
-from cluster.capacity import Lanes, lanes_for
+from cluster.capacity import Lanes, lanes_for, places_on
 from cluster.connect import Node, _like_ctrl_c, free_port
+from cluster.lane import ANYWHERE, LaneSpec
 from ensemble.file import Ensemble, read_ensemble
 from ensemble.show import make_console
 from search import run as search_run
@@ -264,8 +265,18 @@ def test_weights_by_name_from_a_folder(tmp_path: Path) -> None:
     ],
 )
 def test_lanes_fill_the_cluster(machines: list[Node], config: dict, expected: tuple) -> None:
-    spec, lanes = lanes_for(machines, SearchConfig(**config).lane_request())
-    assert (spec.workers, spec.cpus, spec.gpus, lanes) == expected
+    named = [replace(node, id=str(number)) for number, node in enumerate(machines)]
+    spec, places = lanes_for(named, SearchConfig(**config).lane_request())
+    assert (spec.workers, spec.cpus, spec.gpus, sum(places.values())) == expected
+
+
+def test_a_lane_is_on_one_machine_where_that_costs_no_lane() -> None:
+    machines = [Node(4, id="a"), Node(1, id="b"), Node(2, id="c")]
+    assert places_on(machines, LaneSpec(cpus=1)) == {"a": 4, "b": 1, "c": 2}
+    assert places_on(machines, LaneSpec(cpus=2)) == {"a": 2, "c": 1}
+    assert places_on(machines, LaneSpec(workers=2)) == {"a": 2, "c": 1}
+    assert places_on(machines, LaneSpec(workers=3)) == {ANYWHERE: 2}
+    assert places_on(machines, LaneSpec(cpus=8)) == {}
 
 
 def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

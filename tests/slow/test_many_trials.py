@@ -29,9 +29,12 @@ class Lanes:
 
     def __init__(self, s: Sweep, choice: random.Random) -> None:
         self.sweep, self.choice, self.size = s, choice, LANES
-        self.bridge = _Bridge(s, lambda: self.size)
+        self.bridge = _Bridge(s, self.places)
         self.busy: dict[str, tuple[Job, int]] = {}
         self.started = 0
+
+    def places(self) -> dict[str, int]:
+        return {f"machine-{first}": min(4, self.size - first) for first in range(0, self.size, 4)}
 
     def step(self) -> None:
         choice, bridge = self.choice, self.bridge

@@ -328,7 +328,10 @@ def _conclude(
     else:
         found = read_report(plan.run, ensemble) if is_over else None
         if found is None:
-            spread = partial(call_on_workers, config.lane_request(), console.print) if in_cluster() else None
+            spread = None
+            if in_cluster():
+                console.print("the cluster's machines predict the test part")
+                spread = partial(call_on_workers, config.lane_request(), console.print)
             found = write_report([plan.run], ensemble, spread)
         if "test" not in found:
             why = found["missing"].get("test", "the data set has no test part")

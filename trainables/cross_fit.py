@@ -40,7 +40,7 @@ def cross_fit(
     trainings, is_first = splits.trainings, not dist.is_initialized() or dist.get_rank() == 0
     probs = np.zeros((len(splits.train), len(data.classes)), np.float32)
     seconds, cut, told, stopped = 0.0, False, 0, False
-    resumed: list[int] = []
+    resumed: list[float] = []
 
     def run(number: int, part: Splits) -> Trained:
         def progress(metrics: Metrics) -> bool:

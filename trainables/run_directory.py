@@ -201,7 +201,7 @@ class CandidateInfo:
     latency_ms: float | None = None
     seconds: float | None = None
     node: str = ""
-    resumed_after_epochs: tuple[int, ...] = ()
+    resumed_after_epochs: tuple[float, ...] = ()
     finished: float | None = None
     split_fingerprint: str | None = None
     tune_and_select_shared: bool = False

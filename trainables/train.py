@@ -1,14 +1,14 @@
 """train(config, data, splits, report): THE training loop. Plain PyTorch; Ray is nowhere in it.
 
-Every epoch's randomness is a function of (seed, epoch), so a run that was cut and resumed from its checkpoint ends in
-the same weights as one that was not (on a CPU, to the bit). Under torch.distributed every rank calls train() with the
-same arguments and takes its share of each batch.
+Randomness is a function of (seed, epoch, tenth of the epoch), so a run that was cut and resumed from a checkpoint ends
+in the same weights as one that was not (on a CPU, to the bit). Under torch.distributed every rank calls train() with
+the same arguments and takes its share of each batch.
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,11 @@ from trainables.storage import Damaged
 from trainables.training.augment import Pixels
 from trainables.training.averaging import WeightAverage
 from trainables.training.checkpoint import read_checkpoint, write_checkpoint
-from trainables.training.learner import Learner
+from trainables.training.learner import Learner, tenths
 from trainables.training.ranks import from_first
 
 PLATEAU_EPOCHS = 2
+RARELY = 50  # times what a checkpoint takes lie between two within an epoch, so they cost at most a fiftieth
 EXPLODED = 10.0  # an epoch's mean loss of that many times ln(classes) is not going to come back
 
 Report = Callable[[Metrics], bool]
@@ -51,7 +52,7 @@ class Trained:
         pixels: mean and std the inputs are normalised with.
         precision, accumulate: what was really used.
         seconds: spent in training steps and evaluation, over all resumptions.
-        resumed: after which epochs it was continued from a checkpoint.
+        resumed: after how many epochs it was continued from a checkpoint, each time.
         image_size: side in pixels at which the predictions were made.
         outcome: finished, pruned (report() said stop: then without probs), or time (cut at the deadline).
     """
@@ -64,7 +65,7 @@ class Trained:
     precision: str
     accumulate: int
     seconds: float
-    resumed: list[int]
+    resumed: list[float]
     image_size: int
     outcome: Outcome
     refitted: bool = False
@@ -75,11 +76,16 @@ class Progress:
     """Where a trial stands; with the tensors, this is its checkpoint."""
 
     epoch: int = 0  # epochs done
+    step: int = 0  # steps done of the next one: none, or as many as some tenths of it have
+    steps: int = 0  # that it has; 0 while none is done
+    loss: float = 0.0  # summed over these steps, by rank 0: on the average the others' is the same
+    seen: int = 0  # images in these steps
+    training: float = 0.0  # seconds of these steps
     seconds: float = 0.0
     since_best: int = 0
     best_log_loss: float = math.inf
     curve: list[Metrics] = field(default_factory=list)
-    resumed: list[int] = field(default_factory=list)
+    resumed: list[float] = field(default_factory=list)
 
 
 class EarlyStopping:
@@ -114,6 +120,37 @@ class EarlyStopping:
     @property
     def is_over(self) -> bool:
         return bool(self.config.patience) and self.progress.since_best >= self.config.patience
+
+
+class Checkpoints:
+    """Writes a training's checkpoint: after every epoch, and within one as often as that costs next to nothing.
+
+    So a machine that goes without a word costs seconds, or a tenth of an epoch where that is longer.
+    """
+
+    def __init__(
+        self, path: UPath | None, learner: Learner, average: WeightAverage, stopping: EarlyStopping, progress: Progress
+    ) -> None:
+        self.path, self.learner, self.average = path, learner, average
+        self.stopping, self.progress = stopping, progress
+        self.written, self.took = time.perf_counter(), 0.1  # when the last was, and the seconds that it took
+
+    def write(self) -> None:
+        if self.path is None or self.learner.rank > 0:
+            return
+        began = time.perf_counter()
+        write_checkpoint(
+            self.path,
+            {"learner": self.learner.state_dict(), "average": self.average.state_dict(), "best": self.stopping.best,
+             "progress": vars(self.progress)},
+        )  # fmt: skip
+        self.written = time.perf_counter()
+        self.took = self.written - began
+
+    @property
+    def are_due(self) -> bool:
+        """Whether one within an epoch is."""
+        return time.perf_counter() - self.written > RARELY * self.took
 
 
 class Deadline:
@@ -169,7 +206,8 @@ def train(
         report: called on every rank after each epoch with tune scores; returns True to abandon the trial. A probe
             reports once, as epoch 0.
         weights: source of pretrained weights; needed when config.pretrained.
-        checkpoint: file that is written after each epoch but the last, and continued from when it exists.
+        checkpoint: file that is written after each epoch but the last, and where a tenth of a long one is over, and
+            continued from when it exists.
         deadline: time.time() after which the running epoch is ended early and the trial finishes with what it has.
         share: above 0 to 1, of the time that is left until the deadline when the head's features are there: those serve
             all trainings on the same images, among which the rest of the time is shared out.
@@ -192,7 +230,7 @@ def train(
             average.load_state_dict(state["average"], learner.device)
             progress = Progress(**state["progress"])
             stopping = EarlyStopping(config, progress, state["best"])
-            progress.resumed.append(progress.epoch)
+            progress.resumed.append(round(progress.epoch + progress.step / max(1, progress.steps), 2))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if state is None:
             raise
@@ -200,13 +238,22 @@ def train(
     now = time.time()
     at = None if deadline is None else now + share * (deadline - now) if deadline > now else deadline
     cut, outcome = Deadline(at, learner), Outcome.FINISHED
+    checkpoints = Checkpoints(checkpoint, learner, average, stopping, progress)
     progress.seconds += time.perf_counter() - started
 
     while progress.epoch < config.all_epochs:
-        epoch, started = progress.epoch, time.perf_counter()
-        batches = learner.begin_epoch(epoch)
-        total_loss, seen = torch.zeros((), device=learner.device), 0
-        for step, batch in enumerate(batches):
+        epoch, started, before = progress.epoch, time.perf_counter(), replace(progress)
+        batches = learner.begin_epoch(epoch, before.step)
+        total_loss, seen = torch.tensor(before.loss, device=learner.device), before.seen
+        for step, batch in enumerate(batches[before.step :], before.step):
+            if step > before.step and step in tenths(len(batches)):
+                learner.begin_tenth(step)
+                if checkpoints.are_due:
+                    spent = time.perf_counter() - started
+                    progress.step, progress.steps = step, len(batches)
+                    progress.loss, progress.seen = float(total_loss), seen
+                    progress.seconds, progress.training = before.seconds + spent, before.training + spent
+                    checkpoints.write()
             tick()
             at = cut.schedule(epoch + step / len(batches))
             learner.set_lr(at, stopping.lr_factor)
@@ -223,23 +270,20 @@ def train(
         train_loss = learner.over_ranks([float(total_loss)])[0] / seen
         if not math.isfinite(train_loss) or train_loss > EXPLODED * math.log(max(3, len(data.classes))):
             raise Diverged(f"mean training loss {train_loss:.3g} after epoch {epoch + 1}")
-        training = time.perf_counter() - started
+        training = before.training + time.perf_counter() - started
         with average.applied(model):
             tune = _tune_scores(learner, splits, data, epoch)
             stopping.see(tune, model.state_dict)
-        progress.epoch += 1
-        progress.seconds += time.perf_counter() - started
+        progress.epoch, progress.step, progress.steps = progress.epoch + 1, 0, 0
+        progress.loss, progress.seen, progress.training = 0.0, 0, 0.0
+        progress.seconds = before.seconds + time.perf_counter() - started
         progress.curve.append(
             {"epoch": progress.epoch, "train_loss": train_loss, **tune, "lr": learner.lr,
              "seconds": round(progress.seconds, 3), "images_per_second": round(seen / training, 1)}
         )  # fmt: skip
         last = outcome is Outcome.TIME or progress.epoch == config.all_epochs or stopping.is_over
-        if checkpoint is not None and not last and learner.rank == 0:
-            write_checkpoint(
-                checkpoint,
-                {"learner": learner.state_dict(), "average": average.state_dict(), "best": stopping.best,
-                 "progress": vars(progress)},
-            )  # fmt: skip
+        if not last:
+            checkpoints.write()
         if report(progress.curve[-1]) and not last:
             outcome = Outcome.PRUNED
             break

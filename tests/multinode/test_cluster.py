@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from upath import UPath
 
@@ -17,6 +18,7 @@ from tests.tiny_space import write_space
 from trainables.run.records import read_records
 from trainables.run_directory import CandidateInfo, list_candidates
 from trainables.storage import read_json
+from trainables.training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300  # seconds that a step may take on a busy machine before the test gives up
@@ -98,6 +100,45 @@ def test_what_a_job_says_and_how_it_ends(cluster: LocalCluster, tmp_path: Path) 
     cluster.ray(*submission(run, space))
     (candidate,) = list_candidates(UPath(run))
     assert candidate.info.resumed_after_epochs
+
+
+@pytest.mark.cluster
+def test_a_lost_machine_takes_its_own_trial_only_and_a_tenth_of_an_epoch(cluster: LocalCluster, tmp_path: Path) -> None:
+    """Before: Tune actors, controllers and mailboxes lay on whichever machine had most free memory, and its loss ended
+    all lanes; and a lost trial went on from its last whole epoch, however long that had been ago."""
+    space, run = tmp_path / "long_epochs.py", tmp_path / "run"
+    write_space(space, trials=3, epochs=2, batch_size=8)
+    space.write_text(space.read_text().replace("width=0.25, image_size=16", "width=0.5, image_size=64"))
+    nodes = [cluster.add_node(cpus=1) for _ in range(3)]
+    cluster.ray(*submission(run, space, "--no-wait", "--submission-id", "first"))
+    wait_until(
+        lambda: len(shares := saved_within_an_epoch(run)) == 3 and all(shares.values()), "three trials, well begun"
+    )
+    saved = saved_within_an_epoch(run)
+    nodes[0].kill()
+    wait_until(lambda: len(list_candidates(UPath(run))) == 3 and (run / "report.json").exists(), "the sweep's end")
+    resumed = {c.id: c.info.resumed_after_epochs for c in list_candidates(UPath(run)) if c.info.resumed_after_epochs}
+    assert len(resumed) == 1, "the other two trained on"
+    ((id, (after,)),) = resumed.items()
+    assert after >= saved[id], "nothing that was saved is trained again, and a tenth of an epoch lies between two"
+    assert after % 1 > 0
+    wait_until(lambda: "succeeded" in cluster.ray("job", "status", "first").stdout, "the job's end")
+    logs = cluster.ray("job", "logs", "first").stdout
+    assert "the cluster's machines predict the test part" in logs  # the head has no CPU slot
+    assert read_json(UPath(run) / "report.json")["test"]["ensemble"]["images"] == 719
+
+
+def saved_within_an_epoch(run: Path) -> dict[str, float]:
+    """By trial, how many epochs its checkpoint holds; 0 for one that lies at an epoch's end."""
+    shares = {}
+    for path in run.glob("checkpoints/*/state.safetensors"):
+        state = read_checkpoint(UPath(path), torch.device("cpu"))
+        assert state is not None
+        progress = state["progress"]
+        shares[path.parent.name] = (
+            progress["epoch"] + progress["step"] / progress["steps"] if progress["steps"] else 0.0
+        )
+    return shares
 
 
 @pytest.mark.cluster

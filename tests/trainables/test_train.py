@@ -1,6 +1,7 @@
 """The training loop in this process: it learns, resumes exactly, freezes, averages, stops, and says how it ended."""
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainables.data.splits import Splits
 from trainables.errors import UserError
 from trainables.models.backbones import build, head_of, set_frozen
 from trainables.train import Diverged, Trained, train
+from trainables.training.learner import Learner
 
 SMALL = TrialConfig(
     backbone="speednet",
@@ -93,6 +95,38 @@ def test_a_resumed_run_ends_in_the_same_weights(
     assert [row["epoch"] for row in resumed.curve] == [1, 2, 3]
     assert same(whole, resumed)
     np.testing.assert_array_equal(whole.probs["select"], resumed.probs["select"])
+
+
+@pytest.mark.parametrize("changes", [{"dropout": 0.3, "crop": 2, "mixup": 0.4}, {"optimizer": "muon", "ema": 0.9}])
+def test_a_training_that_is_cut_within_an_epoch_repeats_at_most_a_tenth_of_it(
+    data: Data, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Before: a machine that went in the last minute of a long epoch took all of it along."""
+    monkeypatch.setattr("trainables.train.RARELY", 0)
+    config, checkpoint = replace(SMALL, batch_size=8, **changes), UPath(tmp_path / "state.safetensors")
+    steps, last, step = 0, 0, Learner.step
+
+    def counted(self: Learner, *args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == last:
+            raise Interrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(Learner, "step", counted)
+    whole = train(config, data, splits)
+    every, steps = steps, 0
+    epoch = every // config.epochs
+    last = epoch + 2 * epoch // 3
+    with pytest.raises(Interrupt):
+        train(config, data, splits, checkpoint=checkpoint)
+    done, steps, last = last - 1, 0, 0
+    resumed = train(config, data, splits, checkpoint=checkpoint)
+    assert 0 <= steps - (every - done) <= math.ceil(epoch / 10)
+    assert resumed.resumed == [1.6]
+    assert [row["epoch"] for row in resumed.curve] == [1, 2, 3]
+    assert [row["train_loss"] for row in resumed.curve] == pytest.approx([row["train_loss"] for row in whole.curve])
+    assert same(whole, resumed)
 
 
 def test_a_pruned_trial_stops_at_once_and_predicts_nothing(data: Data, splits: Splits) -> None:

@@ -194,12 +194,12 @@ class Learner:
 
     # training
 
-    def begin_epoch(self, epoch: int) -> list[np.ndarray]:
-        """Set what depends on the epoch: seeds, image size, what learns. Returns its batches of image indices."""
+    def begin_epoch(self, epoch: int, step: int = 0) -> list[np.ndarray]:
+        """Set what depends on the epoch: seeds, image size, what learns. Returns all its batches of image indices, of
+        which the first `step` have been trained on."""
         config = self.config
         self.epoch, self.image_size = epoch, image_size_of(config, epoch)
-        torch.manual_seed((config.seed + 1_000_003 * (epoch + 1) + self.rank) % 2**63)  # dropout and the like
-        self.generator = torch.Generator().manual_seed(config.seed + 7_919 * (epoch + 1) + 104_729 * self.rank)
+        self.begin_tenth(step)
         is_frozen = epoch < config.freeze_epochs
         self.cached = is_frozen and self.features is not None
         self.model.train()
@@ -214,8 +214,14 @@ class Learner:
             rows = np.concatenate([rows, len(self.data.labels) + np.arange(len(self.teacher.unlabelled))])
         batches = _batches(config, self.data.labels, rows, epoch)
         if not self.cached:
-            self.feed.begin([self._share_of(batch) for batch in batches])
+            self.feed.begin([self._share_of(batch) for batch in batches[step:]])
         return batches
+
+    def begin_tenth(self, step: int) -> None:
+        """Set the seeds anew, at a step where a tenth of the epoch begins: there a training can be continued."""
+        seed, epoch = self.config.seed, self.epoch + 1
+        torch.manual_seed((seed + 1_000_003 * epoch + 15_485_863 * step + self.rank) % 2**63)  # dropout and the like
+        self.generator = torch.Generator().manual_seed(seed + 7_919 * epoch + 32_452_843 * step + 104_729 * self.rank)
 
     def _wrap(self) -> None:
         """Let the ranks' gradients meet; anew whenever other parameters learn than before."""
@@ -346,6 +352,11 @@ def with_synced_batchnorm(model: nn.Module) -> nn.Module:
     Not torch's own conversion: it takes timm's BatchNormAct2d for a plain BatchNorm and drops the activation inside.
     """
     return convert_sync_batchnorm(model)
+
+
+def tenths(steps: int) -> tuple[int, ...]:
+    """The steps at which a tenth of an epoch of so many begins; all of them where they are fewer than ten."""
+    return tuple(sorted({round(number * steps / 10) for number in range(10)}))
 
 
 def image_size_of(config: TrialConfig, epoch: int) -> int:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cluster.connect import Demand, Node, connect, disconnect, in_cluster, nodes
 from cluster.lane import ANYWHERE, LaneSpec
@@ -13,8 +14,9 @@ MOST_CPU_LANES = 8  # on a machine without GPUs; each lane is a process of its o
 JOIN_S = 1800.0  # for the first machine of a cluster to come
 LOOK_S = 2.0
 CPUS_ALONE = (
-    "no machine of the cluster has a GPU now, so all trials of this sweep use CPUs; --gpus-per-trial 1 waits for a GPU"
+    "no machine of the cluster has a GPU now, so trials use CPUs until one has; --gpus-per-trial 1 waits for it"
 )
+GPUS_CAME = "a machine with GPUs has joined: from now on trials use GPUs"
 RAY_DIED = "Ray has died on this machine: one of its processes was killed, or memory ran out"
 
 
@@ -27,14 +29,14 @@ class Lanes:
 
     Attributes:
         dashboard: Ray's, its address; "" when there is none.
-        spec: what one lane takes, by the machines there are at the start.
+        spec: what one lane takes, by the machines there are.
         count: how many there are.
         places: on which machines, see `places_on`.
     """
 
     dashboard: str
     spec: LaneSpec
-    places: dict[str, int]
+    places: dict[LaneSpec, int]
 
     def __init__(self, request: LaneRequest, say: Callable[[str], None] = print) -> None:
         self.request, self.say, self.demand = request, say, Demand()
@@ -58,7 +60,7 @@ class Lanes:
     def __exit__(self, *exc: object) -> None:
         disconnect()
 
-    def _first(self) -> tuple[LaneSpec, dict[str, int]]:
+    def _first(self) -> tuple[LaneSpec, dict[LaneSpec, int]]:
         """Size and places of the lanes, once there is room for one."""
         request, end, said = self.request, time.time() + JOIN_S, False
         while True:
@@ -76,21 +78,26 @@ class Lanes:
             self.demand.keep(request.cpus or 1.0, request.gpus or 0.0, request.workers, lanes=1)
             time.sleep(LOOK_S)
 
-    def now(self, wanted: int | None) -> dict[str, int]:
+    def now(self, wanted: int | None) -> dict[LaneSpec, int]:
         """The places there are; of an autoscaler those that `wanted` (None: any number of) trials lack are asked for.
+
+        Where the sweep began on CPUs for want of GPUs, and was not told to, it goes over to the first GPUs that come.
 
         Raises UserError when Ray has died on this machine: a driver that stays behind gets no worker ever again.
         """
         machines = nodes()
         if not any(node.here for node in machines):
             raise UserError(f"{RAY_DIED}; the same command continues")
+        if not self.spec.gpus and self.request.gpus is None and any(node.gpus for node in machines):
+            self.spec, _ = lanes_for(machines, self.request)
+            self.say(GPUS_CAME)
         self.places = places_on(machines, self.spec)
         lacking = sys.maxsize if wanted is None else max(0, wanted - self.count)
         self.demand.keep(self.spec.cpus, self.spec.gpus, self.spec.workers, lacking)
         return self.places
 
 
-def lanes_for(machines: Sequence[Node], request: LaneRequest) -> tuple[LaneSpec, dict[str, int]]:
+def lanes_for(machines: Sequence[Node], request: LaneRequest) -> tuple[LaneSpec, dict[LaneSpec, int]]:
     """What one lane takes, and where these machines hold lanes; raises UserError when they hold none."""
     gpus, workers = request.gpus, request.workers
     if gpus is None:
@@ -116,8 +123,8 @@ def _gpu_places(node: Node, gpus: float) -> int:
     return int(node.gpus) * int(1 / gpus) if gpus < 1 else int(node.gpus / gpus)
 
 
-def places_on(machines: Sequence[Node], spec: LaneSpec) -> dict[str, int]:
-    """Ray's id of a machine -> how many lanes of this size it holds, at least one.
+def places_on(machines: Sequence[Node], spec: LaneSpec) -> dict[LaneSpec, int]:
+    """How many lanes of this size each machine holds, of those that hold any.
 
     Where that leaves out lanes that would fit with their workers on several machines, all lanes may be anywhere.
     """
@@ -125,6 +132,6 @@ def places_on(machines: Sequence[Node], spec: LaneSpec) -> dict[str, int]:
         node.id: min(int(node.cpus / spec.cpus), _gpu_places(node, spec.gpus) if spec.gpus else sys.maxsize)
         for node in machines
     }
-    whole = {id: count // spec.workers for id, count in ranks.items() if count >= spec.workers}
+    whole = {replace(spec, node=id): count // spec.workers for id, count in ranks.items() if count >= spec.workers}
     most = sum(ranks.values()) // spec.workers
-    return whole if sum(whole.values()) == most else {ANYWHERE: most}  # none: no machine
+    return whole if sum(whole.values()) == most else {replace(spec, node=ANYWHERE): most}  # most is 0: no machine

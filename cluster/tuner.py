@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray import tune
@@ -23,7 +23,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cluster.lane import ANYWHERE, NODE_LABEL, LaneLost, LaneSpec, run_in_lane
+from cluster.lane import ANYWHERE, LaneLost, LaneSpec, run_in_lane
 from cluster.ranks import Target
 from trainables.errors import UserError
 from trainables.job import Metrics, Outcome, Result
@@ -85,16 +85,18 @@ class Lost:
 
 
 Message = Metrics | Result | Lost
+Places = Mapping[LaneSpec, int]
+"""How many lanes of a size and on a machine (or anywhere) there are."""
 
 
-def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | Callable[[], Mapping[str, int]]) -> None:
-    """Run the source's jobs in lanes of size `spec` until it has no more; Ray must be connected.
+def run_trials(source: JobSource, target: Target, lanes: Places | Callable[[], Places]) -> None:
+    """Run the source's jobs in lanes until it has no more; Ray must be connected.
 
-    `lanes` is how many there are, or a function that says how many each machine holds (cluster.capacity.places_on): it
-    is asked twice a second, so that machines that join get trials. All processes of a lane are then on its machine, so
-    a lost machine takes its own lanes only. A job whose lane was lost, alone or with its machine, goes first to
-    whichever lane is free next. Where machines may go, a lost lane is not replaced before the cluster would have
-    noticed that its machine is gone: the new one would wait for room while the others run out of trials.
+    `lanes` says how many there are of which size and on which machine; a function is asked twice a second, so that
+    machines that join get trials. All processes of a lane are on its machine, so a lost machine takes its own lanes
+    only. A job whose lane was lost, alone or with its machine, goes first to whichever lane is free next. Where
+    machines may go, a lost lane is not replaced before the cluster would have noticed that its machine is gone: the new
+    one would wait for room while the others run out of trials.
 
     Besides the target's own outcomes (see run_in_lane) a job can end as pruned: the source stopped it; interrupted:
     everything is stopping, its checkpoint stays; lost node: its lanes were lost again and again.
@@ -108,12 +110,12 @@ def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | C
         # The thread that sits in tune.report must leave before its actor can be reused; the default wait is 2 s.
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
         try:
-            _tell(run_in_lane(target, replace(spec, node=config["node"]), config["job"], _tell))
+            _tell(run_in_lane(target, config["lane"], config["job"], _tell))
         except LaneLost as loss:
             _tell(Lost(str(loss), loss.details, loss.started))
 
     os.environ.update(TUNE_ENVIRONMENT)
-    bridge = _Bridge(source, lanes, NOTICE_S) if callable(lanes) else _Bridge(source, lambda: {ANYWHERE: lanes})
+    bridge = _Bridge(source, lanes, NOTICE_S) if callable(lanes) else _Bridge(source, lambda: lanes)
     with _ctrl_c_stops(source), _quiet(), tempfile.TemporaryDirectory(prefix="tune-") as folder:
         try:
             # tune.run rather than Tuner, which would pickle the source for a restore that is never used.
@@ -138,9 +140,8 @@ def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | C
 def _place(config: dict[str, Any]) -> tune.PlacementGroupFactory:
     """Where the trial's own process is to be: with its lane, which it only waits for. A CPU slot for it would starve
     the lane's workers."""
-    node = config["node"]
-    labels = None if node == ANYWHERE else [{NODE_LABEL: node}]
-    return tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=labels)
+    labels = config["lane"].labels
+    return tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=labels and [labels])
 
 
 def _tell(message: Message) -> None:
@@ -151,14 +152,14 @@ def _tell(message: Message) -> None:
 class _Bridge:
     """The source behind Tune's searcher and scheduler: knows jobs by Tune's trial ids, and never raises into Tune."""
 
-    def __init__(self, source: JobSource, lanes: Callable[[], Mapping[str, int]], notice_s: float = 0.0) -> None:
+    def __init__(self, source: JobSource, lanes: Callable[[], Places], notice_s: float = 0.0) -> None:
         self.source, self.lanes, self.notice_s = source, lanes, notice_s
         # machine -> how many of its lanes a loss has left for sure, and how long that counts
         self.left: dict[str, tuple[int, float]] = {}
-        self.room: Mapping[str, int] = {}  # machine -> how many lanes it holds
+        self.room: Places = {}
         self.counted = -math.inf  # when that was asked
         self.running: dict[str, Numbered] = {}  # Tune's trial id -> the job
-        self.nodes: dict[str, str] = {}  # Tune's trial id -> the machine, of those that run
+        self.places: dict[str, LaneSpec] = {}  # Tune's trial id -> its lane
         self.again: list[Numbered] = []  # jobs whose lane was lost
         self.losses: Counter[str] = Counter()  # by the job's id, since its last new epoch
         self.epochs: dict[str, float] = {}  # the latest of every job
@@ -169,33 +170,32 @@ class _Bridge:
 
     def next(self, trial_id: str) -> Numbered | None:
         self._count_lanes()
-        node = self._free_node()
-        if self.source.stopping or node is None:
+        place = self._free_place()
+        if self.source.stopping or place is None:
             return None
         job = self.again.pop(0) if self.again else self._ask(self.source.next)
         if job is not None:
-            self.running[trial_id], self.nodes[trial_id] = job, node
+            self.running[trial_id], self.places[trial_id] = job, place
         return job
 
-    def _free_node(self) -> str | None:
-        """The machine with most free lanes, or None."""
-        if len(self.running) >= sum(self.room.values()):
-            return None
-        free = {node: room - self._busy(node) for node, room in self.room.items()}
-        for node, (left, until) in self.left.items():
-            if node in free and time.monotonic() < until:
-                free[node] = min(free[node], left - self._busy(node))
-        best = max(free, key=lambda node: free[node], default=None)
+    def _free_place(self) -> LaneSpec | None:
+        """Where most lanes are free, or None."""
+        busy, now = self._busy(), time.monotonic()
+        free = {}
+        for place, room in self.room.items():
+            left, until = self.left.get(place.node, (room, now))
+            used = len(self.running) if place.node == ANYWHERE else busy[place.node]
+            free[place] = (min(room, left) if now < until else room) - used
+        best = max(free, key=lambda place: free[place], default=None)
         return best if best is not None and free[best] > 0 else None
 
-    def _busy(self, node: str) -> int:
-        """How many trials run on the machine."""
-        return len(self.running) if node == ANYWHERE else list(self.nodes.values()).count(node)
+    def _busy(self) -> Counter[str]:
+        """How many trials run on each machine."""
+        return Counter(place.node for place in self.places.values())
 
-    def is_missing(self, trial_id: str) -> bool:
-        """Whether the trial's machine has left the cluster."""
-        node = self.nodes.get(trial_id, ANYWHERE)
-        return node != ANYWHERE and bool(self.room) and ANYWHERE not in self.room and node not in self.room
+    def has_no_place(self, trial_id: str) -> bool:
+        """Whether there are no such lanes any longer: the trial's machine has left, or others with GPUs have come."""
+        return bool(self.room) and trial_id in self.places and self.places[trial_id] not in self.room
 
     def has_more(self) -> bool:
         if self.source.stopping:
@@ -228,14 +228,14 @@ class _Bridge:
             self._break_circuit(result.error)
         elif result.outcome is not Outcome.INTERRUPTED:
             self.barren = 0
-        self.nodes.pop(trial_id, None)
+        self.places.pop(trial_id, None)
         self._ask(self.source.finish, self.running.pop(trial_id).id, result)
 
     def lose(self, trial_id: str, loss: Lost) -> None:
         """The lane died, or the Tune actor that owned it."""
         if trial_id not in self.running:
             return
-        id, node = self.running[trial_id].id, self.nodes.get(trial_id, ANYWHERE)
+        id, node = self.running[trial_id].id, self.places[trial_id].node
         if loss.started:
             self.losses[id] += 1
             if node == ANYWHERE or time.monotonic() > self.left.get(node, (0, -math.inf))[1]:
@@ -246,14 +246,15 @@ class _Bridge:
             self.finish(trial_id, Result(Outcome.LOST_NODE, error=loss.error, traceback=loss.details))
         else:
             self.again.append(self.running.pop(trial_id))
-            self.nodes.pop(trial_id, None)
-        self.left[node] = self._busy(node), time.monotonic() + self.notice_s
+            self.places.pop(trial_id, None)
+        left = len(self.running) if node == ANYWHERE else self._busy()[node]
+        self.left[node] = left, time.monotonic() + self.notice_s
 
     def interrupt(self) -> None:
         """Whatever has not ended is continued next time."""
         for job in [*self.running.values(), *self.again]:
             self._ask(self.source.finish, job.id, Result(Outcome.INTERRUPTED))
-        self.running, self.nodes, self.again = {}, {}, []
+        self.running, self.places, self.again = {}, {}, []
 
     def tick(self) -> None:
         """Called at every step of Tune's loop."""
@@ -301,7 +302,7 @@ class _Searcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         job = self.bridge.next(trial_id)
         if job is not None:
-            return {"job": job, "node": self.bridge.nodes[trial_id]}
+            return {"job": job, "lane": self.bridge.places[trial_id]}
         return None if self.bridge.has_more() else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -325,8 +326,8 @@ class _Scheduler(FIFOScheduler):
         """Called at every step of Tune's loop, which takes at most 0.1 s; Tune starts pending trials by itself."""
         self.bridge.tick()
         for trial in list(tune_controller.get_live_trials()):
-            if trial.status == Trial.PENDING and self.bridge.is_missing(trial.trial_id):
-                self.bridge.lose(trial.trial_id, Lost("its machine has left the cluster", started=False))
+            if trial.status == Trial.PENDING and self.bridge.has_no_place(trial.trial_id):
+                self.bridge.lose(trial.trial_id, Lost("its place is gone", started=False))
                 tune_controller.stop_trial(trial)
         if self.bridge.source.stopping:
             for trial in list(tune_controller.get_live_trials()):

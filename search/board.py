@@ -131,6 +131,8 @@ class LiveBoard:
             )
         elif "tune_accuracy" in last:
             line += f"  tune {last['tune_accuracy']:.2%} after epoch {last['epoch']}"
+        if how == "waiting":
+            line += ", goes on when it is among the best"
         if result.error:
             line += f"  {result.error.splitlines()[0][:120]}"
         if self.live is None:
@@ -188,14 +190,16 @@ class LiveBoard:
             _, together, loss = self.ensemble.curve[-1]
             size, members = len(self.ensemble.labels), len(self.ensemble.members)
             parts.append(f"select split, {size} images{note}: best single {best:.2%} ({id})")
-            parts.append(f"ensemble of {members}, fitted there: {together:.2%}, log-loss {loss:.4f}  {self._spark()}")
+            parts.append(f"ensemble of {members}, fitted there: {together:.2%}, log-loss {loss:.4f}{self._spark()}")
         parts.append(f"elapsed {_clock(time.time() - self.began)}, {self._time_left()}")
         return "\n".join(parts)
 
     def _spark(self) -> str:
-        values = [1 - loss for *_, loss in self.ensemble.curve[-40:]]
+        """How the log-loss fell with the last candidates; "" before there are three."""
+        values = [loss for *_, loss in self.ensemble.curve[-40:]]
         low, high = min(values), max(values)
-        return "".join(SPARKS[round((len(SPARKS) - 1) * (v - low) / (high - low or 1))] for v in values)
+        bars = "".join(SPARKS[round((len(SPARKS) - 1) * (v - low) / (high - low or 1))] for v in values)
+        return f", which was {bars}" if len(values) > 2 else ""
 
     def _time_left(self) -> str:
         """Until the deadline, or as the trials so far suggest, whichever is sooner."""

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from cluster.capacity import Lanes
 from cluster.connect import in_cluster
+from cluster.lane import LaneSpec
 from cluster.metrics import SweepMetrics
 from cluster.tasks import call_on_workers
 from cluster.tuner import run_trials
@@ -140,7 +141,7 @@ def _sweep(
             metrics = SweepMetrics(plan.run.name)
             board = LiveBoard(live, plan.trials, budget.deadline, plan.splits.shared, earlier, links, metrics)
 
-            def places() -> dict[str, int]:
+            def places() -> dict[LaneSpec, int]:
                 if isinstance(opened.lock, Lease):
                     opened.lock.check()
                 now = lanes.now(wanted=plan.trials and plan.trials - len(sweep.tried))
@@ -149,7 +150,7 @@ def _sweep(
 
             with board:
                 while sweep.has_more() and not sweep.stopping:
-                    run_trials(WatchedSweep(sweep, board), run_trial, lanes.spec, places)
+                    run_trials(WatchedSweep(sweep, board), run_trial, places)
         sweep.remove_stale_checkpoints()
     if not sweep.stopping:
         sweep.close()

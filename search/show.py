@@ -53,8 +53,8 @@ def print_first(console: Console, plan: Plan, task: Task, sweep: Sweep) -> None:
     first = [params for params in plan.space.first(task) if params.get("backbone") in plan.backbones]
     if not first or sweep.counted:
         return
-    left = "" if task.left is None else f" of {task.left:.0f} s for each"
-    table = Table(title=f"tried first{left}; a lane trains at about {plan.costs.rate:.0f} GFLOP/s")
+    left = "" if task.left is None else f", with {task.left:.0f} s left"
+    table = Table(title=f"tried first{left}; a trial computes about {plan.costs.rate:.0f} GFLOP/s here")
     for heading in ("backbone", "how"):
         table.add_column(heading)
     for heading in ("pixels", "epochs", "about, s"):

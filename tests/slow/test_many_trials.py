@@ -11,6 +11,7 @@ import psutil
 import pytest
 from upath import UPath
 
+from cluster.lane import LaneSpec
 from cluster.tuner import Lost, _Bridge
 from search.sweep import Sweep
 from tests.hand_sweep import LABELS, scores, sweep
@@ -33,8 +34,8 @@ class Lanes:
         self.busy: dict[str, tuple[Job, int]] = {}
         self.started = 0
 
-    def places(self) -> dict[str, int]:
-        return {f"machine-{first}": min(4, self.size - first) for first in range(0, self.size, 4)}
+    def places(self) -> dict[LaneSpec, int]:
+        return {LaneSpec(node=f"machine-{first}"): min(4, self.size - first) for first in range(0, self.size, 4)}
 
     def step(self) -> None:
         choice, bridge = self.choice, self.bridge

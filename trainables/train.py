@@ -197,6 +197,7 @@ def train(
     device: str | None = None,
     tick: Callable[[], None] = lambda: None,
     lesson: Lesson | None = None,
+    recompute: bool = False,
 ) -> Trained:
     """Train one network and predict the tune and select splits with it.
 
@@ -213,6 +214,7 @@ def train(
             all trainings on the same images, among which the rest of the time is shared out.
         tick: called at every step, as a sign of life.
         lesson: an ensemble to learn from, beside the labels.
+        recompute: save memory, where the network can, at the cost of time (see backbones.recompute_activations).
 
     Raises Diverged; torch.OutOfMemoryError when memory runs out (trial.py then halves the micro-batch); Damaged for a
     checkpoint that cannot be continued from; OutOfTime when the deadline passes before the head is fitted; UserError,
@@ -222,7 +224,9 @@ def train(
     state = None if checkpoint is None else from_first(lambda: read_checkpoint(checkpoint, torch.device("cpu")))
     progress = Progress()
     try:
-        learner = Learner(config, data, splits, weights, device, deadline, tick, state and state["learner"], lesson)
+        learner = Learner(
+            config, data, splits, weights, device, deadline, tick, state and state["learner"], lesson, recompute
+        )
         model = learner.model
         average = WeightAverage.of(model, config, steps=_steps(config, splits))
         stopping = EarlyStopping(config, progress)

@@ -88,8 +88,9 @@ def _run_trial(job: Job, report: Reporter) -> Result:
 
 
 def _train_within_memory(job: Job, data: Data, splits: Splits, report: Reporter) -> Trained:
-    """train() or cross_fit(), halving the micro-batch while memory runs out: the effective batch stays as asked for."""
-    config, run = job.config, UPath(job.run)
+    """train() or cross_fit(). When memory runs out, activations are computed twice instead of being kept; when it still
+    does, the micro-batch is halved, again and again: the effective batch stays as asked for."""
+    config, run, recompute = job.config, UPath(job.run), False
     checkpoint = run / "checkpoints" / job.id / "state.safetensors"
     if splits.folds and job.lesson is not None:
         raise UserError("these images are too few for a select split, so what was taught could not be scored")
@@ -100,7 +101,7 @@ def _train_within_memory(job: Job, data: Data, splits: Splits, report: Reporter)
         try:
             return (cross_fit if splits.folds else train)(
                 config, data, splits, report, weights=job.weights, checkpoint=checkpoint, deadline=job.deadline,
-                device=device, tick=report.alive, **taught,
+                device=device, tick=report.alive, recompute=recompute, **taught,
             )  # fmt: skip
         except Damaged:  # the trial starts anew; on every rank, because all of them read the same file
             remove_checkpoint(run, job.id)
@@ -108,9 +109,11 @@ def _train_within_memory(job: Job, data: Data, splits: Splits, report: Reporter)
             # of one rank among several: the sweep has the trial run again, see Sweep.finish
             if not is_out_of_memory(error) or (dist.is_initialized() and dist.get_world_size() > 1):
                 raise
-            if config.accumulate >= config.batch_size:
-                raise torch.OutOfMemoryError(str(error)) from error
-            config = dataclasses.replace(config, accumulate=2 * config.accumulate)
+            if recompute:
+                if config.accumulate >= config.batch_size:
+                    raise torch.OutOfMemoryError(str(error)) from error
+                config = dataclasses.replace(config, accumulate=2 * config.accumulate)
+            recompute = True
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -22,7 +22,14 @@ from trainables.errors import UserError
 from trainables.features import Features
 from trainables.inference import autocast, pick_device, predict_probs
 from trainables.job import Lesson, WeightSource
-from trainables.models.backbones import build, check_image_size, head_of, normalisation, set_frozen
+from trainables.models.backbones import (
+    build,
+    check_image_size,
+    head_of,
+    normalisation,
+    recompute_activations,
+    set_frozen,
+)
 from trainables.models.weights import read_pretrained
 from trainables.training.augment import Pixels, augmented, mix
 from trainables.training.feed import Feed, rows_on
@@ -64,6 +71,7 @@ class Learner:
         tick: Callable[[], None] = lambda: None,
         state: dict[str, Any] | None = None,
         lesson: Lesson | None = None,
+        recompute: bool = False,
     ) -> None:
         """See train() for the arguments; `state` is an earlier Learner's `state_dict`, to continue from.
 
@@ -92,6 +100,8 @@ class Learner:
             sample = np.sort(np.random.default_rng(0).permutation(splits.train)[:WHITENING_IMAGES])
             images = rows_on(data.images, sample, self.device)
             model.prepare(self.pixels(images, config.image_size))  # type: ignore[operator]
+        if recompute:
+            recompute_activations(model)
         self.model: nn.Module = model.to(self.device)
         if self.world > 1 and self.device.type == "cuda":
             self.model = with_synced_batchnorm(model)

@@ -132,7 +132,7 @@ def drive(nodes: int, trials: int, seconds: float, meet: str) -> None:
     try:
         called = time.monotonic()
         sweep = Sweep(nodes, trials, seconds, Path(meet))
-        run_trials(sweep, sleep, {LaneSpec(): nodes})
+        run_trials(sweep, sleep, LaneSpec(), nodes)
     finally:
         disconnect()
     took = sweep.ended[-1] - sweep.began

@@ -150,7 +150,7 @@ def bare(trials: int) -> list[float]:
 def ours(trials: int) -> list[float]:
     sweep = NoopSweep(trials)
     begin = time.perf_counter()
-    run_trials(sweep, noop, {LaneSpec(workers=1, cpus=1): 1})
+    run_trials(sweep, noop, LaneSpec(workers=1, cpus=1), lanes=1)
     if sweep.reports != EPOCHS * trials or sweep.outcomes != {"finished"}:
         raise RuntimeError(f"{sweep.reports} reports of {EPOCHS * trials}, outcomes {sweep.outcomes}")
     return [end - begin for end in sweep.ends]

@@ -213,7 +213,7 @@ def measure(options: Scale) -> list[Row]:
         else:
             connect(cpus=options.lanes)
             try:
-                run_trials(source, noop, {LaneSpec(workers=1, cpus=1): options.lanes})
+                run_trials(source, noop, LaneSpec(workers=1, cpus=1), options.lanes)
             finally:
                 disconnect()
     if len(meter.ends) != options.trials:

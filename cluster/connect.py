@@ -30,12 +30,11 @@ ENVIRONMENT = {  # a local cluster hands these on to all its processes
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster: its CPU slots and GPUs, whether this process runs on it, and Ray's id of it."""
+    """A machine of the cluster: its CPU slots and GPUs, and whether this process runs on it."""
 
     cpus: float
     gpus: float = 0.0
     here: bool = False
-    id: str = ""
 
 
 def connect(cpus: int | None = None) -> str:
@@ -102,8 +101,11 @@ def _like_ctrl_c(*_: object) -> None:
 def nodes() -> tuple[Node, ...]:
     """The machines that the cluster has now: others may join and leave at any time."""
     here = ray.get_runtime_context().get_node_id()
-    alive = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    return tuple(Node(has.get("CPU", 0.0), has.get("GPU", 0.0), id == here, id) for id, has in alive)
+    return tuple(
+        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0), node["NodeID"] == here)
+        for node in ray.nodes()
+        if node["Alive"]
+    )
 
 
 def in_cluster() -> bool:

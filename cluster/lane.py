@@ -25,7 +25,6 @@ from cluster.ranks import Broken, Joined, Mailbox, Raised, Reported, Returned, S
 from trainables.job import Metrics, Outcome, Result
 
 START_S = 300.0  # that a lane waits for room, and then for its ranks: another may have to give its place back first
-ANYWHERE = ""  # in place of a machine
 NODE_LABEL = "ray.io/node-id"  # which Ray gives to every machine
 LISTEN_S = 1.0  # how often a waiting Tune actor looks whether its lane still lives
 
@@ -48,23 +47,16 @@ MEMORY_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class LaneSpec:
-    """A lane's size: `workers` ranks, each with `cpus` CPU slots (its torch threads) and `gpus` GPUs; and its machine
-    by Ray's id, or ANYWHERE."""
+    """A lane's size: `workers` ranks, each with `cpus` CPU slots (its torch threads) and `gpus` GPUs."""
 
     workers: int = 1
     cpus: float = 1.0
     gpus: float = 0.0
-    node: str = ANYWHERE
 
     @property
     def bundle(self) -> dict[str, float]:
         """What one rank takes of Ray's resources."""
         return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
-
-    @property
-    def labels(self) -> dict[str, str] | None:
-        """Of the machines that its ranks may be on; None: any."""
-        return None if self.node == ANYWHERE else {NODE_LABEL: self.node}
 
 
 def run_in_lane(target: Target, spec: LaneSpec, job: Work, report: Callable[[Metrics], Any]) -> Result:
@@ -182,10 +174,7 @@ class Lane:
             trainer = TorchTrainer(
                 lambda: serve(target, mailbox, max(1, int(spec.cpus)), spec.gpus),
                 scaling_config=ScalingConfig(
-                    num_workers=spec.workers,
-                    use_gpu=spec.gpus > 0,
-                    resources_per_worker=spec.bundle,
-                    label_selector=spec.labels,  # type: ignore[call-arg]  # type checkers see Train V1's
+                    num_workers=spec.workers, use_gpu=spec.gpus > 0, resources_per_worker=spec.bundle
                 ),
                 run_config=RunConfig(  # type: ignore[call-arg]  # type checkers see Train V1's
                     storage_path=folder,
@@ -202,12 +191,11 @@ class Lane:
 
 
 def _wait_for_room(spec: LaneSpec) -> None:
-    """Return once there is room for such a lane; raises LaneLost when there is none for START_S seconds.
+    """Return once the cluster has room for such a lane; raises LaneLost when it has none for START_S seconds.
 
     Ray Train's own wait would count as a lane that does not start, and other jobs may hold the room for hours.
     """
-    labels = None if spec.labels is None else [spec.labels] * spec.workers
-    group = placement_group([spec.bundle] * spec.workers, bundle_label_selector=labels)
+    group = placement_group([spec.bundle] * spec.workers)
     try:
         if not group.wait(START_S):
             raise LaneLost(f"no room for a lane within {START_S:g} s: other jobs have it", started=False)

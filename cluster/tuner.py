@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cluster.lane import ANYWHERE, LaneLost, LaneSpec, run_in_lane
+from cluster.lane import LaneLost, LaneSpec, run_in_lane
 from cluster.ranks import Target
 from trainables.errors import UserError
 from trainables.job import Metrics, Outcome, Result
@@ -85,18 +85,15 @@ class Lost:
 
 
 Message = Metrics | Result | Lost
-Places = Mapping[LaneSpec, int]
-"""How many lanes of a size and on a machine (or anywhere) there are."""
 
 
-def run_trials(source: JobSource, target: Target, lanes: Places | Callable[[], Places]) -> None:
-    """Run the source's jobs in lanes until it has no more; Ray must be connected.
+def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | Callable[[], int]) -> None:
+    """Run the source's jobs in lanes of size `spec` until it has no more; Ray must be connected.
 
-    `lanes` says how many there are of which size and on which machine; a function is asked twice a second, so that
-    machines that join get trials. All processes of a lane are on its machine, so a lost machine takes its own lanes
-    only. A job whose lane was lost, alone or with its machine, goes first to whichever lane is free next. Where
-    machines may go, a lost lane is not replaced before the cluster would have noticed that its machine is gone: the new
-    one would wait for room while the others run out of trials.
+    `lanes` is how many there are; a function is asked twice a second, so that machines that join get trials. A job
+    whose lane was lost, alone or with its machine, goes first to whichever lane is free next. Where machines may go, a
+    lost lane is not replaced before the cluster would have noticed that its machine is gone: the new one would wait for
+    room while the others run out of trials.
 
     Besides the target's own outcomes (see run_in_lane) a job can end as pruned: the source stopped it; interrupted:
     everything is stopping, its checkpoint stays; lost node: its lanes were lost again and again.
@@ -110,7 +107,7 @@ def run_trials(source: JobSource, target: Target, lanes: Places | Callable[[], P
         # The thread that sits in tune.report must leave before its actor can be reused; the default wait is 2 s.
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
         try:
-            _tell(run_in_lane(target, config["lane"], config["job"], _tell))
+            _tell(run_in_lane(target, spec, config["job"], _tell))
         except LaneLost as loss:
             _tell(Lost(str(loss), loss.details, loss.started))
 
@@ -120,7 +117,8 @@ def run_trials(source: JobSource, target: Target, lanes: Places | Callable[[], P
         try:
             # tune.run rather than Tuner, which would pickle the source for a restore that is never used.
             tune.run(
-                tune.with_resources(train_trial, _place),
+                # The trial's own process only waits for its lane; a CPU slot for it would starve the lane's workers.
+                tune.with_resources(train_trial, {"memory": 1}),
                 name="sweep",
                 num_samples=-1,
                 search_alg=_Searcher(bridge),
@@ -137,13 +135,6 @@ def run_trials(source: JobSource, target: Target, lanes: Places | Callable[[], P
         raise bridge.error
 
 
-def _place(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-    """Where the trial's own process is to be: with its lane, which it only waits for. A CPU slot for it would starve
-    the lane's workers."""
-    labels = config["lane"].labels
-    return tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=labels and [labels])
-
-
 def _tell(message: Message) -> None:
     """From the trial to _Bridge.hear; in a tuple, because Tune takes nested dicts apart."""
     tune.report({"message": (message,)})
@@ -152,14 +143,11 @@ def _tell(message: Message) -> None:
 class _Bridge:
     """The source behind Tune's searcher and scheduler: knows jobs by Tune's trial ids, and never raises into Tune."""
 
-    def __init__(self, source: JobSource, lanes: Callable[[], Places], notice_s: float = 0.0) -> None:
+    def __init__(self, source: JobSource, lanes: Callable[[], int], notice_s: float = 0.0) -> None:
         self.source, self.lanes, self.notice_s = source, lanes, notice_s
-        # machine -> how many of its lanes a loss has left for sure, and how long that counts
-        self.left: dict[str, tuple[int, float]] = {}
-        self.room: Places = {}
-        self.counted = -math.inf  # when that was asked
+        self.left, self.left_until = 0, -math.inf  # lanes that a loss has left for sure, and how long that counts
+        self.room, self.counted = 0, -math.inf  # how many lanes there are, and when that was asked
         self.running: dict[str, Numbered] = {}  # Tune's trial id -> the job
-        self.places: dict[str, LaneSpec] = {}  # Tune's trial id -> its lane
         self.again: list[Numbered] = []  # jobs whose lane was lost
         self.losses: Counter[str] = Counter()  # by the job's id, since its last new epoch
         self.epochs: dict[str, float] = {}  # the latest of every job
@@ -170,32 +158,13 @@ class _Bridge:
 
     def next(self, trial_id: str) -> Numbered | None:
         self._count_lanes()
-        place = self._free_place()
-        if self.source.stopping or place is None:
+        room = min(self.room, self.left) if time.monotonic() < self.left_until else self.room
+        if self.source.stopping or len(self.running) >= room:
             return None
         job = self.again.pop(0) if self.again else self._ask(self.source.next)
         if job is not None:
-            self.running[trial_id], self.places[trial_id] = job, place
+            self.running[trial_id] = job
         return job
-
-    def _free_place(self) -> LaneSpec | None:
-        """Where most lanes are free, or None."""
-        busy, now = self._busy(), time.monotonic()
-        free = {}
-        for place, room in self.room.items():
-            left, until = self.left.get(place.node, (room, now))
-            used = len(self.running) if place.node == ANYWHERE else busy[place.node]
-            free[place] = (min(room, left) if now < until else room) - used
-        best = max(free, key=lambda place: free[place], default=None)
-        return best if best is not None and free[best] > 0 else None
-
-    def _busy(self) -> Counter[str]:
-        """How many trials run on each machine."""
-        return Counter(place.node for place in self.places.values())
-
-    def has_no_place(self, trial_id: str) -> bool:
-        """Whether there are no such lanes any longer: the trial's machine has left, or others with GPUs have come."""
-        return bool(self.room) and trial_id in self.places and self.places[trial_id] not in self.room
 
     def has_more(self) -> bool:
         if self.source.stopping:
@@ -228,33 +197,30 @@ class _Bridge:
             self._break_circuit(result.error)
         elif result.outcome is not Outcome.INTERRUPTED:
             self.barren = 0
-        self.places.pop(trial_id, None)
         self._ask(self.source.finish, self.running.pop(trial_id).id, result)
 
     def lose(self, trial_id: str, loss: Lost) -> None:
         """The lane died, or the Tune actor that owned it."""
         if trial_id not in self.running:
             return
-        id, node = self.running[trial_id].id, self.places[trial_id].node
+        id = self.running[trial_id].id
         if loss.started:
             self.losses[id] += 1
-            if node == ANYWHERE or time.monotonic() > self.left.get(node, (0, -math.inf))[1]:
-                self._break_circuit(loss.error)  # a machine's lanes are lost together, which is one failure
+            if time.monotonic() >= self.left_until:  # the lanes of a lost machine are lost together: one failure
+                self._break_circuit(loss.error)
         else:  # other jobs of the cluster have the room now
             print(f"{id} waits: {loss.error}", file=sys.stderr, flush=True)
         if self.losses[id] > MOST_LOSSES:
             self.finish(trial_id, Result(Outcome.LOST_NODE, error=loss.error, traceback=loss.details))
         else:
             self.again.append(self.running.pop(trial_id))
-            self.places.pop(trial_id, None)
-        left = len(self.running) if node == ANYWHERE else self._busy()[node]
-        self.left[node] = left, time.monotonic() + self.notice_s
+        self.left, self.left_until = len(self.running), time.monotonic() + self.notice_s
 
     def interrupt(self) -> None:
         """Whatever has not ended is continued next time."""
         for job in [*self.running.values(), *self.again]:
             self._ask(self.source.finish, job.id, Result(Outcome.INTERRUPTED))
-        self.running, self.places, self.again = {}, {}, []
+        self.running, self.again = {}, []
 
     def tick(self) -> None:
         """Called at every step of Tune's loop."""
@@ -281,7 +247,7 @@ class _Bridge:
 
     def _count_lanes(self) -> None:
         if time.monotonic() - self.counted > TICK_S:
-            self.counted, self.room = time.monotonic(), self._ask(self.lanes) or {}
+            self.counted, self.room = time.monotonic(), self._ask(self.lanes) or 0
 
     def _ask(self, method: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -302,7 +268,7 @@ class _Searcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         job = self.bridge.next(trial_id)
         if job is not None:
-            return {"job": job, "lane": self.bridge.places[trial_id]}
+            return {"job": job}
         return None if self.bridge.has_more() else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -325,10 +291,6 @@ class _Scheduler(FIFOScheduler):
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Called at every step of Tune's loop, which takes at most 0.1 s; Tune starts pending trials by itself."""
         self.bridge.tick()
-        for trial in list(tune_controller.get_live_trials()):
-            if trial.status == Trial.PENDING and self.bridge.has_no_place(trial.trial_id):
-                self.bridge.lose(trial.trial_id, Lost("its place is gone", started=False))
-                tune_controller.stop_trial(trial)
         if self.bridge.source.stopping:
             for trial in list(tune_controller.get_live_trials()):
                 begun = trial.status != Trial.PENDING  # one that waits for its place has no epoch to end

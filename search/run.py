@@ -21,7 +21,6 @@ from rich.console import Console
 
 from cluster.capacity import Lanes
 from cluster.connect import in_cluster
-from cluster.lane import LaneSpec
 from cluster.metrics import SweepMetrics
 from cluster.tasks import call_on_workers
 from cluster.tuner import run_trials
@@ -141,16 +140,16 @@ def _sweep(
             metrics = SweepMetrics(plan.run.name)
             board = LiveBoard(live, plan.trials, budget.deadline, plan.splits.shared, earlier, links, metrics)
 
-            def places() -> dict[LaneSpec, int]:
+            def count_lanes() -> int:
                 if isinstance(opened.lock, Lease):
                     opened.lock.check()
-                now = lanes.now(wanted=plan.trials and plan.trials - len(sweep.tried))
-                sweep.time.place(max(1, lanes.count), devices=lanes.spec.workers * (lanes.spec.gpus or 1))
-                return now
+                count = lanes.now(wanted=plan.trials and plan.trials - len(sweep.tried))
+                sweep.time.place(max(1, count), devices=lanes.spec.workers * (lanes.spec.gpus or 1))
+                return count
 
             with board:
                 while sweep.has_more() and not sweep.stopping:
-                    run_trials(WatchedSweep(sweep, board), run_trial, places)
+                    run_trials(WatchedSweep(sweep, board), run_trial, lanes.spec, count_lanes)
         sweep.remove_stale_checkpoints()
     if not sweep.stopping:
         sweep.close()

@@ -5,6 +5,7 @@ nothing else reads the test labels. Whatever else is told of the select split sa
 """
 
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -36,7 +37,7 @@ from trainables.run_directory import Candidate, RunInfo, read_candidate, read_ru
 from trainables.storage import Damaged, exists, read_json, write_bytes, write_json
 
 PAGE, NUMBERS = "report.html", "report.json"
-PARTS = 64  # that the test part has at least, where other machines predict it, and it is not tiny
+PARTS = 16  # of the test part, at least, where other machines predict it
 Spread = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
 """Calls a function as `function(device, *call)` for every call, on other machines; yields the results in order."""
 
@@ -157,10 +158,9 @@ def _on_test(
     candidates = [member.candidate(runs) for member in ensemble.members]
     networks = {str(c.path): c for c in [*candidates, alone]}
     with progress("predicting the test part", len(networks) * len(images)) as advance:
-        if spread is None:
+        probs = None if spread is None else _predict_elsewhere(tuple(networks), images, spread, advance)
+        if probs is None:
             probs = {p: predict_all(candidate_predictor(c), images, advance) for p, c in networks.items()}
-        else:
-            probs = _predict_elsewhere(tuple(networks), images, spread, advance)
     together = ensemble.predict([probs[str(candidate.path)] for candidate in candidates])
     return Evidence(
         "test",
@@ -177,25 +177,32 @@ def _on_test(
 
 def _predict_elsewhere(
     paths: tuple[str, ...], images: ImageRows, spread: Spread, advance: Callable[[int], None]
-) -> dict[str, np.ndarray]:
-    """Each network's probabilities, float32 (N, C), of images (N, H, W, 3) that go to other machines in parts."""
+) -> dict[str, np.ndarray] | None:
+    """Each network's probabilities, float32 (N, C), of images (N, H, W, 3) that go to other machines in parts; None
+    where these cannot do it."""
     size = max(1, min(BATCH, len(images) // PARTS))
-    calls = ((paths, np.asarray(images[start : start + size])) for start in range(0, len(images), size))
-    parts: list[list[np.ndarray]] = []
-    for part in spread(predict_part, calls):
-        parts.append(part)
-        advance(sum(map(len, part)))
-    return {path: np.concatenate(of_one) for path, of_one in zip(paths, zip(*parts, strict=True), strict=True)}
+    starts = range(0, len(images), size)
+    calls = ((path, np.asarray(images[start : start + size])) for path in paths for start in starts)
+    parts: list[np.ndarray] = []
+    try:
+        for part in spread(predict_part, calls):
+            parts.append(part)
+            advance(len(part))
+    except UserError as error:
+        print(f"predicting on this machine: {error}", file=sys.stderr, flush=True)
+        return None
+    count = len(starts)
+    return {path: np.concatenate(parts[n * count : (n + 1) * count]) for n, path in enumerate(paths)}
 
 
-def predict_part(device: str, paths: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
-    """Probabilities, float32 (N, C), of images (N, H, W, 3) by each of the candidates in these folders."""
-    return [_network(path, device)(images) for path in paths]
+def predict_part(device: str, path: str, images: np.ndarray) -> np.ndarray:
+    """Probabilities, float32 (N, C), of images (N, H, W, 3) by the candidate in this folder."""
+    return _network(path, device)(images)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=1)
 def _network(path: str, device: str) -> Predictor:
-    """Loaded once by a process that gets part after part."""
+    """Loaded once by a process that gets part after part; one at a time, as a trial holds."""
     return candidate_predictor(read_candidate(UPath(path)), device)
 
 

@@ -14,9 +14,8 @@ from safetensors.torch import save_file
 from upath import UPath
 
 from cluster import capacity
-from cluster.capacity import Lanes, lanes_for, places_on
+from cluster.capacity import Lanes, lanes_for
 from cluster.connect import Node, _like_ctrl_c, free_port
-from cluster.lane import ANYWHERE, LaneSpec
 from ensemble.file import Ensemble, read_ensemble
 from ensemble.show import make_console
 from search import run as search_run
@@ -265,21 +264,8 @@ def test_weights_by_name_from_a_folder(tmp_path: Path) -> None:
     ],
 )
 def test_lanes_fill_the_cluster(machines: list[Node], config: dict, expected: tuple) -> None:
-    named = [replace(node, id=str(number)) for number, node in enumerate(machines)]
-    spec, places = lanes_for(named, SearchConfig(**config).lane_request())
-    assert (spec.workers, spec.cpus, spec.gpus, sum(places.values())) == expected
-
-
-def test_a_lane_is_on_one_machine_where_that_costs_no_lane() -> None:
-    def on(cpus: float, workers: int = 1, **counts: int) -> dict[LaneSpec, int]:
-        return {LaneSpec(workers, cpus, node=id): count for id, count in counts.items()}
-
-    machines = [Node(4, id="a"), Node(1, id="b"), Node(2, id="c")]
-    assert places_on(machines, LaneSpec(cpus=1)) == on(1, a=4, b=1, c=2)
-    assert places_on(machines, LaneSpec(cpus=2)) == on(2, a=2, c=1)
-    assert places_on(machines, LaneSpec(workers=2)) == on(1, 2, a=2, c=1)
-    assert places_on(machines, LaneSpec(workers=3)) == {LaneSpec(workers=3, node=ANYWHERE): 2}
-    assert places_on(machines, LaneSpec(cpus=8)) == {}
+    spec, lanes = lanes_for(machines, SearchConfig(**config).lane_request())
+    assert (spec.workers, spec.cpus, spec.gpus, lanes) == expected
 
 
 def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,22 +282,6 @@ def test_sigterm_ends_even_a_shells_background_job() -> None:
             _like_ctrl_c()
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_gpus_that_come_later_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before: a sweep that began on CPUs for want of GPUs stayed there."""
-    cpus, with_gpu, heard = Node(4, here=True, id="a"), Node(8, 1, id="b"), []
-    for asked, later in (
-        (None, {LaneSpec(1, 8, 1, "b"): 1}),
-        (0.0, {LaneSpec(1, 1, 0, "a"): 4, LaneSpec(1, 1, 0, "b"): 8}),
-    ):
-        monkeypatch.setattr(capacity, "nodes", lambda: [cpus])
-        lanes = Lanes(LaneRequest(gpus=asked), heard.append)
-        lanes.spec, lanes.places = lanes._first()
-        assert lanes.now(None) == {LaneSpec(1, 1, 0, "a"): 4}
-        monkeypatch.setattr(capacity, "nodes", lambda: [cpus, with_gpu])
-        assert lanes.now(None) == later
-    assert heard == [capacity.GPUS_CAME]
 
 
 @pytest.mark.parametrize("machines", [[], [Node(2)], [Node(2), Node(2)]])

@@ -11,7 +11,6 @@ import psutil
 import pytest
 from upath import UPath
 
-from cluster.lane import LaneSpec
 from cluster.tuner import Lost, _Bridge
 from search.sweep import Sweep
 from tests.hand_sweep import LABELS, scores, sweep
@@ -30,12 +29,9 @@ class Lanes:
 
     def __init__(self, s: Sweep, choice: random.Random) -> None:
         self.sweep, self.choice, self.size = s, choice, LANES
-        self.bridge = _Bridge(s, self.places)
+        self.bridge = _Bridge(s, lambda: self.size)
         self.busy: dict[str, tuple[Job, int]] = {}
         self.started = 0
-
-    def places(self) -> dict[LaneSpec, int]:
-        return {LaneSpec(node=f"machine-{first}"): min(4, self.size - first) for first in range(0, self.size, 4)}
 
     def step(self) -> None:
         choice, bridge = self.choice, self.bridge

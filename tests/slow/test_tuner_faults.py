@@ -18,7 +18,7 @@ from tests.cluster.test_tuner import DRIVER, IMPORTABLE, LANE, LONG, Sweep, coun
 def test_the_job_of_a_killed_tune_actor_goes_on_in_a_new_lane(ray_cluster, tmp_path):
     job = {"epochs": 6, "epoch_s": 0.3, "checkpoint": str(tmp_path / "epoch")}
     sweep = Sweep([job, {"epochs": 1}], at=("0000", 2), do=kill_tune_actor)
-    run_trials(sweep, count_epochs, {LANE: 1})
+    run_trials(sweep, count_epochs, LANE, lanes=1)
     assert sweep.outcomes == ["finished", "finished"]
     assert sweep.results["0000"].metrics["first"] >= 3
     assert len(set(sweep.pids)) == 2
@@ -31,7 +31,7 @@ def test_a_job_under_which_lanes_die_again_and_again_is_given_up(ray_cluster, tm
     monkeypatch.setattr(tuner, "MOST_LOSSES", 1)
     job = {"epochs": 5, "epoch_s": 0.3, "checkpoint": str(tmp_path / "epoch"), "die_at": 2}
     sweep = Sweep([job, {"epochs": 1}])
-    run_trials(sweep, count_epochs, {LANE: 1})
+    run_trials(sweep, count_epochs, LANE, lanes=1)
     assert sweep.outcomes == ["lost node", "finished"]
     assert sweep.epochs["0000"] == [0, 1]
     assert len(set(sweep.pids)) == 2  # the first died after two epochs, the second before any, and so did its job
@@ -39,7 +39,7 @@ def test_a_job_under_which_lanes_die_again_and_again_is_given_up(ray_cluster, tm
 
 def test_a_sweep_that_is_stopping_starts_nothing_more_and_interrupts_what_runs(ray_cluster):
     sweep = Sweep([{"epochs": 2}, {"epochs": 10_000, "epoch_s": 0.1}, {"epochs": 2}], stop_at=("0001", 1))
-    run_trials(sweep, count_epochs, {LANE: 1})
+    run_trials(sweep, count_epochs, LANE, lanes=1)
     assert sweep.outcomes == ["finished", "interrupted"]
     assert sweep.epochs["0001"] == [0, 1]
 
@@ -50,13 +50,13 @@ def test_an_exception_of_the_sweep_comes_out_unchanged(ray_cluster):
 
     sweep = Sweep([{"epochs": 3}, {"epochs": 3}], at=("0000", 1), do=fail)
     with pytest.raises(KeyError, match="no such trial"):
-        run_trials(sweep, count_epochs, {LANE: 1})
+        run_trials(sweep, count_epochs, LANE, lanes=1)
     assert sweep.outcomes == ["interrupted"]
 
 
 def test_two_lanes_keep_their_workers(ray_cluster):
     sweep = Sweep([{"epochs": 3, "epoch_s": 0.05}] * 40)
-    run_trials(sweep, count_epochs, {LANE: 2})
+    run_trials(sweep, count_epochs, LANE, lanes=2)
     assert sweep.outcomes == ["finished"] * 40
     assert len(set(sweep.pids)) == 2
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from trainables.config import TrialConfig
 from trainables.data.prepare import prepare
 from trainables.data.splits import make_splits, save_splits
 from trainables.job import Alone, DataSource, Job, Outcome
-from trainables.models.backbones import build, recompute_activations
+from trainables.models.backbones import build, recompute_activations, still_statistics
 from trainables.models.weights import load_model
 from trainables.run_directory import list_candidates
 from trainables.trial import _cost, run_trial
@@ -105,8 +106,10 @@ def test_recomputed_activations_are_not_kept_and_the_gradients_stay(backbone: st
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = model(images).square().sum()
-        loss.backward()
-        found.append((kept, [parameter.grad for parameter in model.parameters()]))
+        with still_statistics(model) if recompute else nullcontext():
+            loss.backward()
+        statistics = [value for name, value in model.named_buffers() if "running" in name]
+        found.append((kept, [*[parameter.grad for parameter in model.parameters()], *statistics]))
     (whole, gradients), (less, again) = found
     assert less < 0.6 * whole if can else less == whole
     for one, other in zip(gradients, again, strict=True):

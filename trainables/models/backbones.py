@@ -6,6 +6,8 @@ Every network here has timm's interface: `forward_features`, `forward_head(x, pr
 import difflib
 import functools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -115,6 +117,21 @@ def recompute_activations(model: nn.Module) -> bool:
     except (AttributeError, AssertionError, TypeError):  # no network of timm's, or one that cannot
         return False
     return True
+
+
+@contextmanager
+def still_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorms do not move their running statistics: for a backward pass that computes activations again, which
+    would count every batch twice."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    norms = [(module, module.momentum) for module in model.modules() if isinstance(module, kinds)]
+    for norm, _ in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in norms:
+            norm.momentum = momentum
 
 
 def describe_architecture(config: TrialConfig, num_classes: int) -> dict[str, Any]:

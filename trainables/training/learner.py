@@ -29,6 +29,7 @@ from trainables.models.backbones import (
     normalisation,
     recompute_activations,
     set_frozen,
+    still_statistics,
 )
 from trainables.models.weights import read_pretrained
 from trainables.training.augment import Pixels, augmented, mix
@@ -100,8 +101,7 @@ class Learner:
             sample = np.sort(np.random.default_rng(0).permutation(splits.train)[:WHITENING_IMAGES])
             images = rows_on(data.images, sample, self.device)
             model.prepare(self.pixels(images, config.image_size))  # type: ignore[operator]
-        if recompute:
-            recompute_activations(model)
+        self.recompute = recompute and recompute_activations(model)
         self.model: nn.Module = model.to(self.device)
         if self.world > 1 and self.device.type == "cuda":
             self.model = with_synced_batchnorm(model)
@@ -267,7 +267,8 @@ class Learner:
                 logits, targets = self._cached_logits(micro) if own is None else self._logits(own, micro, progress)
                 loss = _loss(logits.float(), targets, self.config.label_smoothing, self.class_weights)
                 # the sum over all ranks and micro-batches is the mean over the whole batch; DDP divides by `world`
-                self.scaler.scale(loss * (self.world / len(batch))).backward()
+                with still_statistics(self.model) if self.recompute else nullcontext():
+                    self.scaler.scale(loss * (self.world / len(batch))).backward()
             loss_sum += loss.detach()
         if self.cached and self.world > 1:  # the head was fed past DDP
             for gradient in [p.grad for p in head_of(self.model).parameters() if p.grad is not None]:

@@ -119,7 +119,9 @@ def test_a_lost_machine_costs_at_most_a_tenth_of_an_epoch(cluster: LocalCluster,
     resumed = {c.id: c.info.resumed_after_epochs for c in list_candidates(UPath(run)) if c.info.resumed_after_epochs}
     assert resumed
     for id, times in resumed.items():
-        assert times[0] >= saved[id], "what was saved is not trained again, and a tenth of an epoch lies between two"
+        assert times[0] >= saved[id] - 0.005, (
+            "what was saved is not trained again, and a tenth of an epoch lies between two"
+        )
         assert times[0] % 1 > 0
     wait_until(lambda: "succeeded" in cluster.ray("job", "status", "first").stdout, "the job's end")
     logs = cluster.ray("job", "logs", "first").stdout

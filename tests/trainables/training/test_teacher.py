@@ -82,8 +82,8 @@ def test_a_student_of_wrong_labels_learns_what_the_teacher_knows(small_run: UPat
     taught_nothing = dataclasses.replace(data, labels=wrong)
     alone = train(STUDENT, taught_nothing, splits)
     taught = train(STUDENT, taught_nothing, splits, lesson=teach(small_run, share=1.0))
-    assert alone.metrics["select_accuracy"] < 0.6
     assert taught.metrics["select_accuracy"] > 0.8
+    assert alone.metrics["select_accuracy"] < taught.metrics["select_accuracy"] - 0.2  # of 18 images
 
 
 def test_images_without_labels_are_learned_from(small_run: UPath, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Pruning:
         self.trials: dict[str, optuna.Trial] = {}
 
     def stops_at(self, epochs: int) -> tuple[int, ...]:
-        """The epochs before the last, of so many, after which a trial may be told to stop: it waits for the answer."""
+        """The epochs, but for the last, after which a trial of `epochs` epochs waits to hear whether it stops."""
         if isinstance(self.study.pruner, SortedHalving):
             return self.study.pruner.rungs_below(epochs)
         return tuple(range(1, epochs))
@@ -69,7 +69,7 @@ class SortedHalving(BasePruner):
 
     Args:
         first: epochs of the first rung; the others lie at its multiples by `factor`.
-        factor: one in so many goes on, at least 2.
+        factor: of `factor` trials at a rung one goes on; at least 2.
     """
 
     def __init__(self, first: int, factor: int) -> None:
@@ -78,7 +78,7 @@ class SortedHalving(BasePruner):
         self.passed: dict[int, int] = {}  # trial -> the epoch of its next rung
 
     def rungs_below(self, epochs: int) -> tuple[int, ...]:
-        """The epochs of all rungs before that one."""
+        """The rungs, as epochs, that lie before epoch `epochs`."""
         found: list[int] = []
         while (epoch := self.first * self.factor ** len(found)) < epochs:
             found.append(epoch)

@@ -366,7 +366,7 @@ def with_synced_batchnorm(model: nn.Module) -> nn.Module:
 
 
 def tenths(steps: int) -> tuple[int, ...]:
-    """The steps at which a tenth of an epoch of so many begins; all of them where they are fewer than ten."""
+    """The steps at which each tenth of an epoch with `steps` steps begins; every step when there are fewer than ten."""
     return tuple(sorted({round(number * steps / 10) for number in range(10)}))
 
 

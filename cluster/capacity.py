@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from cluster.connect import Demand, Node, connect, disconnect, in_cluster, nodes
 from cluster.lane import LaneSpec
+from cluster.pool import Places
 from trainables.errors import UserError
 from trainables.job import LaneRequest
 
@@ -71,18 +72,20 @@ class Lanes:
             self.demand.keep(request.cpus or 1.0, request.gpus or 0.0, request.workers, lanes=1)
             time.sleep(LOOK_S)
 
-    def now(self, wanted: int | None) -> int:
-        """How many there are; of an autoscaler those that `wanted` (None: any number of) trials lack are asked for.
+    def now(self, wanted: int | None) -> Places:
+        """How many each machine holds; of an autoscaler those that `wanted` (None: any number of) trials lack are
+        asked for.
 
         Raises UserError when Ray has died on this machine: a driver that stays behind gets no worker ever again.
         """
         machines = nodes()
         if not any(node.here for node in machines):
             raise UserError(f"{RAY_DIED}; the same command continues")
-        self.count = count_lanes(machines, self.spec)
+        places = place_lanes(machines, self.spec)
+        self.count = sum(places.values())
         lacking = sys.maxsize if wanted is None else max(0, wanted - self.count)
         self.demand.keep(self.spec.cpus, self.spec.gpus, self.spec.workers, lacking)
-        return self.count
+        return places
 
 
 def lanes_for(machines: Sequence[Node], request: LaneRequest) -> tuple[LaneSpec, int]:
@@ -96,7 +99,7 @@ def lanes_for(machines: Sequence[Node], request: LaneRequest) -> tuple[LaneSpec,
         shares += [float(node.cpus // places)] if places else []
     cpus = request.cpus or max(1.0, min(shares, default=1.0))
     spec = LaneSpec(workers=workers, cpus=cpus, gpus=gpus)
-    lanes = count_lanes(machines, spec)
+    lanes = sum(place_lanes(machines, spec).values())
     if lanes < 1:
         has = " + ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in machines)
         raise UserError(
@@ -111,9 +114,13 @@ def _gpu_places(node: Node, gpus: float) -> int:
     return int(node.gpus) * int(1 / gpus) if gpus < 1 else int(node.gpus / gpus)
 
 
-def count_lanes(machines: Sequence[Node], spec: LaneSpec) -> int:
-    """How many lanes of this size the machines hold; the workers of one lane may be on several."""
+def place_lanes(machines: Sequence[Node], spec: LaneSpec) -> Places:
+    """How many lanes of this size each machine holds. Only where none has room for all workers of one, lanes lie on
+    several: between machines gradients travel slowly, and the loss of one ends what the others do."""
     places = [
         min(int(node.cpus / spec.cpus), _gpu_places(node, spec.gpus) if spec.gpus else sys.maxsize) for node in machines
     ]
-    return sum(places) // spec.workers
+    whole = [count // spec.workers for count in places]
+    if any(whole):
+        return {node.id: count for node, count in zip(machines, whole, strict=True)}
+    return {None: sum(places) // spec.workers}

@@ -1,6 +1,7 @@
 """The one place that connects to Ray: the cluster of a submitted job, or a local one that ends with this process."""
 
 import logging
+import math
 import os
 import secrets
 import signal
@@ -28,13 +29,18 @@ ENVIRONMENT = {  # a local cluster hands these on to all its processes
 }
 
 
+HEAD = "node:__internal_head__"  # a resource of which Ray gives the head 1
+CONTROL_BYTES = 240 * 2**20  # of what waits for a trial (120) and cleans up after its lane (113), measured
+
+
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster: its CPU slots and GPUs, and whether this process runs on it."""
+    """A machine of the cluster: its CPU slots and GPUs, whether this process runs on it, and Ray's id of it."""
 
     cpus: float
     gpus: float = 0.0
     here: bool = False
+    id: str = ""
 
 
 def connect(cpus: int | None = None) -> str:
@@ -102,10 +108,31 @@ def nodes() -> tuple[Node, ...]:
     """The machines that the cluster has now: others may join and leave at any time."""
     here = ray.get_runtime_context().get_node_id()
     return tuple(
-        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0), node["NodeID"] == here)
+        Node(
+            node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0), node["NodeID"] == here, node["NodeID"]
+        )
         for node in ray.nodes()
         if node["Alive"]
     )
+
+
+@dataclass(frozen=True)
+class Control:
+    """What Ray reserves for each process that waits for a trial, and how many of them there can be."""
+
+    resources: dict[str, float]
+    most: float = math.inf
+
+
+def control(lanes: int) -> Control:
+    """Where the processes that wait for trials go: to the head, with which everything ends anyway, so that no other
+    machine's loss ends a trial that runs elsewhere. Only when the head's memory is too small for `lanes` of them (it is
+    often a small machine) they go wherever there is most."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = int(sum(has.get("memory", 0.0) for has in machines if HEAD in has) // CONTROL_BYTES)
+    if most < max(1, lanes):
+        return Control({"memory": float(CONTROL_BYTES) if in_cluster() else 1.0})
+    return Control({"memory": float(CONTROL_BYTES), HEAD: 0.0001}, most)
 
 
 def in_cluster() -> bool:

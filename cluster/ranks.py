@@ -1,4 +1,4 @@
-"""What runs in a lane's ranks, and the mailbox where they meet each other and the Tune actor that owns the lane.
+"""What runs in a lane's ranks, and the mailbox where they meet each other and the Tune actor whose trial they train.
 
 Every rank calls the target with the same job, and all ranks meet in the mailbox at each report and at the job's end, so
 that they abandon a trial together. At a report where the sweep may stop the trial they wait for its verdict; at others
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
-from ray.util.placement_group import get_current_placement_group
+from ray.util.placement_group import get_current_placement_group, remove_placement_group
 
 from trainables.job import Metrics, Outcome, Reporter, Result
 
 # torch and ray.train are imported where they are used: the mailbox's process imports this module and needs neither.
 
+CLOSE_S = 60.0  # that Ray Train may take to notice that its ranks are gone
 ALONE_S = 20.0  # a rank that has ended early waits so long for the others: they are probably stuck in a collective
 BEAT_S = 1.0
 
@@ -50,14 +51,6 @@ Target = Callable[[Any, Reporter], Result]
 
 
 # --- what ranks and Tune actor say to each other ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Joined:
-    """A rank has started: its actor's handle, and the placement group that it is in."""
-
-    rank: Any
-    places: Any
 
 
 @dataclass(frozen=True)
@@ -91,9 +84,19 @@ class Broken:
 
 @dataclass(frozen=True)
 class Silence:
-    """Nothing has come; seconds since any rank was heard of."""
+    """Nothing has come; seconds since any rank was heard of, and whether all of them have started."""
 
     seconds: float
+    started: bool
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The lane is over: why, all that Ray said about it, and False when there was no room for its ranks."""
+
+    error: str
+    details: str = ""
+    started: bool = True
 
 
 def _early_end(event: Reported | Returned | Raised) -> Result | None:
@@ -109,7 +112,10 @@ GO_ON, ABANDON, BREAK = "go on", "abandon", "broken"  # what ranks that meet are
 
 
 class Mailbox:
-    """Where a lane's ranks meet each other and the Tune actor. A Ray actor; its methods interleave, none blocks."""
+    """Where a lane's ranks meet each other and the Tune actor. A Ray actor; its methods interleave, none blocks.
+
+    With it lives and dies the lane: Ray Train runs in a thread of its process, and the ranks belong to that run.
+    """
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -123,10 +129,33 @@ class Mailbox:
         self.abandoned = 0  # number of the last job given up
         self.events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         self.heard = time.monotonic()
+        self.ranks: list[Any] = []  # actor handles of those that have started
+        self.places: Any = None  # the placement group that they are in
+        self.ended: asyncio.Future[Ended] = asyncio.Future()
+
+    # called by the driver, which starts and ends lanes
+
+    async def run(self, train: Callable[[Any], Ended]) -> None:
+        """Call `train` with this actor's handle, in a thread: it runs the ranks until the lane ends."""
+        ended = await asyncio.to_thread(train, ray.get_runtime_context().current_actor)
+        self.ended.set_result(ended)
+        self.events.put_nowait((self.number, ended))
+
+    async def close(self) -> None:
+        """Kill the ranks, and return once Ray Train has noticed, so that their room is free again."""
+        for rank in self.ranks:
+            ray.kill(rank)
+        await asyncio.wait([self.ended], timeout=CLOSE_S)
+        if self.places is not None:
+            # Ray Train's controller gives them back, and its cleaner when that was killed; but when both were, nobody.
+            remove_placement_group(self.places)
 
     # called by the Tune actor
 
     async def submit(self, job: Work) -> int:
+        """Hand in a job; the one before, if any, is over. Returns its number."""
+        await self.abandon(self.number)
+        self.events = asyncio.Queue()
         self.number += 1
         self.waiting_job = job
         self.heard = time.monotonic()
@@ -135,15 +164,20 @@ class Mailbox:
 
     async def next_event(self, number: int, wait_s: float) -> Any:
         """The next event of job `number`, or Silence."""
-        while True:
+        while number == self.number:
             try:
                 of, event = await asyncio.wait_for(self.events.get(), wait_s)
             except TimeoutError:
+                if self.ended.done():
+                    return self.ended.result()
                 silence = time.monotonic() - self.heard
                 left = next((result for event in self.arrived.values() if (result := _early_end(event))), None)
-                return Broken(left) if left and silence > ALONE_S else Silence(silence)
-            if of == number or isinstance(event, Joined):
+                if left and silence > ALONE_S:
+                    return Broken(left)
+                return Silence(silence, started=len(self.ranks) == self.workers)
+            if of == number:
                 return event
+        return Ended("the lane has another job")
 
     async def proceed(self, number: int) -> None:
         """The verdict on the report that the ranks wait at: the trial goes on."""
@@ -159,8 +193,10 @@ class Mailbox:
     # called by the ranks
 
     async def join(self, rank: Any, places: Any) -> None:
+        """A rank has started: its actor's handle, and the placement group that it is in."""
         self.heard = time.monotonic()
-        self.events.put_nowait((0, Joined(rank, places)))
+        self.ranks.append(rank)
+        self.places = places
 
     async def take(self, rank: int) -> tuple[int, Work]:
         """The next job and its number, the same for all ranks, once all of them ask."""
@@ -222,11 +258,12 @@ class Mailbox:
 # --- in the ranks ----------------------------------------------------------------------------------------------------
 
 
-def serve(target: Target, mailbox: Any, threads: int, gpus: float) -> None:
+def serve(reference: "ray.ObjectRef[Target]", mailbox: Any, threads: int, gpus: float) -> None:
     """The training loop of a lane's ranks: take a job, train it, take the next."""
     import torch
     from ray.train import get_context
 
+    target: Target = ray.get(reference)
     torch.set_num_threads(threads)
     libc = ctypes.CDLL(None)
     rank = get_context().get_world_rank()

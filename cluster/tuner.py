@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from ray import tune
@@ -23,7 +24,9 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cluster.lane import LaneLost, LaneSpec, run_in_lane
+from cluster.connect import control
+from cluster.lane import Lane, LaneLost, LaneSpec, run_in_lane
+from cluster.pool import LanePool, Places
 from cluster.ranks import Target
 from trainables.errors import UserError
 from trainables.job import Metrics, Outcome, Result
@@ -77,23 +80,25 @@ class JobSource(Protocol):
 
 @dataclass(frozen=True)
 class Lost:
-    """What a trial says when its lane died: the reason, all that Ray said, and whether the lane ever ran."""
+    """What a trial says when its lane died: the reason, all that Ray said, and whether the lane ever ran; the job's
+    result when that is to blame."""
 
     error: str
     details: str = ""
     started: bool = True
+    fault: Result | None = None
 
 
 Message = Metrics | Result | Lost
 
 
-def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | Callable[[], int]) -> None:
+def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | Callable[[], Places]) -> None:
     """Run the source's jobs in lanes of size `spec` until it has no more; Ray must be connected.
 
-    `lanes` is how many there are; a function is asked twice a second, so that machines that join get trials. A job
-    whose lane was lost, alone or with its machine, goes first to whichever lane is free next. Where machines may go, a
-    lost lane is not replaced before the cluster would have noticed that its machine is gone: the new one would wait for
-    room while the others run out of trials.
+    `lanes` is how many there are, wherever Ray finds room; or a function that is asked twice a second how many each
+    machine holds, so that machines that join get trials. A job whose lane was lost, alone or with its machine, goes
+    first to whichever lane is free next. Where machines may go, a lost lane is not replaced on its machine before the
+    cluster would have noticed that the machine is gone: the new one would wait for room.
 
     Besides the target's own outcomes (see run_in_lane) a job can end as pruned: the source stopped it; interrupted:
     everything is stopping, its checkpoint stays; lost node: its lanes were lost again and again.
@@ -107,18 +112,21 @@ def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | C
         # The thread that sits in tune.report must leave before its actor can be reused; the default wait is 2 s.
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
         try:
-            _tell(run_in_lane(target, spec, config["job"], _tell))
+            _tell(run_in_lane(config["lane"], config["job"], _tell))
         except LaneLost as loss:
-            _tell(Lost(str(loss), loss.details, loss.started))
+            _tell(Lost(str(loss), loss.details, loss.started, loss.fault))
 
     os.environ.update(TUNE_ENVIRONMENT)
-    bridge = _Bridge(source, lanes, NOTICE_S) if callable(lanes) else _Bridge(source, lambda: lanes)
+    places: Callable[[], Places] = lanes if callable(lanes) else lambda: {None: lanes}
+    waiter = control(sum(places().values()))
+    pool = LanePool(partial(Lane, target, spec), places, NOTICE_S if callable(lanes) else 0.0, waiter.most)
+    bridge = _Bridge(source, pool)
     with _ctrl_c_stops(source), _quiet(), tempfile.TemporaryDirectory(prefix="tune-") as folder:
         try:
             # tune.run rather than Tuner, which would pickle the source for a restore that is never used.
             tune.run(
                 # The trial's own process only waits for its lane; a CPU slot for it would starve the lane's workers.
-                tune.with_resources(train_trial, {"memory": 1}),
+                tune.with_resources(train_trial, waiter.resources),
                 name="sweep",
                 num_samples=-1,
                 search_alg=_Searcher(bridge),
@@ -131,6 +139,7 @@ def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | C
             )
         finally:
             bridge.interrupt()
+            pool.close()
     if bridge.error:
         raise bridge.error
 
@@ -140,14 +149,19 @@ def _tell(message: Message) -> None:
     tune.report({"message": (message,)})
 
 
+@dataclass(frozen=True)
+class _Running:
+    job: Numbered
+    lane: Any  # cluster.lane.Lane, or what stands for it
+
+
 class _Bridge:
     """The source behind Tune's searcher and scheduler: knows jobs by Tune's trial ids, and never raises into Tune."""
 
-    def __init__(self, source: JobSource, lanes: Callable[[], int], notice_s: float = 0.0) -> None:
-        self.source, self.lanes, self.notice_s = source, lanes, notice_s
-        self.left, self.left_until = 0, -math.inf  # lanes that a loss has left for sure, and how long that counts
-        self.room, self.counted = 0, -math.inf  # how many lanes there are, and when that was asked
-        self.running: dict[str, Numbered] = {}  # Tune's trial id -> the job
+    def __init__(self, source: JobSource, pool: LanePool) -> None:
+        self.source, self.pool = source, pool
+        self.looked = -math.inf  # when the pool last counted machines
+        self.running: dict[str, _Running] = {}  # by Tune's trial id
         self.again: list[Numbered] = []  # jobs whose lane was lost
         self.losses: Counter[str] = Counter()  # by the job's id, since its last new epoch
         self.epochs: dict[str, float] = {}  # the latest of every job
@@ -156,15 +170,19 @@ class _Bridge:
         self.ticked = 0.0
         self.warned = False  # that it is stopping
 
-    def next(self, trial_id: str) -> Numbered | None:
-        self._count_lanes()
-        room = min(self.room, self.left) if time.monotonic() < self.left_until else self.room
-        if self.source.stopping or len(self.running) >= room:
+    def next(self, trial_id: str) -> _Running | None:
+        self._look()
+        if self.source.stopping or not self.pool.has_room():
             return None
         job = self.again.pop(0) if self.again else self._ask(self.source.next)
-        if job is not None:
-            self.running[trial_id] = job
-        return job
+        if job is None:
+            return None
+        lane = self._ask(self.pool.take)
+        if lane is None:  # Ray has died
+            self.again.append(job)
+            return None
+        self.running[trial_id] = _Running(job, lane)
+        return self.running[trial_id]
 
     def has_more(self) -> bool:
         if self.source.stopping:
@@ -181,7 +199,7 @@ class _Bridge:
         if isinstance(message, Lost):
             self.lose(trial_id, message)
             return True
-        id, epoch = self.running[trial_id].id, message.get("epoch", 0)
+        id, epoch = self.running[trial_id].job.id, message.get("epoch", 0)
         self.barren = 0
         if epoch > self.epochs.get(id, -1):  # a repeated one is no progress
             self.epochs[id] = epoch
@@ -197,28 +215,34 @@ class _Bridge:
             self._break_circuit(result.error)
         elif result.outcome is not Outcome.INTERRUPTED:
             self.barren = 0
-        self._ask(self.source.finish, self.running.pop(trial_id).id, result)
+        running = self.running.pop(trial_id)
+        self.pool.give_back(running.lane)
+        self._ask(self.source.finish, running.job.id, result)
 
     def lose(self, trial_id: str, loss: Lost) -> None:
-        """The lane died, or the Tune actor that owned it."""
+        """The lane is of no more use, or the Tune actor that waited for it has died."""
         if trial_id not in self.running:
             return
-        id = self.running[trial_id].id
+        job, lane = self.running[trial_id].job, self.running[trial_id].lane
+        first = self._ask(self.pool.lose, lane)
+        if loss.fault:
+            self.finish(trial_id, loss.fault)
+            return
         if loss.started:
-            self.losses[id] += 1
-            if time.monotonic() >= self.left_until:  # the lanes of a lost machine are lost together: one failure
+            self.losses[job.id] += 1
+            if first:  # the lanes of a lost machine are lost together: one failure
                 self._break_circuit(loss.error)
         else:  # other jobs of the cluster have the room now
-            print(f"{id} waits: {loss.error}", file=sys.stderr, flush=True)
-        if self.losses[id] > MOST_LOSSES:
+            print(f"{job.id} waits: {loss.error}", file=sys.stderr, flush=True)
+        if self.losses[job.id] > MOST_LOSSES:
             self.finish(trial_id, Result(Outcome.LOST_NODE, error=loss.error, traceback=loss.details))
         else:
-            self.again.append(self.running.pop(trial_id))
-        self.left, self.left_until = len(self.running), time.monotonic() + self.notice_s
+            self.again.append(job)
+            del self.running[trial_id]
 
     def interrupt(self) -> None:
         """Whatever has not ended is continued next time."""
-        for job in [*self.running.values(), *self.again]:
+        for job in [*(running.job for running in self.running.values()), *self.again]:
             self._ask(self.source.finish, job.id, Result(Outcome.INTERRUPTED))
         self.running, self.again = {}, []
 
@@ -231,7 +255,7 @@ class _Bridge:
             for job in late:  # no machine had room for it in time
                 self.again.remove(job)
                 self._ask(self.source.finish, job.id, Result(Outcome.INTERRUPTED))
-        self._count_lanes()  # also while all of them are busy: it notices that Ray has died
+        self._look()  # also while all lanes are busy: it notices that Ray has died
         if self.source.stopping and not (self.warned or self.error):
             self.warned = True
             print(STOPPING, file=sys.stderr, flush=True)
@@ -245,9 +269,10 @@ class _Bridge:
                 f"{self.barren} trials in a row failed before an epoch had ended, the last: {reason}"
             )
 
-    def _count_lanes(self) -> None:
-        if time.monotonic() - self.counted > TICK_S:
-            self.counted, self.room = time.monotonic(), self._ask(self.lanes) or 0
+    def _look(self) -> None:
+        if time.monotonic() - self.looked > TICK_S:
+            self.looked = time.monotonic()
+            self._ask(self.pool.look)
 
     def _ask(self, method: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -266,9 +291,9 @@ class _Searcher(Searcher):
         self.bridge = bridge
 
     def suggest(self, trial_id: str) -> Any:
-        job = self.bridge.next(trial_id)
-        if job is not None:
-            return {"job": job}
+        running = self.bridge.next(trial_id)
+        if running is not None:
+            return {"job": running.job, "lane": running.lane.name}
         return None if self.bridge.has_more() else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

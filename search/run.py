@@ -22,6 +22,7 @@ from rich.console import Console
 from cluster.capacity import Lanes
 from cluster.connect import in_cluster
 from cluster.metrics import SweepMetrics
+from cluster.pool import Places
 from cluster.tasks import call_on_workers
 from cluster.tuner import run_trials
 from ensemble.file import Ensemble, as_before, write_ensemble
@@ -140,16 +141,16 @@ def _sweep(
             metrics = SweepMetrics(plan.run.name)
             board = LiveBoard(live, plan.trials, budget.deadline, plan.splits.shared, earlier, links, metrics)
 
-            def count_lanes() -> int:
+            def place_lanes() -> Places:
                 if isinstance(opened.lock, Lease):
                     opened.lock.check()
-                count = lanes.now(wanted=plan.trials and plan.trials - len(sweep.tried))
-                sweep.time.place(max(1, count), devices=lanes.spec.workers * (lanes.spec.gpus or 1))
-                return count
+                places = lanes.now(wanted=plan.trials and plan.trials - len(sweep.tried))
+                sweep.time.place(max(1, lanes.count), devices=lanes.spec.workers * (lanes.spec.gpus or 1))
+                return places
 
             with board:
                 while sweep.has_more() and not sweep.stopping:
-                    run_trials(WatchedSweep(sweep, board), run_trial, lanes.spec, count_lanes)
+                    run_trials(WatchedSweep(sweep, board), run_trial, lanes.spec, place_lanes)
         sweep.remove_stale_checkpoints()
     if not sweep.stopping:
         sweep.close()

@@ -1,4 +1,4 @@
-"""Lanes with real Ray, without Tune: this process plays the Tune actor."""
+"""Lanes with real Ray, without Tune: this process plays the driver and the Tune actor."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 from cluster import lane
 from cluster.connect import connect, disconnect
-from cluster.lane import LaneLost, LaneSpec, run_in_lane
+from cluster.lane import Lane, LaneLost, LaneSpec
 from tests.errand import errand
 from trainables.job import Outcome, Result
 
@@ -24,8 +24,33 @@ def ray_cluster():
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # Ray's processes import targets
         connect(cpus=2)
     yield
-    lane._close_lane()
+    close_lane()
     disconnect()
+
+
+open_lanes = []  # at most one, with what it was started for
+
+
+def run_in_lane(target, spec, job, report):
+    """In the lane there is, or in a new one when it is of another kind or was lost."""
+    if open_lanes and open_lanes[0][1:] != (target, spec):
+        close_lane()
+    if not open_lanes:
+        open_lanes.append((Lane(target, spec), target, spec))
+    try:
+        return lane.run_in_lane(open_lanes[0][0].name, job, report)
+    except LaneLost as loss:
+        close_lane()
+        if loss.fault is None:
+            raise
+        return loss.fault
+
+
+def close_lane():
+    for old, *_ in open_lanes:
+        old.close()
+        assert old.is_closed(wait_s=60)
+    open_lanes.clear()
 
 
 # Targets, importable by the lane's workers.

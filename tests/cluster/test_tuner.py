@@ -12,7 +12,7 @@ from cluster import tuner
 from cluster.connect import connect, disconnect, nodes
 from cluster.lane import LaneSpec
 from cluster.tuner import Lost, run_trials
-from tests.errand import Errand
+from tests.errand import Errand, bridge_over
 from trainables.job import Outcome, Result
 
 LANE = LaneSpec(workers=1, cpus=1)
@@ -118,27 +118,33 @@ def test_trials_run_in_order_in_one_lane_with_pruning_and_bugs_between(ray_clust
     assert capfd.readouterr() == ("", "")  # quiet
 
 
+def retried(bridge, trial_id):
+    """The next job, once the machines have been looked at again."""
+    bridge.looked = float("-inf")
+    return bridge.next(trial_id).job
+
+
 def test_what_a_lost_lane_leaves_goes_first_and_the_count_starts_anew_with_every_epoch():
     sweep = Sweep([{"epochs": 1}] * 3)
-    bridge = tuner._Bridge(sweep, lambda: 2)
-    first, second = bridge.next("a"), bridge.next("b")
+    bridge = bridge_over(sweep, lambda: 2)
+    first, second = bridge.next("a").job, bridge.next("b").job
     assert bridge.next("c") is None  # two lanes
     for _ in range(tuner.MOST_LOSSES):
         bridge.lose("a", Lost("gone"))
         assert sweep.results == {}
-        assert bridge.next("a") == first
+        assert retried(bridge, "a") == first
     assert not bridge.hear("a", {"epoch": 1, "pid": 0})
     bridge.lose("a", Lost("gone"))
-    assert bridge.next("a") == first
+    assert retried(bridge, "a") == first
     bridge.finish("b", Result(Outcome.FINISHED))
     for _ in range(tuner.MOST_LOSSES - 1):
         assert not bridge.hear("a", {"epoch": 1, "pid": 0})  # a repeated epoch is no progress
         bridge.lose("a", Lost("gone"))
-        assert bridge.next("a") == first
+        assert retried(bridge, "a") == first
     bridge.lose("a", Lost("gone"))
     assert sweep.results.pop(second.id) == Result(Outcome.FINISHED)
     assert sweep.results.pop(first.id) == Result(Outcome.LOST_NODE, error="gone")
-    last = bridge.next("d")
+    last = retried(bridge, "d")
     bridge.lose("d", Lost("gone"))
     assert bridge.has_more()
     bridge.interrupt()
@@ -147,11 +153,11 @@ def test_what_a_lost_lane_leaves_goes_first_and_the_count_starts_anew_with_every
 
 def test_a_job_that_finds_no_room_waits_and_has_lost_nothing(capfd):
     sweep = Sweep([{"epochs": 1}])
-    bridge = tuner._Bridge(sweep, lambda: 1)
-    job = bridge.next("a")
+    bridge = bridge_over(sweep, lambda: 1)
+    job = bridge.next("a").job
     for _ in range(tuner.MOST_LOSSES + 1):
         bridge.lose("a", Lost("no room", started=False))
-        assert bridge.next("a") == job
+        assert retried(bridge, "a") == job
     assert f"{job.id} waits: no room" in capfd.readouterr().err
     bridge.finish("a", Result(Outcome.FINISHED))
     assert sweep.results == {job.id: Result(Outcome.FINISHED)}
@@ -160,7 +166,7 @@ def test_a_job_that_finds_no_room_waits_and_has_lost_nothing(capfd):
 def test_failures_in_a_row_without_an_epoch_end_everything():
     """Before: a broken installation failed thousands of trials, one after another."""
     source = Sweep([{"epochs": 1}] * 20)
-    bridge = tuner._Bridge(source, lambda: 1)
+    bridge = bridge_over(source, lambda: 1)
     for n in range(tuner.MOST_BARREN - 1):
         assert bridge.next(str(n)) is not None
         bridge.hear(str(n), Result(Outcome.BUG, error="ImportError: no torch"))
@@ -179,11 +185,11 @@ def test_failures_in_a_row_without_an_epoch_end_everything():
 def test_lanes_may_come_and_go():
     lanes = 0
     sweep = Sweep([{"epochs": 1}] * 5)
-    bridge = tuner._Bridge(sweep, lambda: lanes)
+    bridge = bridge_over(sweep, lambda: lanes)
     assert bridge.next("a") is None
     handed_out = []
     for lanes in (1, 3, 2):
-        bridge.counted = float("-inf")  # the number is looked at twice a second
+        bridge.looked = float("-inf")  # the number is looked at twice a second
         handed_out.append([bridge.next(f"{lanes}{n}") is not None for n in range(3)])
     assert handed_out == [[True, False, False], [True, True, False], [False, False, False]]
 
@@ -191,12 +197,12 @@ def test_lanes_may_come_and_go():
 def test_a_lost_lane_is_not_replaced_before_its_machine_would_be_missed(monkeypatch):
     now = 100.0
     monkeypatch.setattr(tuner.time, "monotonic", lambda: now)
-    bridge = tuner._Bridge(Sweep([{"epochs": 1}] * 5), lambda: 3, notice_s=30)
-    first = [bridge.next(id) for id in "abc"][1]
+    bridge = bridge_over(Sweep([{"epochs": 1}] * 5), lambda: 3, notice_s=30)
+    first = [bridge.next(id).job for id in "abc"][1]
     bridge.lose("b", Lost("gone"))
     assert bridge.next("d") is None
     bridge.finish("a", Result(Outcome.FINISHED))
-    assert bridge.next("d") == first  # on a lane that is surely there
+    assert bridge.next("d").job == first  # on a lane that is surely there
     assert bridge.next("e") is None
     now += 31
     assert bridge.next("e") is not None
@@ -206,7 +212,7 @@ def test_all_lanes_of_a_lost_machine_are_one_failure(monkeypatch):
     """Before: a machine with six lanes or more ended the sweep when it was lost."""
     now = 100.0
     monkeypatch.setattr(tuner.time, "monotonic", lambda: now)
-    bridge = tuner._Bridge(Sweep([{"epochs": 1}] * 20), lambda: 9, notice_s=30)
+    bridge = bridge_over(Sweep([{"epochs": 1}] * 20), lambda: 9, notice_s=30)
     for n in range(9):
         assert bridge.next(str(n)) is not None
     for n in range(8):
@@ -222,9 +228,9 @@ def test_all_lanes_of_a_lost_machine_are_one_failure(monkeypatch):
 def test_a_job_that_lost_its_lane_is_not_waited_for_beyond_its_deadline():
     """Before: with no machine left the driver waited without end, whatever --minutes said."""
     source, lanes = Sweep([{"epochs": 1}]), 1
-    bridge = tuner._Bridge(source, lambda: lanes)
-    job = dataclasses.replace(bridge.next("a"), deadline=time.time() - 1)
-    bridge.running["a"] = job
+    bridge = bridge_over(source, lambda: lanes)
+    job = dataclasses.replace(bridge.next("a").job, deadline=time.time() - 1)
+    bridge.running["a"] = dataclasses.replace(bridge.running["a"], job=job)
     bridge.lose("a", Lost("gone"))
     lanes, bridge.counted = 0, float("-inf")
     assert bridge.next("b") is None

@@ -24,6 +24,9 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 300  # seconds that a step may take on a busy machine before the test gives up
 
 
+PARTS = ("ImplicitFunc", "Mailbox", "TrainController", "RayTrainWorker")  # of a trial: Tune's, ours, Ray Train's
+
+
 @pytest.fixture
 def cluster() -> Iterator[LocalCluster]:
     with LocalCluster() as started:
@@ -107,17 +110,24 @@ def test_a_lost_machine_costs_at_most_a_tenth_of_an_epoch(cluster: LocalCluster,
     """Before: a lost trial went on from its last whole epoch, however long that had been ago."""
     space, run = tmp_path / "long_epochs.py", tmp_path / "run"
     write_space(space, trials=3, epochs=2, batch_size=8)
-    space.write_text(space.read_text().replace("width=0.25, image_size=16", "width=0.5, image_size=64"))
+    space.write_text(space.read_text().replace("width=0.25, image_size=16", "width=0.5, image_size=112"))
     nodes = [cluster.add_node(cpus=1) for _ in range(3)]
     cluster.ray(*submission(run, space, "--no-wait", "--submission-id", "first"))
     wait_until(
         lambda: len(shares := saved_within_an_epoch(run)) == 3 and all(shares.values()), "three trials, well begun"
     )
     saved = saved_within_an_epoch(run)
+    actors = json.loads(cluster.ray("list", "actors", "--format", "json", "--filter", "state=ALIVE").stdout)
+    machines = {name: [actor["node_id"] for actor in actors if name in actor["class_name"]] for name in PARTS}
+    assert machines["ImplicitFunc"], sorted({actor["class_name"] for actor in actors})
+    (head,) = set(machines.pop("ImplicitFunc"))  # where those wait that are told of a trial
+    for of_part in machines.values():  # and everything else of a lane is together
+        assert len(of_part) == len(set(of_part)) == 3
+        assert head not in of_part
     nodes[0].kill()
     wait_until(lambda: len(list_candidates(UPath(run))) == 3 and (run / "report.json").exists(), "the sweep's end")
     resumed = {c.id: c.info.resumed_after_epochs for c in list_candidates(UPath(run)) if c.info.resumed_after_epochs}
-    assert resumed
+    assert len(resumed) == 1, "the trials on other machines train on"
     for id, times in resumed.items():
         assert times[0] >= saved[id] - 0.005, (
             "what was saved is not trained again, and a tenth of an epoch lies between two"

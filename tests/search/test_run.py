@@ -1,5 +1,6 @@
 """What a user of search.run can get wrong: one line, exit code 2, nothing written and nothing started."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -258,12 +259,14 @@ def test_weights_by_name_from_a_folder(tmp_path: Path) -> None:
         # several machines: a trial fits into the one with the least room for it
         ([Node(0), Node(1), Node(1)], {}, (1, 1.0, 0.0, 2)),
         ([Node(0), Node(1), Node(1)], {"workers_per_trial": 2}, (2, 1.0, 0.0, 1)),
+        ([Node(0), Node(3), Node(3)], {"workers_per_trial": 2}, (2, 1.0, 0.0, 2)),  # none over two machines
         ([Node(64), Node(16)], {"cpus_per_trial": 12.0}, (1, 12.0, 0.0, 6)),
         ([Node(16), Node(4, 1), Node(32, 4)], {}, (1, 4.0, 1.0, 5)),
         ([Node(3), Node(3)], {"cpus_per_trial": 2.0}, (1, 2.0, 0.0, 2)),
     ],
 )
 def test_lanes_fill_the_cluster(machines: list[Node], config: dict, expected: tuple) -> None:
+    machines = [dataclasses.replace(node, id=str(number)) for number, node in enumerate(machines)]
     spec, lanes = lanes_for(machines, SearchConfig(**config).lane_request())
     assert (spec.workers, spec.cpus, spec.gpus, lanes) == expected
 

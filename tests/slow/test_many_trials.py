@@ -11,8 +11,9 @@ import psutil
 import pytest
 from upath import UPath
 
-from cluster.tuner import Lost, _Bridge
+from cluster.tuner import Lost
 from search.sweep import Sweep
+from tests.errand import bridge_over
 from tests.hand_sweep import LABELS, scores, sweep
 from trainables.config import TrialConfig
 from trainables.job import Job, Outcome, Result
@@ -29,7 +30,7 @@ class Lanes:
 
     def __init__(self, s: Sweep, choice: random.Random) -> None:
         self.sweep, self.choice, self.size = s, choice, LANES
-        self.bridge = _Bridge(s, lambda: self.size)
+        self.bridge = bridge_over(s, lambda: self.size)
         self.busy: dict[str, tuple[Job, int]] = {}
         self.started = 0
 
@@ -37,12 +38,12 @@ class Lanes:
         choice, bridge = self.choice, self.bridge
         if choice.random() < 0.02:  # machines join and leave
             self.size = choice.randint(1, 2 * LANES)
-        bridge.counted = float("-inf")
+        bridge.looked = float("-inf")
         lane = f"lane-{self.started}"
-        job = bridge.next(lane)
-        if job is not None:
+        running = bridge.next(lane)
+        if running is not None:
             self.started += 1
-            self.busy[lane] = (job, 0)  # type: ignore[assignment]
+            self.busy[lane] = (running.job, 0)  # type: ignore[assignment]
         if not self.busy:
             return
         lane = choice.choice(sorted(self.busy))

@@ -1,0 +1,101 @@
+"""Which machine gets the next lane, without Ray."""
+
+import pytest
+
+from cluster import pool as module
+from cluster.pool import LanePool, Places
+from tests.errand import PaperLane
+
+
+class Machines:
+    """Some that hold lanes, and a clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **lanes: int) -> None:
+        self.lanes: dict[str | None, int] = {**lanes}
+        self.now = 100.0
+        self.started: list[PaperLane] = []
+        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+
+    def places(self) -> Places:
+        return dict(self.lanes)
+
+    def start(self, machine: str | None) -> PaperLane:
+        self.started.append(PaperLane(machine))
+        return self.started[-1]
+
+    def pool(self, notice_s: float = 30.0, most: float = 100) -> LanePool:
+        pool = LanePool(self.start, self.places, notice_s, most)  # type: ignore[arg-type]
+        pool.look()
+        return pool
+
+
+def take_all(pool: LanePool) -> list:
+    lanes = []
+    while pool.has_room():
+        lanes.append(pool.take())
+    return lanes
+
+
+def test_lanes_fill_the_machines_and_are_lent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = Machines(monkeypatch, a=1, b=2, c=0)
+    pool = machines.pool()
+    lanes = take_all(pool)
+    assert sorted(lane.machine for lane in lanes) == ["a", "b", "b"]
+    with pytest.raises(LookupError):
+        pool.take()
+    pool.give_back(lanes[1])
+    assert pool.take() is lanes[1]
+    machines.lanes["c"] = 1
+    pool.look()
+    assert pool.take().machine == "c"
+    assert len(machines.started) == 4
+
+
+def test_a_machine_that_lost_a_lane_gets_no_new_one_before_it_would_be_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before: each loss closed all machines for half a minute, and each new one for another."""
+    machines = Machines(monkeypatch, a=2, b=2)
+    pool = machines.pool()
+    lanes = take_all(pool)
+    on_a, on_b = [[lane for lane in lanes if lane.machine == name] for name in "ab"]
+    assert pool.lose(on_a[0])
+    pool.give_back(on_b[0])
+    assert pool.take() is on_b[0]  # the other machine goes on
+    assert not pool.has_room()
+    pool.give_back(on_a[1])
+    assert pool.take() is on_a[1]  # this lane is there
+    assert not pool.lose(on_a[1])  # the same machine's loss
+    pool.look()
+    assert not pool.has_room()
+    machines.now += 31
+    assert [lane.machine for lane in take_all(pool)] == ["a", "a"]
+
+
+def test_lanes_of_a_machine_that_left_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = Machines(monkeypatch, a=1, b=1)
+    pool = machines.pool()
+    idle, busy = take_all(pool)
+    pool.give_back(idle)
+    machines.lanes = {"c": 1}
+    pool.look()
+    assert idle.killed  # type: ignore[attr-defined]
+    assert busy.killed  # type: ignore[attr-defined]  # whoever waits for it hears of that
+    assert pool.take().machine == "c"
+    assert not pool.has_room()
+
+
+def test_there_are_no_more_than_the_head_can_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(take_all(Machines(monkeypatch, a=5, b=5).pool(most=3))) == 3
+
+
+def test_the_room_of_a_lost_lane_is_free_once_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = Machines(monkeypatch, a=1)
+    pool = machines.pool(notice_s=0.0)
+    lane = pool.take()
+    closed = False
+    lane.is_closed = lambda wait_s=0.0: closed  # type: ignore[method-assign]
+    pool.lose(lane)
+    pool.look()
+    assert not pool.has_room()
+    closed = True
+    pool.look()
+    assert pool.take() is not lane

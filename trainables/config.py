@@ -48,6 +48,8 @@ class TrialConfig:
             to 0), "constant", "plateau" (halved when the tune log-loss has not improved for 2 epochs).
         warmup: fraction of all steps over which lr rises linearly; for "onecycle" and "triangular" the rising part.
         label_smoothing: 0 to 1.
+        lora: rank of the adapters through which the body then learns, 1 to 1024 (see trainables/models/adapters.py): a
+            fraction of the memory, for pretrained transformers and ConvNeXts. 0: its weights themselves learn.
         dropout: probability, 0 to 1.
         drop_path: probability of stochastic depth, 0 to 1; without effect on networks that have none: squeezenet, those
             of trainables.models.classic but vit_scratch, and a few families of timm.
@@ -91,6 +93,7 @@ class TrialConfig:
     schedule: Schedule = "onecycle"
     warmup: float = 0.2
     label_smoothing: float = 0.0
+    lora: int = 0
     dropout: float = 0.0
     drop_path: float = 0.0
     mixup: float = 0.0
@@ -142,6 +145,8 @@ class TrialConfig:
             raise UserError("crop and scale are both on, expected at most one of them")
         if self.is_probe and not self.pretrained:
             raise UserError("epochs and freeze_epochs are both 0, expected 1 or more without pretrained weights")
+        if self.lora and not self.pretrained:
+            raise UserError(f"lora is {self.lora}, expected 0 without pretrained weights: nothing would learn to see")
         if self.pretrained and self.optimizer == "muon":
             raise UserError("muon keeps weights at the norm of a random start and would rescale pretrained ones away")
 
@@ -176,6 +181,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("momentum", 0.0, 0.9999),
     ("warmup", 0.0, 1.0),
     ("label_smoothing", 0.0, 0.9),
+    ("lora", 0, 1024),
     ("dropout", 0.0, 0.95),
     ("drop_path", 0.0, 0.95),
     ("mixup", 0.0, 10.0),

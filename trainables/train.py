@@ -21,6 +21,7 @@ from trainables.data.dataset import Data
 from trainables.data.splits import Splits
 from trainables.inference import scores
 from trainables.job import Lesson, Metrics, Outcome, WeightSource
+from trainables.models.adapters import merge_adapters
 from trainables.storage import Damaged
 from trainables.training.augment import Pixels
 from trainables.training.averaging import WeightAverage
@@ -297,6 +298,7 @@ def train(
     average.apply(model)
     if stopping.best is not None:
         model.load_state_dict(stopping.best)
+    merge_adapters(model)
     model.eval()
     started = time.perf_counter()
     probs, metrics = ({}, {}) if outcome is Outcome.PRUNED else _predict(learner, config, data, splits)

@@ -1,12 +1,14 @@
 """What a GPU changes about training, predicting, measuring and exporting; needs neither Ray nor Optuna."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from upath import UPath
 
 from trainables.config import TrialConfig
@@ -14,12 +16,13 @@ from trainables.data.dataset import Data
 from trainables.data.splits import Splits
 from trainables.features import Features
 from trainables.inference import eval_batch, predict_probs
-from trainables.job import Alone, DataSource, Job, Outcome
+from trainables.job import Alone, DataSource, Job, Outcome, WeightSource
+from trainables.models.backbones import build
 from trainables.models.latency import measure_latencies
 from trainables.models.speed import training_rate
 from trainables.run_directory import list_candidates
 from trainables.train import train
-from trainables.training import feed, memory
+from trainables.training import compiled, feed, memory
 from trainables.training.augment import random_boxes, resized_crops
 from trainables.training.learner import Learner
 from trainables.trial import run_trial
@@ -198,3 +201,35 @@ def test_nccl_with_one_rank(
         assert np.isfinite(float(learner.step(batch, 0.0)))
     finally:
         dist.destroy_process_group()
+
+
+def test_a_long_training_is_compiled_and_ends_as_one_that_is_not(
+    device: torch.device, data: Data, splits: Splits, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = dataclasses.replace(data, cache=tmp_path)
+    plain = train(CONFIG, data, splits, device=str(device))
+    assert not (tmp_path / "compiled").exists()  # 30 steps do not win it back
+    monkeypatch.setattr(compiled, "COMPILING_S", 0.0)
+    monkeypatch.setattr(compiled.Compiling, "pays", lambda known, steps: known.step_s < float("inf"))
+    faster = train(CONFIG, data, splits, device=str(device))
+    (memory,) = (tmp_path / "compiled").iterdir()
+    rows = json.loads(memory.read_text())
+    print(rows)
+    assert any(row["step_s"] < row["plain_step_s"] for row in rows)
+    assert faster.metrics["select_accuracy"] > plain.metrics["select_accuracy"] - 0.1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_low_rank_adapters_learn_on_the_device(
+    device: torch.device, data: Data, splits: Splits, tmp_path: Path, precision: str
+) -> None:
+    config = TrialConfig(
+        backbone="test_vit", pretrained=True, image_size=32, epochs=5, batch_size=12, lr=1e-2, lora=4,
+        precision=precision,
+    )  # fmt: skip
+    state = build(dataclasses.replace(config, pretrained=False, lora=0), len(data.classes)).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "test_vit.safetensors")
+    weights = WeightSource("file", str(tmp_path / "test_vit.safetensors"))
+    found = train(config, data, splits, weights=weights, device=str(device))
+    assert found.curve[-1]["train_loss"] < found.curve[0]["train_loss"]
+    assert found.model.state_dict().keys() == state.keys()

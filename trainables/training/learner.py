@@ -22,6 +22,7 @@ from trainables.errors import UserError
 from trainables.features import Features
 from trainables.inference import autocast, pick_device, predict_probs
 from trainables.job import Lesson, WeightSource
+from trainables.models.adapters import add_adapters
 from trainables.models.backbones import (
     build,
     check_image_size,
@@ -33,6 +34,7 @@ from trainables.models.backbones import (
 )
 from trainables.models.weights import read_pretrained
 from trainables.training.augment import Pixels, augmented, mix
+from trainables.training.compiled import compiled
 from trainables.training.feed import Feed, rows_on
 from trainables.training.head import Head, fit_at, fit_head
 from trainables.training.optim import lr_factor, make_optimizers
@@ -111,16 +113,18 @@ class Learner:
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.optimizers = make_optimizers(
-            self.model, head_of(self.model), config.optimizer, config.lr, config.body_lr, config.layer_decay,
-            config.weight_decay, config.momentum,
-        )  # fmt: skip
         self.class_weights = _class_weights(data, splits).to(self.device) if config.class_weights else None
         self.accumulate = config.accumulate
         self.features: Features | None = None
         if config.pretrained:  # of the body as it stands now, which a checkpoint may change
             features = Features(self.model, config, data, self.pixels, self.precision, deadline, tick)
             self.features = features if features.usable else None
+        if config.lora and not config.is_probe:
+            add_adapters(self.model, config.lora)
+        self.optimizers = make_optimizers(
+            self.model, head_of(self.model), config.optimizer, config.lr, config.body_lr, config.layer_decay,
+            config.weight_decay, config.momentum,
+        )  # fmt: skip
         self.strength: float | None = None
         self.head: Head | None = None
         if state is not None:
@@ -142,6 +146,7 @@ class Learner:
         unlabelled = None if self.teacher is None else self.teacher.unlabelled
         self.feed = Feed(data.images, unlabelled, self.device, data.fingerprint)
         self.forward: nn.Module = self.model
+        self.may_compile = self.device.type == "cuda" and self.world == 1 and not (config.progressive or self.recompute)
         self.learns: set[int] = set()  # which parameters do, in the epoch
         self.epoch, self.cached, self.image_size, self.lr = 0, False, config.image_size, config.lr
 
@@ -224,6 +229,8 @@ class Learner:
             rows = np.concatenate([rows, len(self.data.labels) + np.arange(len(self.teacher.unlabelled))])
         batches = _batches(config, self.data.labels, rows, epoch)
         if not self.cached:
+            if self.may_compile and not is_frozen:
+                self._compile(batches)
             self.feed.begin([self._share_of(batch) for batch in batches[step:]])
         return batches
 
@@ -240,6 +247,17 @@ class Learner:
             return
         self.learns = learns
         self.forward = self.model if self.cached else DistributedDataParallel(self.model)
+
+    def _compile(self, batches: list[np.ndarray]) -> None:
+        """Let torch compile the network, once, if the steps that are left win back what that takes."""
+        self.may_compile = False
+        config, shape = self.config, (len(batches[0]) // self.accumulate, 3, self.image_size, self.image_size)
+        faster = compiled(
+            self.model, f"{config.backbone} {config.width} {config.stem} {config.lora}", shape,
+            len(batches) * self.accumulate * (config.all_epochs - self.epoch), self.device, self.precision,
+            self.data.cache,
+        )  # fmt: skip
+        self.forward = faster or self.model
 
     def set_lr(self, at: float, factor: float = 1.0) -> None:
         """Set the schedule's learning rates, times `factor`, after `at` epochs.

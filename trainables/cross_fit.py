@@ -19,7 +19,7 @@ from trainables.inference import scores
 from trainables.job import Metrics, Outcome
 from trainables.storage import exists
 from trainables.train import Report, Trained, train
-from trainables.training.checkpoint import read_checkpoint, write_checkpoint
+from trainables.training.checkpoint import copied, read_checkpoint, write_checkpoint
 from trainables.training.ranks import from_first
 
 
@@ -70,7 +70,7 @@ def cross_fit(
                 "cut": trained.outcome is Outcome.TIME,
             }  # fmt: skip
             if path is not None and is_first:
-                write_checkpoint(path, known)
+                write_checkpoint(path, copied(known))
         elif path is not None and not from_first(partial(exists, path.with_name(f"fold-{number + 1}.safetensors"))):
             resumed.append((number + 1) * config.all_epochs // trainings)
         probs[rows] = known["probs"].numpy()

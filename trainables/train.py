@@ -8,6 +8,7 @@ the same arguments and takes its share of each batch.
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from trainables.models.adapters import merge_adapters
 from trainables.storage import Damaged
 from trainables.training.augment import Pixels
 from trainables.training.averaging import WeightAverage
-from trainables.training.checkpoint import read_checkpoint, write_checkpoint
+from trainables.training.checkpoint import copied, read_checkpoint, write_checkpoint
 from trainables.training.learner import Learner, tenths
 from trainables.training.ranks import from_first
 
@@ -126,7 +127,8 @@ class EarlyStopping:
 class Checkpoints:
     """Writes a training's checkpoint: after every epoch, and within one as often as that costs next to nothing.
 
-    So a machine that goes without a word costs seconds, or a tenth of an epoch where that is longer.
+    So a machine that goes without a word costs seconds, or a tenth of an epoch where that is longer. A GPU goes on
+    training while a thread writes what was copied from it; a CPU would only be shared.
     """
 
     def __init__(
@@ -134,24 +136,37 @@ class Checkpoints:
     ) -> None:
         self.path, self.learner, self.average = path, learner, average
         self.stopping, self.progress = stopping, progress
-        self.written, self.took = time.perf_counter(), 0.1  # when the last was, and the seconds that it took
+        self.written, self.took = time.perf_counter(), 0.1  # when the last was, and for how long training stood still
+        self.thread = ThreadPoolExecutor(1, "checkpoint") if learner.device.type == "cuda" else None
+        self.writing: Future[None] | None = None
 
     def write(self) -> None:
         if self.path is None or self.learner.rank > 0:
             return
         began = time.perf_counter()
-        write_checkpoint(
-            self.path,
+        self.finish()
+        state = copied(
             {"learner": self.learner.state_dict(), "average": self.average.state_dict(), "best": self.stopping.best,
              "progress": vars(self.progress)},
         )  # fmt: skip
+        if self.thread is None:
+            write_checkpoint(self.path, state)
+        else:
+            self.writing = self.thread.submit(write_checkpoint, self.path, state)
         self.written = time.perf_counter()
         self.took = self.written - began
+
+    def finish(self) -> None:
+        """Wait for what is being written; raises what went wrong there."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
 
     @property
     def are_due(self) -> bool:
         """Whether one within an epoch is."""
-        return time.perf_counter() - self.written > RARELY * self.took
+        is_writing = self.writing is not None and not self.writing.done()
+        return not is_writing and time.perf_counter() - self.written > RARELY * self.took
 
 
 class Deadline:
@@ -295,6 +310,7 @@ def train(
         if last:
             break
 
+    checkpoints.finish()  # a trial that waits at a rung goes on from it
     average.apply(model)
     if stopping.best is not None:
         model.load_state_dict(stopping.best)

@@ -233,3 +233,15 @@ def test_low_rank_adapters_learn_on_the_device(
     found = train(config, data, splits, weights=weights, device=str(device))
     assert found.curve[-1]["train_loss"] < found.curve[0]["train_loss"]
     assert found.model.state_dict().keys() == state.keys()
+
+
+def test_a_training_that_was_cut_goes_on_from_what_the_thread_wrote(
+    device: torch.device, data: Data, splits: Splits, tmp_path: Path
+) -> None:
+    path = UPath(tmp_path / "state.safetensors")
+    cut = train(CONFIG, data, splits, lambda row: row["epoch"] == 3, checkpoint=path, device=str(device))
+    assert cut.outcome == "pruned"
+    again = train(CONFIG, data, splits, checkpoint=path, device=str(device))
+    assert again.resumed == [3]
+    assert [row["epoch"] for row in again.curve] == list(range(1, 9))
+    assert again.metrics["select_accuracy"] > 0.8

@@ -47,7 +47,7 @@ from trainables.data.share import open_prepared
 from trainables.errors import UserError
 from trainables.explore.__main__ import Explore, explore
 from trainables.run_directory import list_candidates, open_run
-from trainables.training.checkpoint import read_checkpoint, write_checkpoint
+from trainables.training.checkpoint import copied, read_checkpoint, write_checkpoint
 
 LONGEST_S = 120
 MOST_MEMORY = 2 * 2**20  # KiB that a case may add to the largest so far; the networks here have a megabyte
@@ -126,7 +126,9 @@ def origin(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(data.path, Path(str(run)) / "data" / data.path.name)
     import torch
 
-    write_checkpoint(run / "checkpoints" / "0009" / "state.safetensors", {"a": torch.zeros(3), "b": [1, {"c": None}]})
+    write_checkpoint(
+        run / "checkpoints" / "0009" / "state.safetensors", copied({"a": torch.zeros(3), "b": [1, {"c": None}]})
+    )
     write_report([run], read_ensemble(run))
     return Path(str(run))
 

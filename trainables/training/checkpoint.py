@@ -5,6 +5,7 @@ and everything else as JSON in the file's metadata, with {"tensor": "17", ...} i
 """
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +17,23 @@ from upath import UPath
 from trainables.storage import Damaged, exists, read_bytes, write_bytes
 
 
-def write_checkpoint(path: UPath, state: dict[str, Any]) -> None:
-    """Write the state atomically. Raises TypeError for a value that it cannot hold."""
+@dataclass(frozen=True)
+class Copied:
+    """A state as it was, in the host's memory: tensors by number, and the JSON that names them."""
+
+    tensors: dict[str, Tensor]
+    tree: str
+
+
+def copied(state: dict[str, Any]) -> Copied:
+    """A copy of the state. Raises TypeError for a value that a checkpoint cannot hold."""
     tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_plain(state, tensors))
-    write_bytes(path, save(tensors, metadata={"state": tree}))
+    return Copied(tree=json.dumps(_plain(state, tensors)), tensors=tensors)
+
+
+def write_checkpoint(path: UPath, state: Copied) -> None:
+    """Write the state atomically."""
+    write_bytes(path, save(state.tensors, metadata={"state": state.tree}))
 
 
 def read_checkpoint(path: UPath, device: torch.device) -> dict[str, Any] | None:

@@ -224,7 +224,7 @@ def test_low_rank_adapters_learn_on_the_device(
     device: torch.device, data: Data, splits: Splits, tmp_path: Path, precision: str
 ) -> None:
     config = TrialConfig(
-        backbone="test_vit", pretrained=True, image_size=32, epochs=5, batch_size=12, lr=1e-2, lora=4,
+        backbone="test_vit", pretrained=True, image_size=32, epochs=5, batch_size=12, lr=3e-3, lora=4,
         precision=precision,
     )  # fmt: skip
     state = build(dataclasses.replace(config, pretrained=False, lora=0), len(data.classes)).state_dict()

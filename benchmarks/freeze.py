@@ -85,7 +85,8 @@ def part_of(options: Freeze, folder: Path) -> tuple[Data, Splits]:
     rest = np.setdiff1d(np.arange(len(labels)), np.concatenate([tune, select]))
     images = np.ascontiguousarray(data.images[chosen])
     fingerprint = f"{data.fingerprint}-{options.images}"
-    part = replace(data, images=images, labels=labels, fingerprint=fingerprint, path=folder / "data" / "part")
+    path = folder / "data" / "part"
+    part = replace(data, images=images, labels=labels, fingerprint=fingerprint, path=path, cache=folder)
     return part, Splits(rest, tune, select, False, fingerprint)
 
 
@@ -107,7 +108,7 @@ def measure(options: Freeze) -> dict[str, Any]:
         config = replace(CONFIG, precision=precision)  # type: ignore[arg-type]
         for _ in range(options.repeats):
             clock("one pass", lambda: one_pass(data, weights, precision))
-            for path in (Path(folder) / "features").glob("*.npy"):
+            for path in [*Path(folder).glob("features/*.npy"), *Path(folder).glob("heads/*")]:
                 path.unlink()
             clock("first", lambda: train(config, data, splits, weights=weights))
             trained = clock("cached", lambda: train(config, data, splits, weights=weights))

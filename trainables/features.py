@@ -60,12 +60,15 @@ class Features:
         self.body = model
         self.views: dict[bool, np.ndarray] = {}
         self.usable = _takes_vectors(model, self._sample())
-        if self.usable:
-            self.body = folded(model, self._sample())
         self.question = {
             "weights": fingerprint(model), "size": config.image_size, "data": data.fingerprint, "format": FORMAT,
             "precision": precision,
         }  # fmt: skip
+        paths = self._paths()
+        if self.usable and all(path.exists() for path in paths.values()):
+            self.views = _mapped(paths)
+        elif self.usable:
+            self.body = folded(model, self._sample())  # a copy, which stays as the body is now
 
     def rows(self, indices: np.ndarray) -> list[Tensor]:
         """The plain and the mirrored view of these images, float32 (N, F) each; only the plain one without flips."""
@@ -95,18 +98,21 @@ class Features:
     def take(self, indices: np.ndarray, mirrored: bool) -> Tensor:
         """The stored features of one view of these images, float32 (N, F) on the device."""
         if mirrored not in self.views:
-            self.views |= self._load_or_compute((False, True) if self.is_flipped else (False,))
+            self.views |= self._load_or_compute()
         rows = torch.from_numpy(self.views[mirrored][indices].astype(np.float32))
         return rows.to(self.pixels.mean.device)
 
-    def _load_or_compute(self, views: tuple[bool, ...]) -> dict[bool, np.ndarray]:
+    def _paths(self) -> dict[bool, Path]:
+        """Where the views that are needed lie, or will."""
+        name = hashlib.sha256(json.dumps(self.question, sort_keys=True).encode()).hexdigest()[:20]
+        views = (False, True) if self.is_flipped else (False,)
+        return {view: self.data.cache / "features" / f"{name}{'-mirrored' if view else ''}.npy" for view in views}
+
+    def _load_or_compute(self) -> dict[bool, np.ndarray]:
         """float16 (N, F) of all images by view, memory-mapped; computed once when two trials ask at the same time."""
-        folder = self.data.cache / "features"
-        folder.mkdir(parents=True, exist_ok=True)
-        question = json.dumps(self.question, sort_keys=True)
-        name = hashlib.sha256(question.encode()).hexdigest()[:20]
-        paths = {view: folder / f"{name}{'-mirrored' if view else ''}.npy" for view in views}
-        lock = FileLock(folder / f"{name}.lock")
+        paths = self._paths()
+        paths[False].parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(paths[False].with_suffix(".lock"))
         while missing := {view: path for view, path in paths.items() if not path.exists()}:
             try:
                 with lock.acquire(timeout=1):
@@ -115,7 +121,7 @@ class Features:
                         self._compute(missing)
             except Timeout:
                 self.tick()  # another trial is computing them
-        return {view: np.load(path, mmap_mode="r", allow_pickle=False) for view, path in paths.items()}
+        return _mapped(paths)
 
     @torch.inference_mode()
     def _compute(self, paths: dict[bool, Path]) -> None:
@@ -159,6 +165,10 @@ class Features:
 
     def _sample(self) -> Tensor:
         return self._pixels(self.data.images[:2])
+
+
+def _mapped(paths: dict[bool, Path]) -> dict[bool, np.ndarray]:
+    return {view: np.load(path, mmap_mode="r", allow_pickle=False) for view, path in paths.items()}
 
 
 def vectors_of(model: nn.Module, x: Tensor) -> Tensor:

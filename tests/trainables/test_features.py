@@ -245,3 +245,36 @@ def test_a_new_head_on_pretrained_features_starts_without_opinions(name: str, tm
     with torch.no_grad():
         features = 2 * torch.rand(16, model.num_features)  # type: ignore[arg-type]
         assert head_of(model)(features).abs().max() < 2
+
+
+def test_a_head_is_fitted_once_for_all_trials_on_the_same_images(
+    own: Data, splits: Splits, weights: WeightSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Learner(HEAD, own, splits, weights)
+    fits: list[None] = []
+    fit = learning.fit_head
+    monkeypatch.setattr(learning, "fit_head", lambda *args: fits.append(None) or fit(*args))
+    again = Learner(replace(HEAD, lr=HEAD.lr / 2, epochs=2), own, splits, weights)
+    assert not fits
+    assert again.strength == first.strength
+    assert first.head is not None
+    assert again.head is not None
+    assert torch.equal(again.head.weight, first.head.weight)
+    assert torch.equal(head_of(again.model).weight, head_of(first.model).weight)  # type: ignore[arg-type]
+
+    labels = own.labels.copy()
+    labels[splits.train] = labels[splits.train][::-1]
+    fewer = replace(splits, train=splits.train[1:])
+    for data, rows, config in (
+        (own, fewer, HEAD), (replace(own, labels=labels), splits, HEAD), (own, splits, replace(HEAD, balanced=True)),
+        (own, splits, replace(HEAD, flip="random" if HEAD.flip == "none" else "none", tta="none")),
+    ):  # fmt: skip
+        fits.clear()
+        Learner(config, data, rows, weights)
+        assert len(fits) == 1
+
+    for path in (own.cache / "heads").glob("*.safetensors"):
+        path.write_bytes(b"cut")
+    fits.clear()
+    assert torch.equal(Learner(HEAD, own, splits, weights).head.weight, first.head.weight)  # type: ignore[union-attr]
+    assert len(fits) == 1

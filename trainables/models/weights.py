@@ -89,10 +89,15 @@ def read_pretrained(name: str, source: WeightSource) -> dict[str, Tensor]:
         return _load_hub(name)
     state = _load_file(source.path)
     if source.kind == "offline":  # the package names its tensors otherwise, but in the same order
-        with torch.device("meta"):
-            names = timm.create_model(name).state_dict()
-        state = dict(zip(names, state.values(), strict=True))
+        state = dict(zip(_names(name), state.values(), strict=True))
     return state
+
+
+@functools.cache
+def _names(name: str) -> tuple[str, ...]:
+    """The names of a backbone's tensors, in their order."""
+    with torch.device("meta"):
+        return tuple(timm.create_model(name).state_dict())
 
 
 def load_model(candidate: Candidate, device: str | torch.device = "cpu") -> nn.Module:

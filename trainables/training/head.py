@@ -4,14 +4,21 @@ Linear probing, the first half of LP-FT (Kumar et al., 2022, arXiv:2202.10054). 
 each from the one before, which takes a second where one training of a head by steps takes ten.
 """
 
+import contextlib
+import hashlib
+import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(2, -9, -1))  # 10 to 1e-4, of the squared weights
@@ -63,6 +70,27 @@ def fit_head(
     losses = [float(F.cross_entropy(torch.stack([head(view) for view in views]).mean(0), target)) for head in heads]
     best = int(np.argmin(losses))
     return heads[best], strengths[best]
+
+
+def shared_head(
+    folder: Path, question: dict[str, Any], device: torch.device, fit: Callable[[], tuple[Head, float]],
+    deadline: float | None = None,
+) -> tuple[Head, float]:  # fmt: skip
+    """What `fit` returns, computed once on a node for all trials that ask the same `question`: a head on `device`, and
+    its strength. One that the deadline has cut short is not kept, and a damaged file is written anew."""
+    name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:20]
+    path = folder / f"{name}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, TypeError), safe_open(path, "pt") as file:
+        head = Head(file.get_tensor("weight").to(device), file.get_tensor("bias").to(device))
+        return head, float(file.metadata()["strength"])
+    head, strength = fit()
+    if deadline is None or time.time() < deadline:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        tensors = {"weight": head.weight.cpu().contiguous(), "bias": head.bias.cpu().contiguous()}
+        save_file(tensors, temporary, metadata={"strength": repr(strength)})
+        temporary.replace(path)
+    return head, strength
 
 
 def fit_at(

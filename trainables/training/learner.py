@@ -3,6 +3,7 @@
 Under torch.distributed every rank holds a Learner of the same configuration and takes its share of each batch.
 """
 
+import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -36,7 +37,7 @@ from trainables.models.weights import read_pretrained
 from trainables.training.augment import Pixels, augmented, mix
 from trainables.training.compiled import compiled
 from trainables.training.feed import Feed, rows_on
-from trainables.training.head import Head, fit_at, fit_head
+from trainables.training.head import Head, fit_at, fit_head, shared_head
 from trainables.training.optim import lr_factor, make_optimizers
 from trainables.training.precision import choose_layout, quicken
 from trainables.training.teacher import Teacher
@@ -130,16 +131,7 @@ class Learner:
         if state is not None:
             self._restore(state)
         elif self.features is not None:
-            self.head, self.strength = fit_head(
-                self.features.rows,
-                data.labels,
-                splits.train,
-                splits.tune,
-                len(data.classes),
-                self._weighs(),
-                tick,
-                deadline,
-            )
+            self.head, self.strength = self._fit_head(self.features, deadline)
             self._set_head(self.head)
         if lesson is not None:
             self.teacher = Teacher(lesson, data, splits, self.device, tick)
@@ -164,6 +156,23 @@ class Learner:
 
     def _weighs(self) -> bool:
         return self.config.class_weights or self.config.balanced
+
+    def _fit_head(self, features: Features, deadline: float | None) -> tuple[Head, float]:
+        splits, classes = self.splits, len(self.data.classes)
+        question = {
+            **features.question, "flipped": features.is_flipped, "weighs": self._weighs(), "classes": classes,
+            "rows": [
+                hashlib.sha256(array.astype("<i8").tobytes()).hexdigest()
+                for rows in (splits.train, splits.tune) for array in (rows, self.data.labels[rows])
+            ],
+        }  # fmt: skip
+        return shared_head(
+            self.data.cache / "heads", question, self.device,
+            lambda: fit_head(
+                features.rows, self.data.labels, splits.train, splits.tune, classes, self._weighs(), self.tick, deadline
+            ),
+            deadline,
+        )  # fmt: skip
 
     @torch.no_grad()
     def _set_head(self, head: Head) -> None:

@@ -1,13 +1,14 @@
 """The head that is fitted exactly: with an end in sight, however many images and classes there are."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from trainables.training import head
-from trainables.training.head import FEW_STEPS, FEW_STRENGTHS, STRENGTHS, fit_at, fit_head
+from trainables.training.head import FEW_STEPS, FEW_STRENGTHS, STRENGTHS, fit_at, fit_head, shared_head
 
 CLASSES = 4
 LABELS = np.random.default_rng(0).integers(0, CLASSES, 400)
@@ -59,3 +60,16 @@ def test_much_work_is_done_in_fewer_steps_on_fewer_rows(monkeypatch: pytest.Monk
     assert len(calls) < usual
     assert max(seen) == 100
     assert (found(FEATURES[TUNE]).argmax(1).numpy() == LABELS[TUNE]).mean() > 0.4
+
+
+def test_a_head_that_the_deadline_cut_short_is_not_kept(tmp_path: Path) -> None:
+    cpu, question = torch.device("cpu"), {"of": "these"}
+    for deadline, kept in ((time.time() - 1, 0), (time.time() + 1000, 1)):
+        found, strength = shared_head(
+            tmp_path, question, cpu, lambda end=deadline: fit_head(rows, LABELS, TRAIN, TUNE, CLASSES, deadline=end),
+            deadline,
+        )  # fmt: skip
+        assert len(list(tmp_path.iterdir())) == kept
+    again, same = shared_head(tmp_path, question, cpu, lambda: pytest.fail("fitted again"))
+    assert same == strength
+    assert torch.equal(again.weight, found.weight)

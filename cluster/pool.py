@@ -33,9 +33,12 @@ class LanePool:
         """Count the machines again, and forget what has gone; raises what `places` raises."""
         self.room = self.places()
         self.closing = [lane for lane in self.closing if not lane.is_closed()]
-        for lane in [*self.idle, *self.busy]:
-            if lane.machine not in self.room:
+        for lane in [lane for lane in [*self.idle, *self.busy] if lane.machine not in self.room]:
+            if lane.machine is not None:
                 lane.kill()  # its mailbox may not even have started, and then its trial would wait
+            elif lane in self.idle:  # spread over machines, of which one now holds whole lanes
+                lane.close()
+                self.closing.append(lane)
         self.idle = [lane for lane in self.idle if lane.machine in self.room]
 
     def has_room(self) -> bool:

@@ -83,6 +83,25 @@ def test_lanes_of_a_machine_that_left_are_ended(monkeypatch: pytest.MonkeyPatch)
     assert not pool.has_room()
 
 
+def test_a_spread_lane_keeps_its_trial_when_a_machine_joins_that_holds_whole_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machines = Machines(monkeypatch)
+    machines.lanes = {None: 2}
+    pool = machines.pool()
+    busy, idle = take_all(pool)
+    pool.give_back(idle)
+    machines.lanes = {"big": 1}
+    idle.is_closed = lambda wait_s=0.0: False
+    pool.look()
+    assert not busy.killed  # type: ignore[attr-defined]
+    assert pool.closing == [idle]
+    pool.give_back(busy)
+    pool.look()
+    assert pool.closing == [idle, busy]
+    assert pool.take().machine == "big"
+
+
 def test_there_are_no_more_than_the_head_can_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(take_all(Machines(monkeypatch, a=5, b=5).pool(most=3))) == 3
 

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from cluster.connect import Demand, Node, connect, disconnect, in_cluster, nodes
 from cluster.lane import LaneSpec
@@ -14,8 +15,9 @@ MOST_CPU_LANES = 8  # on a machine without GPUs; each lane is a process of its o
 JOIN_S = 1800.0  # for the first machine of a cluster to come
 LOOK_S = 2.0
 CPUS_ALONE = (
-    "no machine of the cluster has a GPU now, so all trials of this sweep use CPUs; --gpus-per-trial 1 waits for a GPU"
+    "no machine of the cluster has a GPU now, so trials use CPUs until one comes; --gpus-per-trial 1 waits for it"
 )
+GPUS_CAME = "a machine with GPUs has joined: trials begin there from now on, and those on CPUs come to their end"
 RAY_DIED = "Ray has died on this machine: one of its processes was killed, or memory ran out"
 
 
@@ -28,7 +30,8 @@ class Lanes:
 
     Attributes:
         dashboard: Ray's, its address; "" when there is none.
-        spec: what one lane takes, by the machines there are at the start.
+        spec: what one lane takes, by the machines there are at the start; where the request leaves that open, of a GPU
+            as soon as there is one.
         count: how many there are.
     """
 
@@ -81,6 +84,10 @@ class Lanes:
         machines = nodes()
         if not any(node.here for node in machines):
             raise UserError(f"{RAY_DIED}; the same command continues")
+        if not self.spec.gpus and self.request.gpus is None and any(node.gpus for node in machines):
+            with suppress(UserError):  # they are too small for a trial
+                self.spec, _ = lanes_for(machines, self.request)
+                self.say(GPUS_CAME)
         places = place_lanes(machines, self.spec)
         self.count = sum(places.values())
         lacking = sys.maxsize if wanted is None else max(0, wanted - self.count)
@@ -96,8 +103,9 @@ def lanes_for(machines: Sequence[Node], request: LaneRequest) -> tuple[LaneSpec,
     shares = []  # CPU slots for one worker, on every machine that can have any
     for node in machines:
         places = _gpu_places(node, gpus) if gpus else min(int(node.cpus), max(workers, MOST_CPU_LANES))
-        shares += [float(node.cpus // places)] if places else []
-    cpus = request.cpus or max(1.0, min(shares, default=1.0))
+        share = node.cpus // places if places else 0.0
+        shares += [share] if share >= 1 else []  # one with less has no lane
+    cpus = request.cpus or min(shares, default=1.0)
     spec = LaneSpec(workers=workers, cpus=cpus, gpus=gpus)
     lanes = sum(place_lanes(machines, spec).values())
     if lanes < 1:

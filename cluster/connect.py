@@ -150,6 +150,7 @@ class Demand:
 
     def __init__(self) -> None:
         self.waiting: list[PlacementGroup] = []
+        self.bundle: dict[str, float] = {}  # that each of them has
         self.quiet_until = 0.0
 
     def keep(self, cpus: float, gpus: float, workers: int, lanes: int) -> None:
@@ -159,10 +160,12 @@ class Demand:
         if any(placement_group_table(group).get("state") == "CREATED" for group in self.waiting):
             self.quiet_until = time.monotonic() + QUIET_S
         count = 0 if time.monotonic() < self.quiet_until else min(workers * lanes, MOST_DEMANDED)
-        for group in self.waiting[count:]:
-            remove_placement_group(group)
         bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-        self.waiting = self.waiting[:count]
+        kept = count if bundle == self.bundle else 0
+        for group in self.waiting[kept:]:
+            remove_placement_group(group)
+        self.bundle = bundle
+        self.waiting = self.waiting[:kept]
         self.waiting += [placement_group([bundle]) for _ in range(count - len(self.waiting))]
 
 

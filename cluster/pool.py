@@ -33,13 +33,13 @@ class LanePool:
         """Count the machines again, and forget what has gone; raises what `places` raises."""
         self.room = self.places()
         self.closing = [lane for lane in self.closing if not lane.is_closed()]
-        for lane in [lane for lane in [*self.idle, *self.busy] if lane.machine not in self.room]:
-            if lane.machine is not None:
+        for lane in [lane for lane in [*self.idle, *self.busy] if not self.room.get(lane.machine)]:
+            if lane.machine is not None and lane.machine not in self.room:
                 lane.kill()  # its mailbox may not even have started, and then its trial would wait
-            elif lane in self.idle:  # spread over machines, of which one now holds whole lanes
+            elif lane in self.idle:  # trials have other machines now: those with GPUs, or that hold whole lanes
                 lane.close()
                 self.closing.append(lane)
-        self.idle = [lane for lane in self.idle if lane.machine in self.room]
+        self.idle = [lane for lane in self.idle if self.room.get(lane.machine)]
 
     def has_room(self) -> bool:
         """Whether `take` has a lane."""

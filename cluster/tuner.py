@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 from ray import tune
@@ -92,8 +91,12 @@ class Lost:
 Message = Metrics | Result | Lost
 
 
-def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | Callable[[], Places]) -> None:
+def run_trials(
+    source: JobSource, target: Target, spec: LaneSpec | Callable[[], LaneSpec], lanes: int | Callable[[], Places]
+) -> None:
     """Run the source's jobs in lanes of size `spec` until it has no more; Ray must be connected.
+
+    `spec` may be a function: a lane is of the size that it names when the lane starts.
 
     `lanes` is how many there are, wherever Ray finds room; or a function that is asked twice a second how many each
     machine holds, so that machines that join get trials. A job whose lane was lost, alone or with its machine, goes
@@ -119,7 +122,11 @@ def run_trials(source: JobSource, target: Target, spec: LaneSpec, lanes: int | C
     os.environ.update(TUNE_ENVIRONMENT)
     places: Callable[[], Places] = lanes if callable(lanes) else lambda: {None: lanes}
     waiter = control(sum(places().values()))
-    pool = LanePool(partial(Lane, target, spec), places, NOTICE_S if callable(lanes) else 0.0, waiter.most)
+
+    def start(machine: str | None) -> Lane:
+        return Lane(target, spec() if callable(spec) else spec, machine)
+
+    pool = LanePool(start, places, NOTICE_S if callable(lanes) else 0.0, waiter.most)
     bridge = _Bridge(source, pool)
     with _ctrl_c_stops(source), _quiet(), tempfile.TemporaryDirectory(prefix="tune-") as folder:
         try:

@@ -37,6 +37,10 @@ class Costs:
         forward = _middle(self.forward_rates, backbone) or FORWARD_GAIN * training
         return Cost(self.native[backbone], work / forward, BACKWARD * work / training)
 
+    def forget(self) -> None:
+        """What candidates took: other devices train from now on."""
+        self.forward_rates, self.training_rates = {}, {}
+
     def table(self) -> dict[str, Cost]:
         return {backbone: self.of(backbone) for backbone in self.gflops}
 

@@ -142,7 +142,7 @@ def _refitted_run(target: UPath) -> UPath:
 def train_all(jobs: list[Job], config: SearchConfig, progress: Progress) -> None:
     training = Jobs(jobs, progress)
     with Lanes(config.lane_request()) as lanes, progress:
-        run_trials(training, run_trial, lanes.spec, lambda: lanes.now(wanted=len(jobs)))
+        run_trials(training, run_trial, lambda: lanes.spec, lambda: lanes.now(wanted=len(jobs)))
     if training.stopping:
         raise UserError("stopped before all members were trained; the same command goes on")
     if training.errors:

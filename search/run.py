@@ -145,12 +145,13 @@ def _sweep(
                 if isinstance(opened.lock, Lease):
                     opened.lock.check()
                 places = lanes.now(wanted=plan.trials and plan.trials - len(sweep.tried))
-                sweep.time.place(max(1, lanes.count), devices=lanes.spec.workers * (lanes.spec.gpus or 1))
+                devices = lanes.spec.workers * (lanes.spec.gpus or 1)
+                sweep.time.place(max(1, lanes.count), devices, "cuda" if lanes.spec.gpus else "cpu")
                 return places
 
             with board:
                 while sweep.has_more() and not sweep.stopping:
-                    run_trials(WatchedSweep(sweep, board), run_trial, lanes.spec, place_lanes)
+                    run_trials(WatchedSweep(sweep, board), run_trial, lambda: lanes.spec, place_lanes)
         sweep.remove_stale_checkpoints()
     if not sweep.stopping:
         sweep.close()

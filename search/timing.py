@@ -35,7 +35,7 @@ class Timing:
 
     def __init__(self, used: Spent, budget: Budget, clock: Callable[[], float] = time.time) -> None:
         self.used, self.budget, self.clock = used, budget, clock
-        self.lanes, self.devices = 1, 1.0
+        self.lanes, self.devices, self.device = 1, 1.0, ""
         self.began: dict[str, float] = {}  # of every running trial
         self.speeds: dict[tuple[str, str], Speed] = {}  # by what decides them, see _speed_key
         self.costs: Costs | None = None  # of backbones that nothing was trained with yet
@@ -44,9 +44,19 @@ class Timing:
         self._started = clock() if budget.began is None else budget.began
         self._device_seconds = used.device_seconds
 
-    def place(self, lanes: int, devices: float) -> None:
-        """How many trials run at a time, and on how many devices each: what device-seconds are counted by."""
+    def place(self, lanes: int, devices: float, device: str = "") -> None:
+        """How many trials run at a time, and on how many devices each: what device-seconds are counted by.
+
+        device: "cuda" or "cpu"; what trials took on the other kind says nothing and is forgotten.
+        """
         self.lanes, self.devices = lanes, devices
+        if device != self.device:
+            self.device, seen = device, self.candidates
+            self.candidates, self.speeds, self.seconds_of_trials = [], {}, []
+            if self.costs is not None:
+                self.costs.forget()
+            for candidate in seen:
+                self.learn(candidate)
 
     def begin(self, id: str) -> None:
         self.began[id] = self.clock()
@@ -93,6 +103,8 @@ class Timing:
     def learn(self, candidate: Candidate) -> None:
         """Note what a candidate took. The first of its kind may have computed what later ones find stored."""
         self.candidates.append(candidate)
+        if self.device and candidate.info.device not in ("", self.device):
+            return
         config, ends = candidate.info.config, [row["seconds"] for row in candidate.info.curve if "seconds" in row]
         if not ends or config is None:
             return

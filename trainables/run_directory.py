@@ -177,7 +177,7 @@ class CandidateInfo:
         outcome: how its trial ended.
         num_classes, mean, std, image_size, precision: what it takes to predict with the weights.
         params, flops, latency_ms, seconds: what it cost.
-        node, resumed_after_epochs, finished: where and when it was trained.
+        node, device, resumed_after_epochs, finished: where ("cuda" or "cpu") and when it was trained.
         split_fingerprint, tune_and_select_shared: of the splits that it was trained on.
         soup: ids of the candidates whose weights it averages.
         refitted: a probe's head was fitted once more on all labelled images after its predictions were made, so the
@@ -201,6 +201,7 @@ class CandidateInfo:
     latency_ms: float | None = None
     seconds: float | None = None
     node: str = ""
+    device: str = ""
     resumed_after_epochs: tuple[float, ...] = ()
     finished: float | None = None
     split_fingerprint: str | None = None

@@ -164,6 +164,7 @@ def _write(job: Job, data: Data, splits: Splits, trained: Trained) -> None:
         latency_ms=latency_ms,
         seconds=round(trained.seconds, 3),
         node=job.node or platform.node(),
+        device=trained.pixels.mean.device.type,
         resumed_after_epochs=tuple(trained.resumed),
         split_fingerprint=splits.fingerprint,
         finished=time.time(),

@@ -83,6 +83,20 @@ def test_lanes_of_a_machine_that_left_are_ended(monkeypatch: pytest.MonkeyPatch)
     assert not pool.has_room()
 
 
+def test_idle_lanes_end_where_trials_no_longer_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with GPUs has joined: those without get no more trials, and what runs there comes to its end."""
+    machines = Machines(monkeypatch, cpus=2)
+    pool = machines.pool()
+    busy, idle = take_all(pool)
+    pool.give_back(idle)
+    machines.lanes = {"cpus": 0, "gpus": 1}
+    pool.look()
+    assert pool.take().machine == "gpus"
+    assert not pool.has_room()
+    assert pool.idle == []
+    assert not busy.killed  # type: ignore[attr-defined]
+
+
 def test_a_spread_lane_keeps_its_trial_when_a_machine_joins_that_holds_whole_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

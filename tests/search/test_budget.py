@@ -134,3 +134,18 @@ def test_sizes_of_weights_to_keep() -> None:
     for wrong in ("", "1.5", "-3", "20 cats"):
         with pytest.raises(UserError, match="--keep-weights"):
             parse_keep(wrong)
+
+
+def test_what_trials_took_on_cpus_says_nothing_about_gpus(tmp_path: Path) -> None:
+    s = sweep(tmp_path, trials=None, deadline=time.time() + 1000)
+    finish(s, take(s), seconds=6 * 300.0)
+    (candidate,) = s.time.candidates
+    config = candidate.info.config
+    assert config is not None
+    s.time.place(1, 1, "cpu")
+    assert s.time.seconds(config) is not None  # a candidate of an older run does not say where
+    s.time.candidates = [replace(candidate, info=replace(candidate.info, device="cpu"))]
+    s.time.place(1, 1, "cuda")
+    assert s.time.seconds(config) is None
+    s.time.place(1, 1, "cpu")
+    assert s.time.seconds(config) is not None

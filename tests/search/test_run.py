@@ -312,6 +312,26 @@ def test_a_cluster_without_gpus_at_the_start_is_told_of(
     assert heard == said
 
 
+def test_gpus_that_join_get_the_trials_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before: a sweep that had begun on CPUs stayed there."""
+    machines = [Node(8, here=True, id="head"), Node(8, id="cpus")]
+    monkeypatch.setattr(capacity, "nodes", lambda: machines)
+    heard: list[str] = []
+    lanes = Lanes(LaneRequest(), heard.append)
+    lanes.spec, lanes.count = lanes._first()
+    assert lanes.now(None) == {"head": 8, "cpus": 8}
+    machines.append(Node(0.5, 1, id="too small for a trial"))
+    assert lanes.now(None) == {"head": 8, "cpus": 8, "too small for a trial": 0}
+    machines.append(Node(16, 2, id="gpus"))
+    assert lanes.now(None) == {"head": 0, "cpus": 0, "too small for a trial": 0, "gpus": 2}
+    assert (lanes.spec.gpus, lanes.spec.cpus, lanes.count) == (1, 8, 2)
+    assert heard == [capacity.GPUS_CAME]
+
+    asked = Lanes(LaneRequest(gpus=0.0), heard.append)
+    asked.spec, asked.count = asked._first()
+    assert asked.now(None)["cpus"]  # as was said
+
+
 def test_a_run_that_cannot_go_on_says_so(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = SearchConfig(data="folder", data_dir=pictures, space="auto", run=str(tmp_path / "run"))
     plan = make_plan(config)

@@ -131,4 +131,4 @@ def place_lanes(machines: Sequence[Node], spec: LaneSpec) -> Places:
     whole = [count // spec.workers for count in places]
     if any(whole):
         return {node.id: count for node, count in zip(machines, whole, strict=True)}
-    return {None: sum(places) // spec.workers}
+    return {**dict.fromkeys((node.id for node in machines), 0), None: sum(places) // spec.workers}

@@ -1,7 +1,6 @@
 """The one place that connects to Ray: the cluster of a submitted job, or a local one that ends with this process."""
 
 import logging
-import math
 import os
 import secrets
 import signal
@@ -116,23 +115,17 @@ def nodes() -> tuple[Node, ...]:
     )
 
 
-@dataclass(frozen=True)
-class Control:
-    """What Ray reserves for each process that waits for a trial, and how many of them there can be."""
-
-    resources: dict[str, float]
-    most: float = math.inf
-
-
-def control(lanes: int) -> Control:
-    """Where the processes that wait for trials go: to the head, with which everything ends anyway, so that no other
-    machine's loss ends a trial that runs elsewhere. Only when the head's memory is too small for `lanes` of them (it is
-    often a small machine) they go wherever there is most."""
+def room_on_head() -> int:
+    """For how many processes that wait for trials the head has memory: in half of it, so that two sweeps fit."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = int(sum(has.get("memory", 0.0) for has in machines if HEAD in has) // CONTROL_BYTES)
-    if most < max(1, lanes):
-        return Control({"memory": float(CONTROL_BYTES) if in_cluster() else 1.0})
-    return Control({"memory": float(CONTROL_BYTES), HEAD: 0.0001}, most)
+    return int(sum(has.get("memory", 0.0) for has in machines if HEAD in has) / 2 // CONTROL_BYTES)
+
+
+def waiter(on_head: bool) -> dict[str, float]:
+    """What Ray reserves for the process that waits for a trial. It belongs on the head, with which everything ends
+    anyway, so that no other machine's loss ends a trial that runs elsewhere; where that has no room, wherever there is
+    most memory."""
+    return {"memory": float(CONTROL_BYTES), HEAD: 0.0001} if on_head else {"memory": 1.0}
 
 
 def in_cluster() -> bool:

@@ -14,6 +14,7 @@ goes to whichever lane is free next (tuner.py). Continuing from the job's last c
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from trainables.job import Metrics, Outcome, Result
 
 START_S = 300.0  # that a lane waits for room, and then for its ranks: another may have to give its place back first
 NODE_LABEL = "ray.io/node-id"  # which Ray gives to every machine
+LOOK_S = 2.0  # how often a lane that waits for room looks whether it is still wanted
 LISTEN_S = 1.0  # how often a waiting Tune actor looks whether its lane still lives
 
 TRAIN_ENVIRONMENT = {
@@ -84,17 +86,23 @@ class Lane:
     Attributes:
         name: of its mailbox, by which run_in_lane finds it from any process of the same Ray job.
         machine: Ray's id of the one that all of it is on; None: the ranks lie where Ray finds room, the mailbox here.
+        spec: its size.
     """
 
     def __init__(self, target: Target, spec: LaneSpec, machine: str | None = None) -> None:
         self.name = f"lane-{secrets.token_hex(8)}"
-        self.machine = machine
+        self.machine, self.spec = machine, spec
         where = {NODE_LABEL: machine or ray.get_runtime_context().get_node_id()}
         actor: Any = ray.remote(num_cpus=0, label_selector=where)(Mailbox)
         self._mailbox = actor.options(name=self.name).remote(spec.workers)
         self._target = ray.put(target)  # which only the ranks open: it imports torch, and much else
-        self._mailbox.run.remote(partial(_train, self._target, spec, machine))
+        self._run: Any = self._mailbox.run.remote(partial(_train, self._target, spec, machine))
         self._closed: Any = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its ranks are gone, or were never started."""
+        return bool(ray.wait([self._run], timeout=0)[0])
 
     def close(self) -> None:
         """Begin to end its ranks; `is_closed` says when their room is free again."""
@@ -118,10 +126,16 @@ class Lane:
 def _train(target: "ray.ObjectRef[Target]", spec: LaneSpec, machine: str | None, mailbox: Any) -> Ended:
     """Run Ray Train until the lane's end, on `machine` if one is named."""
     here = {NODE_LABEL: machine} if machine else None
-    group = placement_group([spec.bundle] * spec.workers, bundle_label_selector=[here] * spec.workers if here else None)
     # Waited for here: in Ray Train it would count as a lane that does not start, and other jobs may hold the room long.
-    room = group.wait(START_S)
-    remove_placement_group(group)
+    group = placement_group([spec.bundle] * spec.workers, bundle_label_selector=[here] * spec.workers if here else None)
+    try:
+        end, room = time.monotonic() + START_S, False
+        while not room and time.monotonic() < end and not ray.get(mailbox.is_closed.remote()):
+            room = group.wait(LOOK_S)
+    finally:
+        remove_placement_group(group)
+    if ray.get(mailbox.is_closed.remote()):
+        return Ended("the lane was closed before it started", started=False)
     if not room:
         return Ended(f"no room for a lane within {START_S:g} s: other jobs have it", started=False)
 
@@ -130,7 +144,7 @@ def _train(target: "ray.ObjectRef[Target]", spec: LaneSpec, machine: str | None,
     from ray.train.torch import TorchTrainer
 
     # Ray Train insists on a folder, although nothing is kept there: checkpoints are files of the run directory.
-    with tempfile.TemporaryDirectory(prefix="lane-") as folder:
+    with tempfile.TemporaryDirectory(prefix="lane-", ignore_cleanup_errors=True) as folder:
         trainer = TorchTrainer(
             lambda: serve(target, mailbox, max(1, int(spec.cpus)), spec.gpus),
             scaling_config=ScalingConfig(  # type: ignore[call-arg]

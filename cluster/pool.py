@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from cluster.lane import Lane
+from cluster.lane import Lane, LaneSpec
 
 CLOSE_S = 10.0  # for all lanes to end, when the sweep has
 
@@ -20,9 +20,10 @@ class LanePool:
     """
 
     def __init__(
-        self, start: Callable[[Machine], Lane], places: Callable[[], Places], notice_s: float = 0.0, most: float = 1e9
-    ) -> None:
-        self.start, self.places, self.notice_s, self.most = start, places, notice_s, most
+        self, start: Callable[[LaneSpec, Machine], Lane], spec: Callable[[], LaneSpec], places: Callable[[], Places],
+        notice_s: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.start, self.spec, self.places, self.notice_s = start, spec, places, notice_s
         self.room: Places = {}
         self.idle: list[Lane] = []
         self.busy: list[Lane] = []
@@ -33,13 +34,14 @@ class LanePool:
         """Count the machines again, and forget what has gone; raises what `places` raises."""
         self.room = self.places()
         self.closing = [lane for lane in self.closing if not lane.is_closed()]
-        for lane in [lane for lane in [*self.idle, *self.busy] if not self.room.get(lane.machine)]:
+        for lane in [*self.idle, *self.busy]:
             if lane.machine is not None and lane.machine not in self.room:
                 lane.kill()  # its mailbox may not even have started, and then its trial would wait
-            elif lane in self.idle:  # trials have other machines now: those with GPUs, or that hold whole lanes
-                lane.close()
-                self.closing.append(lane)
-        self.idle = [lane for lane in self.idle if self.room.get(lane.machine)]
+        for lane in list(self.idle):
+            # trials may have other machines now, those with GPUs or that hold whole lanes
+            if not self.room.get(lane.machine) or lane.spec != self.spec() or lane.has_ended:
+                self.idle.remove(lane)
+                self._end(lane)
 
     def has_room(self) -> bool:
         """Whether `take` has a lane."""
@@ -52,7 +54,7 @@ class LanePool:
             raise LookupError("no machine has room for a lane")
         machine, lane = free
         if lane is None:
-            lane = self.start(machine)
+            lane = self.start(self.spec(), machine)
         else:
             self.idle.remove(lane)
         self.busy.append(lane)
@@ -64,14 +66,18 @@ class LanePool:
             self.busy.remove(lane)
             self.idle.append(lane)
 
-    def lose(self, lane: Lane) -> bool:
-        """The lane is of no more use; False when its machine has just lost another."""
-        first = time.monotonic() >= self._limit(lane.machine)[1]
+    def give_up(self, lane: Lane) -> None:
+        """The lane is of no more use, through what its trial did: the machine is there."""
         self.busy.remove(lane)
-        self.closing.append(lane)
-        lane.close()
+        self._end(lane)
+
+    def lose(self, lane: Lane) -> bool:
+        """The lane has died, perhaps with its machine; False when others just have: machines may go together."""
+        now = time.monotonic()
+        first = all(now >= until for _, until in self.limits.values())
+        self.give_up(lane)
         left = sum(other.machine == lane.machine for other in self.busy)
-        self.limits[lane.machine] = (left, time.monotonic() + self.notice_s)
+        self.limits[lane.machine] = (left, now + self.notice_s)
         return first
 
     def close(self) -> None:
@@ -84,18 +90,17 @@ class LanePool:
                 lane.kill()
         self.idle, self.busy, self.closing = [], [], []
 
-    def _limit(self, machine: Machine) -> tuple[int, float]:
-        return self.limits.get(machine, (0, float("-inf")))
+    def _end(self, lane: Lane) -> None:
+        lane.close()
+        self.closing.append(lane)
 
     def _free(self) -> tuple[Machine, Lane | None] | None:
         """Where the next trial would run, and in which idle lane; the machine with most room if none is idle."""
-        if len(self.busy) >= self.most:
-            return None
         busy, idle = Counter(lane.machine for lane in self.busy), Counter(lane.machine for lane in self.idle)
         closing, now = Counter(lane.machine for lane in self.closing), time.monotonic()
         trials = {}  # that each machine may still get
         for machine, count in self.room.items():
-            limit, until = self._limit(machine)
+            limit, until = self.limits.get(machine, (0, float("-inf")))
             trials[machine] = (min(count, limit) if now < until else count) - busy[machine]
         for lane in reversed(self.idle):  # the warmest first
             if trials.get(lane.machine, 0) > 0:

@@ -132,17 +132,23 @@ class Mailbox:
         self.ranks: list[Any] = []  # actor handles of those that have started
         self.places: Any = None  # the placement group that they are in
         self.ended: asyncio.Future[Ended] = asyncio.Future()
+        self.closed = False
 
     # called by the driver, which starts and ends lanes
 
     async def run(self, train: Callable[[Any], Ended]) -> None:
         """Call `train` with this actor's handle, in a thread: it runs the ranks until the lane ends."""
-        ended = await asyncio.to_thread(train, ray.get_runtime_context().current_actor)
+        try:
+            ended = await asyncio.to_thread(train, ray.get_runtime_context().current_actor)
+        except Exception as error:  # no torch on that machine, no room in /tmp
+            ended = Ended(f"the lane did not start: {_first_line(error)}", details=traceback.format_exc())
         self.ended.set_result(ended)
         self.events.put_nowait((self.number, ended))
 
     async def close(self) -> None:
-        """Kill the ranks, and return once Ray Train has noticed, so that their room is free again."""
+        """Kill the ranks, also those that are still to start, and return once Ray Train has noticed, so that their room
+        is free again."""
+        self.closed, self.waiting_job = True, None
         for rank in self.ranks:
             ray.kill(rank)
         await asyncio.wait([self.ended], timeout=CLOSE_S)
@@ -150,10 +156,15 @@ class Mailbox:
             # Ray Train's controller gives them back, and its cleaner when that was killed; but when both were, nobody.
             remove_placement_group(self.places)
 
+    async def is_closed(self) -> bool:
+        return self.closed
+
     # called by the Tune actor
 
     async def submit(self, job: Work) -> int:
-        """Hand in a job; the one before, if any, is over. Returns its number."""
+        """Hand in a job; the one before, if any, is over. Returns its number; that of no job in a closed lane."""
+        if self.closed:  # whoever hands it in came too late, and another lane may have the job by now
+            return -1
         await self.abandon(self.number)
         self.events = asyncio.Queue()
         self.number += 1
@@ -194,6 +205,8 @@ class Mailbox:
 
     async def join(self, rank: Any, places: Any) -> None:
         """A rank has started: its actor's handle, and the placement group that it is in."""
+        if self.closed:
+            ray.kill(rank)
         self.heard = time.monotonic()
         self.ranks.append(rank)
         self.places = places

@@ -16,14 +16,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from ray import tune
+from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cluster.connect import control
+from cluster.connect import room_on_head, waiter
 from cluster.lane import Lane, LaneLost, LaneSpec, run_in_lane
 from cluster.pool import LanePool, Places
 from cluster.ranks import Target
@@ -121,19 +123,17 @@ def run_trials(
 
     os.environ.update(TUNE_ENVIRONMENT)
     places: Callable[[], Places] = lanes if callable(lanes) else lambda: {None: lanes}
-    waiter = control(sum(places().values()))
-
-    def start(machine: str | None) -> Lane:
-        return Lane(target, spec() if callable(spec) else spec, machine)
-
-    pool = LanePool(start, places, NOTICE_S if callable(lanes) else 0.0, waiter.most)
-    bridge = _Bridge(source, pool)
+    sizes: Callable[[], LaneSpec] = spec if callable(spec) else lambda: spec
+    pool = LanePool(partial(Lane, target), sizes, places, NOTICE_S if callable(lanes) else 0.0)
+    bridge = _Bridge(source, pool, room_on_head())
     with _ctrl_c_stops(source), _quiet(), tempfile.TemporaryDirectory(prefix="tune-") as folder:
         try:
             # tune.run rather than Tuner, which would pickle the source for a restore that is never used.
             tune.run(
                 # The trial's own process only waits for its lane; a CPU slot for it would starve the lane's workers.
-                tune.with_resources(train_trial, waiter.resources),
+                tune.with_resources(
+                    train_trial, lambda config: PlacementGroupFactory([waiter(on_head=config["on_head"])])
+                ),
                 name="sweep",
                 num_samples=-1,
                 search_alg=_Searcher(bridge),
@@ -160,13 +160,14 @@ def _tell(message: Message) -> None:
 class _Running:
     job: Numbered
     lane: Any  # cluster.lane.Lane, or what stands for it
+    on_head: bool  # whether the process that waits is there
 
 
 class _Bridge:
     """The source behind Tune's searcher and scheduler: knows jobs by Tune's trial ids, and never raises into Tune."""
 
-    def __init__(self, source: JobSource, pool: LanePool) -> None:
-        self.source, self.pool = source, pool
+    def __init__(self, source: JobSource, pool: LanePool, room_on_head: int = 0) -> None:
+        self.source, self.pool, self.room_on_head = source, pool, room_on_head
         self.looked = -math.inf  # when the pool last counted machines
         self.running: dict[str, _Running] = {}  # by Tune's trial id
         self.again: list[Numbered] = []  # jobs whose lane was lost
@@ -188,7 +189,8 @@ class _Bridge:
         if lane is None:  # Ray has died
             self.again.append(job)
             return None
-        self.running[trial_id] = _Running(job, lane)
+        on_head = sum(running.on_head for running in self.running.values()) < self.room_on_head
+        self.running[trial_id] = _Running(job, lane, on_head)
         return self.running[trial_id]
 
     def has_more(self) -> bool:
@@ -231,10 +233,11 @@ class _Bridge:
         if trial_id not in self.running:
             return
         job, lane = self.running[trial_id].job, self.running[trial_id].lane
-        first = self._ask(self.pool.lose, lane)
         if loss.fault:
+            self._ask(self.pool.give_up, lane)
             self.finish(trial_id, loss.fault)
             return
+        first = self._ask(self.pool.lose, lane)
         if loss.started:
             self.losses[job.id] += 1
             if first:  # the lanes of a lost machine are lost together: one failure
@@ -300,7 +303,7 @@ class _Searcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         running = self.bridge.next(trial_id)
         if running is not None:
-            return {"job": running.job, "lane": running.lane.name}
+            return {"job": running.job, "lane": running.lane.name, "on_head": running.on_head}
         return None if self.bridge.has_more() else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

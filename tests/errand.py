@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.lane import LaneSpec
 from cluster.pool import LanePool
 from cluster.tuner import _Bridge
 from trainables.job import Metrics
@@ -54,8 +55,8 @@ class PaperLane:
 
     name = "paper"
 
-    def __init__(self, machine: str | None) -> None:
-        self.machine, self.killed = machine, False
+    def __init__(self, spec: LaneSpec, machine: str | None) -> None:
+        self.spec, self.machine, self.killed, self.has_ended = spec, machine, False, False
 
     def close(self) -> None:
         pass
@@ -69,7 +70,7 @@ class PaperLane:
 
 def bridge_over(source: Any, count: Callable[[], int], notice_s: float = 0.0) -> _Bridge:
     """Between the source and `count()` lanes without Ray, on machines that nobody names."""
-    return _Bridge(source, LanePool(PaperLane, lambda: {None: count()}, notice_s))  # type: ignore[arg-type]
+    return _Bridge(source, LanePool(PaperLane, LaneSpec, lambda: {None: count()}, notice_s))  # type: ignore[arg-type]
 
 
 class HereLanes:

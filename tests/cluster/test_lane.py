@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from cluster import lane
 from cluster.connect import connect, disconnect
 from cluster.lane import Lane, LaneLost, LaneSpec
+from cluster.ranks import Mailbox
 from tests.errand import errand
 from trainables.job import Outcome, Result
 
@@ -205,6 +207,32 @@ def test_a_trial_that_is_stopped_where_it_waits_trains_no_further_epoch(tmp_path
     report = Collect()
     assert run_in_lane(count_epochs, ONE, errand(epochs=4, stops_at=(1, 2)), report).outcome is Outcome.FINISHED
     assert report.epochs == [0, 1, 2, 3]
+
+
+def fail_to_start(mailbox):
+    raise ImportError("no torch on this machine")
+
+
+def test_a_lane_that_cannot_start_says_why():
+    """Before: its trial waited for ten minutes, and for another, without end."""
+    mailbox = ray.remote(num_cpus=0)(Mailbox).options(name="broken").remote(1)
+    mailbox.run.remote(fail_to_start)
+    with pytest.raises(LaneLost, match="did not start: ImportError: no torch on this machine") as caught:
+        lane.run_in_lane("broken", errand(epochs=1), Collect())
+    assert caught.value.started
+    assert "in fail_to_start" in caught.value.details
+    ray.kill(mailbox)
+
+
+def test_a_job_that_comes_to_a_closed_lane_is_not_trained(tmp_path):
+    """Before: ranks that started late took it, while another lane trained it, too."""
+    late, checkpoint = Lane(count_epochs, ONE), tmp_path / "epoch"
+    late.close()
+    with pytest.raises(LaneLost):
+        lane.run_in_lane(late.name, errand(epochs=2, checkpoint=str(checkpoint)), Collect())
+    assert late.is_closed(wait_s=60)
+    assert not checkpoint.exists()
+    assert run_in_lane(count_epochs, TWO, errand(epochs=1), Collect()).outcome == "finished"  # all room is free
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import pytest
 
 from cluster import pool as module
+from cluster.lane import LaneSpec
 from cluster.pool import LanePool, Places
 from tests.errand import PaperLane
 
@@ -12,19 +13,19 @@ class Machines:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **lanes: int) -> None:
         self.lanes: dict[str | None, int] = {**lanes}
-        self.now = 100.0
+        self.now, self.spec = 100.0, LaneSpec()
         self.started: list[PaperLane] = []
         monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
 
     def places(self) -> Places:
         return dict(self.lanes)
 
-    def start(self, machine: str | None) -> PaperLane:
-        self.started.append(PaperLane(machine))
+    def start(self, spec: LaneSpec, machine: str | None) -> PaperLane:
+        self.started.append(PaperLane(spec, machine))
         return self.started[-1]
 
-    def pool(self, notice_s: float = 30.0, most: float = 100) -> LanePool:
-        pool = LanePool(self.start, self.places, notice_s, most)  # type: ignore[arg-type]
+    def pool(self, notice_s: float = 30.0) -> LanePool:
+        pool = LanePool(self.start, lambda: self.spec, self.places, notice_s)  # type: ignore[arg-type]
         pool.look()
         return pool
 
@@ -116,8 +117,43 @@ def test_a_spread_lane_keeps_its_trial_when_a_machine_joins_that_holds_whole_one
     assert pool.take().machine == "big"
 
 
-def test_there_are_no_more_than_the_head_can_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(take_all(Machines(monkeypatch, a=5, b=5).pool(most=3))) == 3
+def test_lanes_of_another_size_and_lanes_that_have_ended_are_not_lent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = Machines(monkeypatch)
+    machines.lanes = {None: 2}  # spread over CPU machines, and now over machines with GPUs
+    pool = machines.pool()
+    old, ended = take_all(pool)
+    pool.give_back(ended)
+    ended.has_ended = True  # type: ignore[misc]
+    pool.look()
+    pool.look()
+    assert pool.idle == []
+    pool.give_back(pool.take())
+    machines.spec = LaneSpec(workers=2, gpus=1)
+    pool.look()
+    pool.look()
+    assert pool.take().spec == machines.spec
+    pool.give_back(old)
+    pool.look()
+    assert [lane.spec for lane in pool.idle] == []
+
+
+def test_machines_that_go_together_are_one_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = Machines(monkeypatch, a=1, b=1, c=1)
+    pool = machines.pool()
+    lanes = take_all(pool)
+    assert [pool.lose(lane) for lane in lanes] == [True, False, False]
+    machines.now += 31
+    pool.look()
+    assert pool.lose(pool.take())
+
+
+def test_a_lane_that_its_trial_has_broken_is_replaced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before: after a trial that hung, or ran out of memory on one rank, the machine stood idle for half a minute."""
+    pool = Machines(monkeypatch, a=1).pool()
+    lane = pool.take()
+    pool.give_up(lane)
+    pool.look()
+    assert pool.take() is not lane
 
 
 def test_the_room_of_a_lost_lane_is_free_once_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:

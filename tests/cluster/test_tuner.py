@@ -266,7 +266,7 @@ job = {"epochs": 10_000, "epoch_s": 0.5, "checkpoint": sys.argv[1] + "/epoch", *
 sweep = Announced([job, {"epochs": 1}])
 try:
     with Lanes(LaneRequest(cpus=1)) as lanes:
-        run_trials(sweep, count_epochs, LANE, lambda: min(1, lanes.now(None)))
+        run_trials(sweep, count_epochs, LANE, lambda: {id: min(1, count) for id, count in lanes.now(None).items()})
 finally:
     print([str(outcome) for outcome in sweep.outcomes], sweep.stopping, sweep.pids[0])
 """

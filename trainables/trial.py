@@ -28,7 +28,7 @@ from trainables.job import DataSource, Job, Outcome, Reporter, Result
 from trainables.run_directory import CandidateInfo, read_candidate, remove_checkpoint, write_candidate
 from trainables.storage import Damaged, StorageLost, exists
 from trainables.train import Diverged, Trained, train
-from trainables.training.memory import is_out_of_memory
+from trainables.training.memory import is_out_of_memory, take_share
 from trainables.training.ranks import from_first
 
 LATENCY_REPEATS = 5
@@ -97,6 +97,7 @@ def _train_within_memory(job: Job, data: Data, splits: Splits, report: Reporter)
     taught: dict[str, Any] = {} if job.lesson is None else {"lesson": job.lesson}
     # without a GPU slot of its own a trial must not take somebody else's
     device = "cpu" if torch.cuda.is_available() and not job.gpus else None
+    take_share(job.gpus)
     while True:
         try:
             return (cross_fit if splits.folds else train)(

@@ -123,15 +123,38 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_not_the_batch(device: t
     config = dataclasses.replace(CONFIG, backbone="vit_scratch", image_size=192, epochs=1, batch_size=64, width=1.0)
     total = torch.cuda.mem_get_info(device)[1]
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated(device) + 1.2e9) / total), device)
+    share = min(1.0, (torch.cuda.memory_allocated(device) + 1.2e9) / total)
     try:
-        assert run_trial(a_job(run, config, 1.0), Alone()).outcome is Outcome.FINISHED
+        assert run_trial(a_job(run, config, share), Alone()).outcome is Outcome.FINISHED
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        memory.take_share(1.0)
     (made,) = [candidate for candidate in list_candidates(run) if candidate.id == "0009"]
     assert made.info.config is not None
     assert made.info.config.accumulate > 1
     assert made.info.config.batch_size == 64
+
+
+def test_a_trial_that_shares_a_gpu_gets_no_more_than_its_part(device: torch.device) -> None:
+    if device.type != "cuda":
+        assert memory.free_memory(device) == 0
+        pytest.skip("only a GPU's memory can be limited")
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info(device)[1]
+    whole = memory.free_memory(device)
+    memory.take_share(0.25)
+    try:
+        assert memory.free_memory(device) <= total / 4 < whole
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(total // 2, dtype=torch.uint8, device=device)
+    finally:
+        memory.take_share(1.0)
+
+
+def test_a_gpu_takes_its_fastest_convolutions_and_products(device: torch.device, data: Data, splits: Splits) -> None:
+    Learner(CONFIG, data, splits, device=str(device))
+    if device.type == "cuda":
+        assert torch.backends.cudnn.benchmark
+        assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_a_smaller_evaluation_batch_is_remembered(device: torch.device) -> None:
@@ -206,6 +229,8 @@ def test_nccl_with_one_rank(
 def test_a_long_training_is_compiled_and_ends_as_one_that_is_not(
     device: torch.device, data: Data, splits: Splits, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    if device.type != "cuda":
+        pytest.skip("only there it is done; tests/trainables/training/test_compiled.py compiles for a CPU")
     data = dataclasses.replace(data, cache=tmp_path)
     plain = train(CONFIG, data, splits, device=str(device))
     assert not (tmp_path / "compiled").exists()  # 30 steps do not win it back

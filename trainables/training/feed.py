@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trainables.data.packed import ImageRows
+from trainables.training.memory import free_memory
 
 SHARE = 0.3  # of the free memory of a GPU, for images; the rest is for training
 AHEAD = 2  # batches that are read before they are needed
@@ -43,7 +44,7 @@ def resident(images: ImageRows, key: str, device: torch.device, free: int | None
         return _resident[key]
     _resident.clear()
     if free is None:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        free = free_memory(device)
     if int(np.prod(images.shape)) >= SHARE * free:
         return None
     there = torch.empty(images.shape, dtype=torch.uint8, device=device)

@@ -12,6 +12,22 @@ SAYINGS = (
 _fitting: dict[tuple[str, int], int] = {}
 
 
+def take_share(gpus: float) -> None:
+    """Keep this process to its share of a GPU's memory, 0 to 1: the trials beside it have the rest. More than one GPU,
+    or none, changes nothing."""
+    if 0 < gpus <= 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(gpus)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take of a GPU's memory; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return min(free, int(share * total) - torch.cuda.memory_reserved(device))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out, on a GPU or on a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

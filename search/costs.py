@@ -1,5 +1,6 @@
 """What training costs on this sweep's devices: as measured on its own trials, else by counted operations."""
 
+import math
 import statistics
 
 from search.config import Cost
@@ -54,10 +55,17 @@ class Costs:
             known = self.forward_rates.setdefault(config.backbone, [])
             if not known or rate < 10 * known[0]:  # features that were stored already cost next to nothing
                 known.append(rate)
-        speeds = [row["images_per_second"] for row in curve if row["epoch"] > config.freeze_epochs]
+        first = max(config.freeze_epochs, whole_epochs_elsewhere(candidate))
+        speeds = [row["images_per_second"] for row in curve if row["epoch"] > first]
         if config.epochs and speeds:
             rate = BACKWARD * work * statistics.median(speeds)
             self.training_rates.setdefault(config.backbone, []).append(rate)
+
+
+def whole_epochs_elsewhere(candidate: Candidate) -> int:
+    """How many of a candidate's first epochs ended before it was last taken up, maybe by a lane of another kind."""
+    resumed = candidate.info.resumed_after_epochs
+    return math.ceil(resumed[-1]) if resumed else 0
 
 
 def _middle(rates: dict[str, list[float]], backbone: str) -> float | None:

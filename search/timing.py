@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from search.budget import Budget
-from search.costs import Costs
+from search.costs import Costs, whole_epochs_elsewhere
 from trainables.config import TrialConfig
 from trainables.run.records import Spent
 from trainables.run_directory import Candidate
@@ -103,18 +103,26 @@ class Timing:
     def learn(self, candidate: Candidate) -> None:
         """Note what a candidate took. The first of its kind may have computed what later ones find stored."""
         self.candidates.append(candidate)
-        if self.device and candidate.info.device not in ("", self.device):
+        if self.device and candidate.info.device and (candidate.info.device == "cuda") != (self.device == "cuda"):
             return
         config, ends = candidate.info.config, [row["seconds"] for row in candidate.info.curve if "seconds" in row]
         if not ends or config is None:
             return
         key, epochs = _speed_key(config), [after - before for before, after in pairwise([0.0, *ends])]
+        known, first = self.speeds.get(key), whole_epochs_elsewhere(candidate)
         body = epochs[config.freeze_epochs :] or epochs
-        each = 0.0 if config.is_probe else statistics.median(body)
-        start = max(0.0, ends[-1] - each * len(body))
-        known = self.speeds.get(key)
-        self.speeds[key] = Speed(start if known is None else min(known.start, start), each)
-        self.seconds_of_trials.append(ends[-1])
+        if first:  # perhaps on another kind of device
+            here = epochs[max(first, config.freeze_epochs) :]
+            if not here:
+                return
+            each = statistics.median(here)
+            start = 0.0 if known is None else known.start
+        else:
+            each = 0.0 if config.is_probe else statistics.median(body)
+            start = max(0.0, ends[-1] - each * len(body))
+            start = start if known is None else min(known.start, start)
+        self.speeds[key] = Speed(start, each)
+        self.seconds_of_trials.append(start + each * len(body) if first else ends[-1])
         if self.costs is not None:
             self.costs.learn(candidate)
 

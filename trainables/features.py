@@ -61,8 +61,8 @@ class Features:
         self.views: dict[bool, np.ndarray] = {}
         self.usable = _takes_vectors(model, self._sample())
         self.question = {
-            "weights": fingerprint(model), "size": config.image_size, "data": data.fingerprint, "format": FORMAT,
-            "precision": precision,
+            "backbone": config.backbone, "weights": fingerprint(model), "size": config.image_size,
+            "data": data.fingerprint, "format": FORMAT, "precision": precision,
         }  # fmt: skip
         paths = self._paths()
         if self.usable and all(path.exists() for path in paths.values()):

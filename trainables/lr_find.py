@@ -97,6 +97,7 @@ def range_test(
         freeze_epochs=steps if only_head else 0, progressive=(),
     )  # fmt: skip
     learner = Learner(config, data, splits, weights, device)
+    learner.may_compile = False  # for a hundred steps
     lrs: list[float] = []
     losses: list[float] = []
     batches = itertools.chain.from_iterable(learner.begin_epoch(epoch) for epoch in range(steps))

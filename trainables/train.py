@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,7 +139,7 @@ class Checkpoints:
         self.stopping, self.progress = stopping, progress
         self.written, self.took = time.perf_counter(), 0.1  # when the last was, and for how long training stood still
         self.thread = ThreadPoolExecutor(1, "checkpoint") if learner.device.type == "cuda" else None
-        self.writing: Future[None] | None = None
+        self.writing: Future[float] | None = None  # of the seconds that it takes
 
     def write(self) -> None:
         if self.path is None or self.learner.rank > 0:
@@ -152,21 +153,31 @@ class Checkpoints:
         if self.thread is None:
             write_checkpoint(self.path, state)
         else:
-            self.writing = self.thread.submit(write_checkpoint, self.path, state)
+            self.writing = self.thread.submit(_timed, write_checkpoint, self.path, state)
         self.written = time.perf_counter()
         self.took = self.written - began
 
     def finish(self) -> None:
         """Wait for what is being written; raises what went wrong there."""
         if self.writing is not None:
-            self.writing.result()
-            self.writing = None
+            writing, self.writing = self.writing, None
+            self.took += writing.result()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Nothing is written any longer: a trial that has failed is removed, or begins anew from its checkpoint; and
+        one that waits at a rung goes on from it."""
+        with nullcontext() if kind is None else suppress(Exception):
+            self.finish()
 
     @property
     def are_due(self) -> bool:
         """Whether one within an epoch is."""
-        is_writing = self.writing is not None and not self.writing.done()
-        return not is_writing and time.perf_counter() - self.written > RARELY * self.took
+        if self.writing is not None and self.writing.done():
+            self.finish()
+        return self.writing is None and time.perf_counter() - self.written > RARELY * self.took
 
 
 class Deadline:
@@ -261,56 +272,56 @@ def train(
     checkpoints = Checkpoints(checkpoint, learner, average, stopping, progress)
     progress.seconds += time.perf_counter() - started
 
-    while progress.epoch < config.all_epochs:
-        epoch, started, before = progress.epoch, time.perf_counter(), replace(progress)
-        batches = learner.begin_epoch(epoch, before.step)
-        total_loss, seen = torch.tensor(before.loss, device=learner.device), before.seen
-        for step, batch in enumerate(batches[before.step :], before.step):
-            if step > before.step and step in tenths(len(batches)):
-                learner.begin_tenth(step)
-                if checkpoints.are_due:
-                    spent = time.perf_counter() - started
-                    progress.step, progress.steps = step, len(batches)
-                    progress.loss, progress.seen = float(total_loss), seen
-                    progress.seconds, progress.training = before.seconds + spent, before.training + spent
-                    checkpoints.write()
-            tick()
-            at = cut.schedule(epoch + step / len(batches))
-            learner.set_lr(at, stopping.lr_factor)
-            loss_sum = learner.step(batch, at / config.all_epochs)
-            average.update(model, at / config.all_epochs)
-            total_loss, seen = total_loss + loss_sum, seen + len(batch)
-            # elsewhere looking at every loss would cost a synchronisation
-            if learner.device.type == "cpu" and learner.world == 1 and not math.isfinite(float(loss_sum)):
-                raise Diverged(f"loss is {float(loss_sum)} in epoch {epoch + 1}, step {step + 1}")
-            if cut.passed(step):
-                outcome = Outcome.TIME
+    with checkpoints:
+        while progress.epoch < config.all_epochs:
+            epoch, started, before = progress.epoch, time.perf_counter(), replace(progress)
+            batches = learner.begin_epoch(epoch, before.step)
+            total_loss, seen = torch.tensor(before.loss, device=learner.device), before.seen
+            for step, batch in enumerate(batches[before.step :], before.step):
+                if step > before.step and step in tenths(len(batches)):
+                    learner.begin_tenth(step)
+                    if checkpoints.are_due:
+                        spent = time.perf_counter() - started
+                        progress.step, progress.steps = step, len(batches)
+                        progress.loss, progress.seen = float(total_loss), seen
+                        progress.seconds, progress.training = before.seconds + spent, before.training + spent
+                        checkpoints.write()
+                tick()
+                at = cut.schedule(epoch + step / len(batches))
+                learner.set_lr(at, stopping.lr_factor)
+                loss_sum = learner.step(batch, at / config.all_epochs)
+                average.update(model, at / config.all_epochs)
+                total_loss, seen = total_loss + loss_sum, seen + len(batch)
+                # elsewhere looking at every loss would cost a synchronisation
+                if learner.device.type == "cpu" and learner.world == 1 and not math.isfinite(float(loss_sum)):
+                    raise Diverged(f"loss is {float(loss_sum)} in epoch {epoch + 1}, step {step + 1}")
+                if cut.passed(step):
+                    outcome = Outcome.TIME
+                    break
+
+            train_loss = learner.over_ranks([float(total_loss)])[0] / seen
+            if not math.isfinite(train_loss) or train_loss > EXPLODED * math.log(max(3, len(data.classes))):
+                raise Diverged(f"mean training loss {train_loss:.3g} after epoch {epoch + 1}")
+            training = before.training + time.perf_counter() - started
+            with average.applied(model):
+                tune = _tune_scores(learner, splits, data, epoch)
+                stopping.see(tune, model.state_dict)
+            progress.epoch, progress.step, progress.steps = progress.epoch + 1, 0, 0
+            progress.loss, progress.seen, progress.training = 0.0, 0, 0.0
+            progress.seconds = before.seconds + time.perf_counter() - started
+            progress.curve.append(
+                {"epoch": progress.epoch, "train_loss": train_loss, **tune, "lr": learner.lr,
+                 "seconds": round(progress.seconds, 3), "images_per_second": round(seen / training, 1)}
+            )  # fmt: skip
+            last = outcome is Outcome.TIME or progress.epoch == config.all_epochs or stopping.is_over
+            if not last:
+                checkpoints.write()
+            if report(progress.curve[-1]) and not last:
+                outcome = Outcome.PRUNED
+                break
+            if last:
                 break
 
-        train_loss = learner.over_ranks([float(total_loss)])[0] / seen
-        if not math.isfinite(train_loss) or train_loss > EXPLODED * math.log(max(3, len(data.classes))):
-            raise Diverged(f"mean training loss {train_loss:.3g} after epoch {epoch + 1}")
-        training = before.training + time.perf_counter() - started
-        with average.applied(model):
-            tune = _tune_scores(learner, splits, data, epoch)
-            stopping.see(tune, model.state_dict)
-        progress.epoch, progress.step, progress.steps = progress.epoch + 1, 0, 0
-        progress.loss, progress.seen, progress.training = 0.0, 0, 0.0
-        progress.seconds = before.seconds + time.perf_counter() - started
-        progress.curve.append(
-            {"epoch": progress.epoch, "train_loss": train_loss, **tune, "lr": learner.lr,
-             "seconds": round(progress.seconds, 3), "images_per_second": round(seen / training, 1)}
-        )  # fmt: skip
-        last = outcome is Outcome.TIME or progress.epoch == config.all_epochs or stopping.is_over
-        if not last:
-            checkpoints.write()
-        if report(progress.curve[-1]) and not last:
-            outcome = Outcome.PRUNED
-            break
-        if last:
-            break
-
-    checkpoints.finish()  # a trial that waits at a rung goes on from it
     average.apply(model)
     if stopping.best is not None:
         model.load_state_dict(stopping.best)
@@ -330,6 +341,13 @@ def train(
         model, probs, metrics, progress.curve, learner.pixels, learner.precision, learner.accumulate,
         progress.seconds, progress.resumed, learner.image_size, outcome, refitted,
     )  # fmt: skip
+
+
+def _timed(call: Callable[..., None], *arguments: Any) -> float:
+    """Seconds that the call took."""
+    began = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - began
 
 
 def _steps(config: TrialConfig, splits: Splits) -> int:

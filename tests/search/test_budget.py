@@ -9,6 +9,7 @@ from upath import UPath
 
 from ensemble.pool import load_pool
 from search.budget import Budget, parse_keep
+from search.timing import Speed
 from tests.hand_sweep import finish, scores, sweep, take
 from trainables.errors import UserError
 from trainables.job import Outcome, Result
@@ -147,5 +148,23 @@ def test_what_trials_took_on_cpus_says_nothing_about_gpus(tmp_path: Path) -> Non
     s.time.candidates = [replace(candidate, info=replace(candidate.info, device="cpu"))]
     s.time.place(1, 1, "cuda")
     assert s.time.seconds(config) is None
+    s.time.place(1, 1, "cpu")
+    assert s.time.seconds(config) is not None
+
+
+def test_epochs_that_a_trial_ran_elsewhere_say_nothing_either(tmp_path: Path) -> None:
+    """A trial that began on CPUs and was promoted to a GPU has epochs of both."""
+    s = sweep(tmp_path, trials=None, deadline=time.time() + 1000)
+    finish(s, take(s), seconds=6.0)
+    (candidate,) = s.time.candidates
+    config = candidate.info.config
+    assert config is not None
+    curve = tuple({"epoch": n, "seconds": 100.0 * min(n, 3) + 2.0 * max(0, n - 3)} for n in range(1, 7))
+    mixed = replace(candidate.info, curve=curve, device="cuda", resumed_after_epochs=(2.4,))
+    s.time.candidates = [replace(candidate, info=mixed)]
+    s.time.place(1, 1, "cuda")
+    assert s.time.seconds(config) == Speed(0.0, 2.0)
+    assert s.time.seconds_of_trials == [12.0]
+    s.time.candidates = [replace(candidate, info=replace(mixed, device="mps"))]  # a Mac's, which has no CUDA
     s.time.place(1, 1, "cpu")
     assert s.time.seconds(config) is not None

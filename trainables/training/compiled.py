@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainables.inference import autocast
-from trainables.training.memory import is_out_of_memory
 
-MODES = ("default", "reduce-overhead")
+GRAPHS = "reduce-overhead"
+MODES = ("default", GRAPHS)
 COMPILING_S = 60.0  # what it may take, before that was measured
 LARGEST_GAIN = 0.4  # the share of a step that it may save, before that was measured
+WORTHWHILE = 4  # times what compiling may take must be to win, before it is tried
 ROUNDS = 5
+_used = False  # whether this process has compiled anything since `forget`
 
 
 @dataclass(frozen=True)
@@ -37,71 +39,142 @@ class Compiling:
     plain_step_s: float
     step_s: float
 
-    def pays(self, steps: int) -> bool:
+    def pays(self, steps: float) -> bool:
         return steps * (self.plain_step_s - self.step_s) > self.compile_s
 
 
-def compiled(
-    model: nn.Module, name: str, shape: tuple[int, ...], steps: int, device: torch.device, precision: str, cache: Path
-) -> nn.Module | None:
-    """`model`, compiled for batches of `shape` (N, C, H, W), where that shortens a training of `steps`; else None.
+@dataclass(frozen=True)
+class Training:
+    """What is to be compiled for.
 
-    It shares the model's weights. `name` says which network it is. Raises torch.OutOfMemoryError, as a step would.
+    Attributes:
+        name: of the network, with all that its code depends on.
+        sizes: of its micro-batches, the largest first.
+        image_size, precision: of every step.
+        accumulates: whether gradients of several micro-batches are added up.
+        steps: that are left; seconds: until the deadline (infinite without one).
     """
-    question = f"{name} {shape} {precision} {torch.__version__} {_card(device)}"
+
+    name: str
+    sizes: tuple[int, ...]
+    image_size: int
+    precision: str
+    accumulates: bool
+    steps: int
+    seconds: float
+
+
+class Careful(nn.Module):
+    """A compiled network that is the plain one from the first error of the compiler on: a size or a mode that nobody
+    has tried yet costs time then, and not the trial."""
+
+    def __init__(self, model: nn.Module, mode: str) -> None:
+        super().__init__()
+        self.plain, self.fast = [model], [torch.compile(model, mode=mode, dynamic=False)]  # no parameters twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fast:
+            try:
+                return self.fast[0](x)  # type: ignore[no-any-return, operator]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                self.fast.clear()
+        return self.plain[0](x)  # type: ignore[no-any-return]
+
+
+def compiled(model: nn.Module, training: Training, device: torch.device, cache: Path) -> nn.Module | None:
+    """`model`, compiled, where that shortens the training; else None. It shares the model's weights.
+
+    Raises torch.OutOfMemoryError where a plain step would.
+    """
+    question = f"{training.name} {training.sizes} {training.image_size} {training.precision} {training.accumulates} "
+    question += f"{torch.__version__} {_card(device)}"
     memory = cache / "compiled" / f"{hashlib.sha256(question.encode()).hexdigest()[:16]}.json"
+    forget()
     if memory.exists():
         known = [Compiling(**row) for row in json.loads(memory.read_text())]
+        plain = known[0].plain_step_s
     else:
-        plain = _steps_s(model, model, shape, device, precision)[1]
-        if steps * plain * LARGEST_GAIN < COMPILING_S:
+        plain = _steps_s(model, model, training, device)[1]
+        if min(training.steps * plain, training.seconds) * LARGEST_GAIN < WORTHWHILE * COMPILING_S:
             return None
-        known = [_measure(model, mode, plain, shape, device, precision) for mode in MODES]
+        # gradients that are added up would lie in the graphs' own memory, where the next micro-batch overwrites them
+        modes = [mode for mode in MODES if mode != GRAPHS or not training.accumulates]
+        known = [_measure(model, mode, plain, training, device) for mode in modes]
         memory.parent.mkdir(parents=True, exist_ok=True)
         temporary = memory.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps([asdict(row) for row in known]))
         temporary.replace(memory)
+    steps = min(training.steps, training.seconds / plain)
     best = min(known, key=lambda row: row.compile_s + steps * row.step_s)
-    return torch.compile(model, mode=best.mode) if best.pays(steps) else None  # type: ignore[return-value]
+    return _compiled(model, best.mode) if best.pays(steps) else None
 
 
-def _measure(
-    model: nn.Module, mode: str, plain: float, shape: tuple[int, ...], device: torch.device, precision: str
-) -> Compiling:
+def forget() -> None:
+    """Give back what earlier trials of this process have compiled, and the memory of their graphs: torch keeps it, up
+    to a number of networks beyond which it compiles nothing more."""
+    global _used
+    if _used:
+        torch.compiler.reset()
+        _used = False
+
+
+def _compiled(model: nn.Module, mode: str) -> Careful:
+    global _used
+    _used = True
+    return Careful(model, mode)
+
+
+def _measure(model: nn.Module, mode: str, plain: float, training: Training, device: torch.device) -> Compiling:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on how to compile
-            first, step = _steps_s(model, torch.compile(model, mode=mode), shape, device, precision)  # type: ignore[arg-type]
-    except Exception as error:  # whatever torch's compiler raises: the network trains without it
-        if is_out_of_memory(error):
-            raise
-        return Compiling(mode, 0.0, plain, math.inf)
-    return Compiling(mode, max(0.0, first - step), plain, step)
+            fast = _compiled(model, mode)
+            compile_s, step = _steps_s(model, fast, training, device)
+        works = bool(fast.fast)
+    except Exception:  # whatever torch's compiler raises, or its need of memory: the network trains without it
+        works = False
+    forget()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Compiling(mode, compile_s, plain, step) if works else Compiling(mode, 0.0, plain, math.inf)
 
 
-def _steps_s(
-    model: nn.Module, forward: nn.Module, shape: tuple[int, ...], device: torch.device, precision: str
-) -> tuple[float, float]:
-    """Seconds of the first step, which may compile, and of a later one; the model stays as it was."""
+def _steps_s(model: nn.Module, forward: nn.Module, training: Training, device: torch.device) -> tuple[float, float]:
+    """Seconds that first steps of all sizes take longer than later ones, and of a later one of the largest size; the
+    model stays as it was."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    times = []
-    with torch.random.fork_rng():
-        x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
-        for _ in range(2 + ROUNDS):
-            began = time.perf_counter()
-            _step(forward, x, precision)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - began)
-            model.zero_grad(set_to_none=True)
-    model.load_state_dict(before)  # forward passes move the BatchNorm statistics
-    return times[0], min(times[2:])
+    try:
+        with torch.random.fork_rng():
+            first = [_step_s(forward, size, training, device) for size in dict.fromkeys(training.sizes)]
+            for _ in range(2):  # graphs are recorded in the second step
+                _step_s(forward, training.sizes[0], training, device)
+            later = min(_step_s(forward, training.sizes[0], training, device) for _ in range(ROUNDS))
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.load_state_dict(before)  # forward passes move the BatchNorm statistics
+    return max(0.0, sum(first) - len(first) * later), later
 
 
-def _step(forward: nn.Module, x: Tensor, precision: str) -> None:
-    with autocast(x.device, precision):
+def _step_s(forward: nn.Module, size: int, training: Training, device: torch.device) -> float:
+    x = torch.randn(size, 3, training.image_size, training.image_size, device=device)
+    x = x.to(memory_format=torch.channels_last)
+    _wait(device)
+    began = time.perf_counter()
+    with autocast(device, training.precision):
         logits = forward(x)
-    F.cross_entropy(logits.float(), torch.zeros(len(x), dtype=torch.long, device=x.device)).backward()
+    F.cross_entropy(logits.float(), torch.zeros(size, dtype=torch.long, device=device)).backward()
+    _wait(device)
+    took = time.perf_counter() - began
+    for parameter in forward.parameters() if not isinstance(forward, Careful) else forward.plain[0].parameters():
+        parameter.grad = None
+    return took
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _card(device: torch.device) -> str:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+FORMAT = 1  # of stored heads: raise it when they are fitted in another way
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(2, -9, -1))  # 10 to 1e-4, of the squared weights
 STEPS = 60  # of L-BFGS, for each of them
 MOST_VALUES = 2e8  # rows x features that are fitted on; more rows say little more
@@ -73,16 +74,19 @@ def fit_head(
 
 
 def shared_head(
-    folder: Path, question: dict[str, Any], device: torch.device, fit: Callable[[], tuple[Head, float]],
-    deadline: float | None = None,
+    folder: Path, question: dict[str, Any], shape: tuple[int, ...], device: torch.device,
+    fit: Callable[[], tuple[Head, float]], deadline: float | None = None,
 ) -> tuple[Head, float]:  # fmt: skip
-    """What `fit` returns, computed once on a node for all trials that ask the same `question`: a head on `device`, and
-    its strength. One that the deadline has cut short is not kept, and a damaged file is written anew."""
-    name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:20]
+    """What `fit` returns, computed once on a node for all trials that ask the same `question`: a head of that `shape`
+    (C, F) on `device`, and its strength. One that the deadline has cut short is not kept, and a damaged file is written
+    anew."""
+    name = hashlib.sha256(json.dumps({**question, "head": FORMAT}, sort_keys=True).encode()).hexdigest()[:20]
     path = folder / f"{name}.safetensors"
     with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, TypeError), safe_open(path, "pt") as file:
         head = Head(file.get_tensor("weight").to(device), file.get_tensor("bias").to(device))
-        return head, float(file.metadata()["strength"])
+        fits = head.weight.shape == shape and head.bias.shape == shape[:1]
+        if fits and head.weight.isfinite().all() and head.bias.isfinite().all():
+            return head, float(file.metadata()["strength"])
     head, strength = fit()
     if deadline is None or time.time() < deadline:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,8 @@ Under torch.distributed every rank holds a Learner of the same configuration and
 """
 
 import hashlib
+import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -35,7 +37,7 @@ from trainables.models.backbones import (
 )
 from trainables.models.weights import read_pretrained
 from trainables.training.augment import Pixels, augmented, mix
-from trainables.training.compiled import compiled
+from trainables.training.compiled import Training, compiled, forget
 from trainables.training.feed import Feed, rows_on
 from trainables.training.head import Head, fit_at, fit_head, shared_head
 from trainables.training.optim import lr_factor, make_optimizers
@@ -92,7 +94,9 @@ class Learner:
         self.config, self.data, self.splits, self.tick = config, data, splits, tick
         self.teacher: Teacher | None = None
         self.device = pick_device(device)
+        self.deadline = deadline
         quicken(self.device)
+        forget()  # what an earlier trial in this process has compiled
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         torch.manual_seed(config.seed)
         mean, std = normalisation(config.backbone, config.pretrained, data.mean, data.std)
@@ -167,7 +171,7 @@ class Learner:
             ],
         }  # fmt: skip
         return shared_head(
-            self.data.cache / "heads", question, self.device,
+            self.data.cache / "heads", question, tuple(head_of(self.model).weight.shape), self.device,  # type: ignore[arg-type, union-attr]
             lambda: fit_head(
                 features.rows, self.data.labels, splits.train, splits.tune, classes, self._weighs(), self.tick, deadline
             ),
@@ -260,13 +264,16 @@ class Learner:
     def _compile(self, batches: list[np.ndarray]) -> None:
         """Let torch compile the network, once, if the steps that are left win back what that takes."""
         self.may_compile = False
-        config, shape = self.config, (len(batches[0]) // self.accumulate, 3, self.image_size, self.image_size)
-        faster = compiled(
-            self.model, f"{config.backbone} {config.width} {config.stem} {config.lora}", shape,
-            len(batches) * self.accumulate * (config.all_epochs - self.epoch), self.device, self.precision,
-            self.data.cache,
+        config = self.config
+        sizes = {len(micro) for batch in (batches[0], batches[-1]) for micro in self._micro_batches(batch)}
+        network = (config.backbone, config.width, config.stem, config.lora, config.dropout, config.drop_path)
+        training = Training(
+            " ".join(map(str, (*network, len(self.data.classes)))), tuple(sorted(sizes, reverse=True)),
+            self.image_size, self.precision, self.accumulate > 1,
+            steps=len(batches) * self.accumulate * (config.all_epochs - self.epoch),
+            seconds=math.inf if self.deadline is None else max(0.0, self.deadline - time.time()),
         )  # fmt: skip
-        self.forward = faster or self.model
+        self.forward = compiled(self.model, training, self.device, self.data.cache) or self.model
 
     def set_lr(self, at: float, factor: float = 1.0) -> None:
         """Set the schedule's learning rates, times `factor`, after `at` epochs.
@@ -285,9 +292,9 @@ class Learner:
     def step(self, batch: np.ndarray, progress: float) -> Tensor:
         """One optimiser step on a batch of image indices, after a share (0 to 1) of the training; returns the loss
         summed over this rank's share of the batch."""
-        mine, many = self._share_of(batch), min(self.accumulate, max(1, len(batch) // self.world))
+        mine, micro_batches = self._share_of(batch), self._micro_batches(batch)
         loss_sum = torch.zeros((), device=self.device)
-        micro_batches = np.array_split(mine, many)
+        many = len(micro_batches)
         images = [None] * many if self.cached else self.feed(mine).tensor_split(many)
         for micro, own in zip(micro_batches, images, strict=True):
             with nullcontext() if micro is micro_batches[-1] else self._without_sync():
@@ -325,6 +332,10 @@ class Learner:
     def _cached_logits(self, micro: np.ndarray) -> tuple[Tensor, Tensor]:
         assert self.features is not None
         return head_of(self.model)(self.features.batch(micro, self.epoch, self.generator)), self._targets(micro)
+
+    def _micro_batches(self, batch: np.ndarray) -> list[np.ndarray]:
+        """The parts in which this rank's share of a batch goes through the network."""
+        return np.array_split(self._share_of(batch), min(self.accumulate, max(1, len(batch) // self.world)))
 
     def _share_of(self, batch: np.ndarray) -> np.ndarray:
         """This rank's images of a batch."""

@@ -2,7 +2,9 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from torch import nn
 
 from trainables.models.classic import build_classic
 from trainables.training import compiled as module
-from trainables.training.compiled import Compiling, compiled
+from trainables.training.compiled import Careful, Compiling, Training, compiled
 
-CPU, SHAPE = torch.device("cpu"), (4, 3, 16, 16)
+CPU = torch.device("cpu")
+LONG = Training("speednet", (4, 3), 16, "fp32", accumulates=False, steps=10**8, seconds=math.inf)
 
 
 def small() -> nn.Module:
@@ -20,9 +23,12 @@ def small() -> nn.Module:
     return build_classic("speednet", 3, 0.125, 0.0, 0.0)
 
 
-def test_a_short_training_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("short", [{"steps": 1000}, {"seconds": 200.0}])
+def test_a_short_training_is_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: dict[str, Any]
+) -> None:
     monkeypatch.setattr(module.torch, "compile", lambda *_, **__: pytest.fail("it was"))
-    assert compiled(small(), "speednet", SHAPE, 20, CPU, "fp32", tmp_path) is None
+    assert compiled(small(), replace(LONG, **short), CPU, tmp_path) is None
     assert not list(tmp_path.rglob("*.json"))  # so a long one is measured
 
 
@@ -33,32 +39,72 @@ def test_steps_must_win_back_what_compiling_takes() -> None:
     assert not Compiling("default", 0.0, 0.010, math.inf).pays(10**9)
 
 
-def test_what_cannot_be_compiled_trains_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no compiler\nfound")
+@pytest.mark.parametrize("error", [RuntimeError("no compiler\nfound"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_what_cannot_be_compiled_trains_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(model: nn.Module, **_: object) -> Any:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            model(x)  # its statistics move
+            raise error
 
-    monkeypatch.setattr(module.torch, "compile", fail)
-    assert compiled(small(), "speednet", SHAPE, 10**6, CPU, "fp32", tmp_path) is None
+        return forward
+
+    monkeypatch.setattr(module.torch, "compile", fails)
+    model = small()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert compiled(model, LONG, CPU, tmp_path) is None
+    for name, tensor in before.items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert all(parameter.grad is None for parameter in model.parameters())
     (memory,) = tmp_path.rglob("*.json")
     assert [row["step_s"] for row in json.loads(memory.read_text())] == [math.inf, math.inf]
     monkeypatch.setattr(module, "_measure", lambda *_: pytest.fail("measured again"))
-    assert compiled(small(), "speednet", SHAPE, 10**6, CPU, "fp32", tmp_path) is None
+    assert compiled(model, LONG, CPU, tmp_path) is None
+
+
+def test_gradients_that_are_added_up_are_not_left_in_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be overwritten by the next micro-batch, as torch says with an error."""
+    modes: list[str] = []
+    monkeypatch.setattr(module, "_measure", lambda model, mode, *_: modes.append(mode) or Compiling(mode, 0, 1, 2))
+    compiled(small(), replace(LONG, accumulates=True), CPU, tmp_path)
+    assert modes == ["default"]
+
+
+def test_an_error_of_the_compiler_costs_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(model: nn.Module, **_: object) -> Any:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if len(x) == 3:
+                raise RuntimeError("this size cannot be compiled")
+            return model(x)
+
+        return forward
+
+    monkeypatch.setattr(module.torch, "compile", fails)
+    model = small().eval()
+    careful = Careful(model, "default")
+    x = torch.randn(4, 3, 16, 16)
+    assert torch.equal(careful(x), model(x))
+    assert torch.equal(careful(x[:3]), model(x[:3]))
+    assert not careful.fast
+    assert not list(careful.parameters())
 
 
 @pytest.mark.slow
 def test_a_compiled_network_computes_the_same(tmp_path: Path) -> None:
     model, plain = small(), small()
     model.load_state_dict(plain.state_dict())
-    faster = compiled(model, "speednet", SHAPE, 10**8, CPU, "fp32", tmp_path)
-    assert faster is not None
+    faster = compiled(model, LONG, CPU, tmp_path)
+    assert isinstance(faster, Careful)
     for name, tensor in plain.state_dict().items():  # measuring moved nothing
         assert torch.equal(model.state_dict()[name], tensor)
-    for images in (4, 3):  # batches of an epoch differ by one image
-        x = torch.randn(images, *SHAPE[1:])
+    for images in LONG.sizes:  # batches of an epoch differ by one image
+        x = torch.randn(images, 3, 16, 16)
         ours, theirs = faster(x), plain(x)
         assert torch.allclose(ours, theirs, atol=1e-4)
         ours.square().sum().backward()
         theirs.square().sum().backward()
+    assert faster.fast
     for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         if other.grad is not None:
             assert one.grad is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from trainables.training import head
 from trainables.training.head import FEW_STEPS, FEW_STRENGTHS, STRENGTHS, fit_at, fit_head, shared_head
@@ -66,10 +67,17 @@ def test_a_head_that_the_deadline_cut_short_is_not_kept(tmp_path: Path) -> None:
     cpu, question = torch.device("cpu"), {"of": "these"}
     for deadline, kept in ((time.time() - 1, 0), (time.time() + 1000, 1)):
         found, strength = shared_head(
-            tmp_path, question, cpu, lambda end=deadline: fit_head(rows, LABELS, TRAIN, TUNE, CLASSES, deadline=end),
+            tmp_path, question, (CLASSES, 16), cpu,
+            lambda end=deadline: fit_head(rows, LABELS, TRAIN, TUNE, CLASSES, deadline=end),
             deadline,
         )  # fmt: skip
         assert len(list(tmp_path.iterdir())) == kept
-    again, same = shared_head(tmp_path, question, cpu, lambda: pytest.fail("fitted again"))
+    again, same = shared_head(tmp_path, question, (CLASSES, 16), cpu, lambda: pytest.fail("fitted again"))
     assert same == strength
     assert torch.equal(again.weight, found.weight)
+    (path,) = tmp_path.iterdir()
+    hostile = (torch.zeros(1, 1), torch.zeros(CLASSES)), (torch.full((CLASSES, 16), torch.nan), torch.zeros(CLASSES))
+    for weight, bias in hostile:  # which would be broadcast, or spoil every trial
+        save_file({"weight": weight, "bias": bias}, path, metadata={"strength": "1.0"})
+        anew, _ = shared_head(tmp_path, question, (CLASSES, 16), cpu, lambda: (found, strength))
+        assert torch.equal(anew.weight, found.weight)

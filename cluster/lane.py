@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -95,8 +96,10 @@ class Lane:
         where = {NODE_LABEL: machine or ray.get_runtime_context().get_node_id()}
         actor: Any = ray.remote(num_cpus=0, label_selector=where)(Mailbox)
         self._mailbox = actor.options(name=self.name).remote(spec.workers)
-        self._target = ray.put(target)  # which only the ranks open: it imports torch, and much else
-        self._run: Any = self._mailbox.run.remote(partial(_train, self._target, spec, machine))
+        # Only the ranks open it: it imports torch, and much else. Not ray.put: when Ray dies on this machine, it ends a
+        # process that owns objects at once, before that can say why.
+        pickled = cloudpickle.dumps(target)
+        self._run: Any = self._mailbox.run.remote(partial(_train, pickled, spec, machine))
         self._closed: Any = None
 
     @property
@@ -123,7 +126,7 @@ class Lane:
 # --- in the mailbox's process ----------------------------------------------------------------------------------------
 
 
-def _train(target: "ray.ObjectRef[Target]", spec: LaneSpec, machine: str | None, mailbox: Any) -> Ended:
+def _train(target: bytes, spec: LaneSpec, machine: str | None, mailbox: Any) -> Ended:
     """Run Ray Train until the lane's end, on `machine` if one is named."""
     here = {NODE_LABEL: machine} if machine else None
     # Waited for here: in Ray Train it would count as a lane that does not start, and other jobs may hold the room long.

@@ -80,14 +80,17 @@ class LanePool:
         self.limits[lane.machine] = (left, now + self.notice_s)
         return first
 
-    def close(self) -> None:
-        """End all lanes, and wait a moment until their room is free."""
-        for lane in [*self.idle, *self.busy]:
-            lane.close()
-        end = time.monotonic() + CLOSE_S
-        for lane in [*self.idle, *self.busy, *self.closing]:
-            if not lane.is_closed(max(0.0, end - time.monotonic())):
-                lane.kill()
+    def close(self, gently: bool) -> None:
+        """End all lanes; `gently`, and wait a moment until their room is free. Ray may have died otherwise, and then it
+        would soon end this process, too."""
+        lanes = [*self.idle, *self.busy, *self.closing]
+        if gently:
+            for lane in [*self.idle, *self.busy]:
+                lane.close()
+            end = time.monotonic() + CLOSE_S
+            lanes = [lane for lane in lanes if not lane.is_closed(max(0.0, end - time.monotonic()))]
+        for lane in lanes:
+            lane.kill()
         self.idle, self.busy, self.closing = [], [], []
 
     def _end(self, lane: Lane) -> None:

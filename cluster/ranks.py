@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
+from ray import cloudpickle
 from ray.util.placement_group import get_current_placement_group, remove_placement_group
 
 from trainables.job import Metrics, Outcome, Reporter, Result
@@ -271,12 +272,12 @@ class Mailbox:
 # --- in the ranks ----------------------------------------------------------------------------------------------------
 
 
-def serve(reference: "ray.ObjectRef[Target]", mailbox: Any, threads: int, gpus: float) -> None:
+def serve(pickled: bytes, mailbox: Any, threads: int, gpus: float) -> None:
     """The training loop of a lane's ranks: take a job, train it, take the next."""
     import torch
     from ray.train import get_context
 
-    target: Target = ray.get(reference)
+    target: Target = cloudpickle.loads(pickled)
     torch.set_num_threads(threads)
     libc = ctypes.CDLL(None)
     rank = get_context().get_world_rank()

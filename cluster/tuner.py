@@ -127,6 +127,7 @@ def run_trials(
     pool = LanePool(partial(Lane, target), sizes, places, NOTICE_S if callable(lanes) else 0.0)
     bridge = _Bridge(source, pool, room_on_head())
     with _ctrl_c_stops(source), _quiet(), tempfile.TemporaryDirectory(prefix="tune-") as folder:
+        gently = False
         try:
             # tune.run rather than Tuner, which would pickle the source for a restore that is never used.
             tune.run(
@@ -144,9 +145,10 @@ def run_trials(
                 trial_dirname_creator=lambda trial: trial.trial_id,
                 verbose=0,
             )
+            gently = bridge.error is None
         finally:
             bridge.interrupt()
-            pool.close()
+            pool.close(gently)
     if bridge.error:
         raise bridge.error
 

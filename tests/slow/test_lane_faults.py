@@ -8,8 +8,17 @@ import pytest
 from ray.util.state import list_actors
 
 from cluster import lane
-from cluster.lane import LaneLost, run_in_lane
-from tests.cluster.test_lane import ONE, TWO, Collect, count_epochs, kill, ray_cluster, train_together  # noqa: F401
+from cluster.lane import LaneLost
+from tests.cluster.test_lane import (  # noqa: F401
+    ONE,
+    TWO,
+    Collect,
+    count_epochs,
+    kill,
+    ray_cluster,
+    run_in_lane,
+    train_together,
+)
 from tests.errand import errand
 
 

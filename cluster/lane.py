@@ -183,7 +183,7 @@ def run_in_lane(name: str, job: Work, report: Callable[[Metrics], Any]) -> Resul
     Returns rank 0's result; a bug (with `error`, one line, and `traceback`) when the target raised; out of memory when
     any rank raised MemoryError.
 
-    Raises LaneLost when the lane is of no more use: it died under this job, or did not start, or the target hung or
+    Raises LaneLost when the lane can no longer be used: it died under this job, or did not start, or the target hung or
     raised on a single rank, and then with the job's result.
     """
     try:

@@ -67,7 +67,7 @@ class LanePool:
             self.idle.append(lane)
 
     def give_up(self, lane: Lane) -> None:
-        """The lane is of no more use, through what its trial did: the machine is there."""
+        """The lane can no longer be used, through what its trial did; its machine is there."""
         self.busy.remove(lane)
         self._end(lane)
 

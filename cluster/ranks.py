@@ -78,7 +78,7 @@ class Raised:
 
 @dataclass(frozen=True)
 class Broken:
-    """The ranks no longer agree, so the lane is of no more use."""
+    """The ranks no longer agree, so the lane can no longer be used."""
 
     result: Result
 

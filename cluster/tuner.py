@@ -231,7 +231,7 @@ class _Bridge:
         self._ask(self.source.finish, running.job.id, result)
 
     def lose(self, trial_id: str, loss: Lost) -> None:
-        """The lane is of no more use, or the Tune actor that waited for it has died."""
+        """The lane can no longer be used, or the Tune actor that waited for it has died."""
         if trial_id not in self.running:
             return
         job, lane = self.running[trial_id].job, self.running[trial_id].lane

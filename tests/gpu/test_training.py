@@ -151,10 +151,11 @@ def test_a_trial_that_shares_a_gpu_gets_no_more_than_its_part(device: torch.devi
 
 
 def test_a_gpu_takes_its_fastest_convolutions_and_products(device: torch.device, data: Data, splits: Splits) -> None:
+    if device.type != "cuda":
+        pytest.skip("other devices have no such choices")
     Learner(CONFIG, data, splits, device=str(device))
-    if device.type == "cuda":
-        assert torch.backends.cudnn.benchmark
-        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.backends.cudnn.benchmark
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_a_smaller_evaluation_batch_is_remembered(device: torch.device) -> None:
@@ -235,16 +236,16 @@ def test_a_long_training_is_compiled_and_ends_as_one_that_is_not(
     plain = train(CONFIG, data, splits, device=str(device))
     assert not (tmp_path / "compiled").exists()  # 30 steps do not win it back
     monkeypatch.setattr(compiled, "COMPILING_S", 0.0)
-    monkeypatch.setattr(compiled.Compiling, "pays", lambda known, steps: known.step_s < float("inf"))
+    monkeypatch.setattr(compiled.Compiling, "saves", lambda known, steps: 1.0 if known.step_s else -1.0)
     for accumulate, modes in ((1, 2), (3, 1)):  # no graphs where gradients are added up
         config = dataclasses.replace(CONFIG, accumulate=accumulate)
         faster = train(config, data, splits, device=str(device))
         (memory,) = (tmp_path / "compiled").iterdir()
-        rows = json.loads(memory.read_text())
+        rows = json.loads(memory.read_text())["modes"]
         memory.unlink()
         print(rows)
         assert len(rows) == modes
-        assert any(row["step_s"] < row["plain_step_s"] for row in rows)
+        assert any(row["step_s"] and row["step_s"] < row["plain_step_s"] for row in rows)
         assert faster.metrics["select_accuracy"] > plain.metrics["select_accuracy"] - 0.1
 
 

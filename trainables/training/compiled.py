@@ -6,19 +6,20 @@ waits for Python, which CUDA graphs (mode "reduce-overhead") spare it.
 """
 
 import hashlib
-import json
 import math
-import os
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from upath import UPath
 
 from trainables.inference import autocast
+from trainables.storage import Damaged, read_json, write_json
 
 GRAPHS = "reduce-overhead"
 MODES = ("default", GRAPHS)
@@ -31,16 +32,17 @@ _used = False  # whether this process has compiled anything since `forget`
 
 @dataclass(frozen=True)
 class Compiling:
-    """What was measured on this node: the mode, seconds to compile, and seconds of a step before and after (infinite
-    where torch could not compile it)."""
+    """What was measured on this node: the mode, seconds to compile, and seconds of a step before and after (None where
+    torch could not compile it)."""
 
     mode: str
     compile_s: float
     plain_step_s: float
-    step_s: float
+    step_s: float | None
 
-    def pays(self, steps: float) -> bool:
-        return steps * (self.plain_step_s - self.step_s) > self.compile_s
+    def saves(self, steps: float) -> float:
+        """Seconds of a training of `steps`; below 0 where compiling takes longer than it wins."""
+        return -math.inf if self.step_s is None else steps * (self.plain_step_s - self.step_s) - self.compile_s
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,12 @@ def compiled(model: nn.Module, training: Training, device: torch.device, cache: 
     """
     question = f"{training.name} {training.sizes} {training.image_size} {training.precision} {training.accumulates} "
     question += f"{torch.__version__} {_card(device)}"
-    memory = cache / "compiled" / f"{hashlib.sha256(question.encode()).hexdigest()[:16]}.json"
+    memory = UPath(cache / "compiled" / f"{hashlib.sha256(question.encode()).hexdigest()[:16]}.json")
     forget()
-    if memory.exists():
-        known = [Compiling(**row) for row in json.loads(memory.read_text())]
+    known: list[Compiling] = []
+    with suppress(Damaged, KeyError, TypeError):
+        known = [Compiling(**row) for row in read_json(memory)["modes"]]
+    if known:
         plain = known[0].plain_step_s
     else:
         plain = _steps_s(model, model, training, device)[1]
@@ -102,13 +106,10 @@ def compiled(model: nn.Module, training: Training, device: torch.device, cache: 
         # gradients that are added up would lie in the graphs' own memory, where the next micro-batch overwrites them
         modes = [mode for mode in MODES if mode != GRAPHS or not training.accumulates]
         known = [_measure(model, mode, plain, training, device) for mode in modes]
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memory.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps([asdict(row) for row in known]))
-        temporary.replace(memory)
+        write_json(memory, {"modes": [asdict(row) for row in known]})
     steps = min(training.steps, training.seconds / plain)
-    best = min(known, key=lambda row: row.compile_s + steps * row.step_s)
-    return _compiled(model, best.mode) if best.pays(steps) else None
+    best = max(known, key=lambda row: row.saves(steps))
+    return _compiled(model, best.mode) if best.saves(steps) > 0 else None
 
 
 def forget() -> None:
@@ -127,6 +128,7 @@ def _compiled(model: nn.Module, mode: str) -> Careful:
 
 
 def _measure(model: nn.Module, mode: str, plain: float, training: Training, device: torch.device) -> Compiling:
+    compile_s, step, works = 0.0, 0.0, False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on how to compile
@@ -134,11 +136,11 @@ def _measure(model: nn.Module, mode: str, plain: float, training: Training, devi
             compile_s, step = _steps_s(model, fast, training, device)
         works = bool(fast.fast)
     except Exception:  # whatever torch's compiler raises, or its need of memory: the network trains without it
-        works = False
+        pass
     forget()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return Compiling(mode, compile_s, plain, step) if works else Compiling(mode, 0.0, plain, math.inf)
+    return Compiling(mode, compile_s, plain, step if works else None)
 
 
 def _steps_s(model: nn.Module, forward: nn.Module, training: Training, device: torch.device) -> tuple[float, float]:
@@ -147,17 +149,17 @@ def _steps_s(model: nn.Module, forward: nn.Module, training: Training, device: t
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         with torch.random.fork_rng():
-            first = [_step_s(forward, size, training, device) for size in dict.fromkeys(training.sizes)]
+            first = [_step_s(model, forward, size, training, device) for size in training.sizes]
             for _ in range(2):  # graphs are recorded in the second step
-                _step_s(forward, training.sizes[0], training, device)
-            later = min(_step_s(forward, training.sizes[0], training, device) for _ in range(ROUNDS))
+                _step_s(model, forward, training.sizes[0], training, device)
+            later = min(_step_s(model, forward, training.sizes[0], training, device) for _ in range(ROUNDS))
     finally:
         model.zero_grad(set_to_none=True)
         model.load_state_dict(before)  # forward passes move the BatchNorm statistics
     return max(0.0, sum(first) - len(first) * later), later
 
 
-def _step_s(forward: nn.Module, size: int, training: Training, device: torch.device) -> float:
+def _step_s(model: nn.Module, forward: nn.Module, size: int, training: Training, device: torch.device) -> float:
     x = torch.randn(size, 3, training.image_size, training.image_size, device=device)
     x = x.to(memory_format=torch.channels_last)
     _wait(device)
@@ -167,8 +169,7 @@ def _step_s(forward: nn.Module, size: int, training: Training, device: torch.dev
     F.cross_entropy(logits.float(), torch.zeros(size, dtype=torch.long, device=device)).backward()
     _wait(device)
     took = time.perf_counter() - began
-    for parameter in forward.parameters() if not isinstance(forward, Careful) else forward.plain[0].parameters():
-        parameter.grad = None
+    model.zero_grad(set_to_none=True)
     return took
 
 

@@ -7,7 +7,6 @@ each from the one before, which takes a second where one training of a head by s
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
+from upath import UPath
+
+from trainables.storage import write_bytes
 
 FORMAT = 1  # of stored heads: raise it when they are fitted in another way
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(2, -9, -1))  # 10 to 1e-4, of the squared weights
@@ -89,11 +91,8 @@ def shared_head(
             return head, float(file.metadata()["strength"])
     head, strength = fit()
     if deadline is None or time.time() < deadline:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         tensors = {"weight": head.weight.cpu().contiguous(), "bias": head.bias.cpu().contiguous()}
-        save_file(tensors, temporary, metadata={"strength": repr(strength)})
-        temporary.replace(path)
+        write_bytes(UPath(path), save(tensors, metadata={"strength": repr(strength)}))
     return head, strength
 
 

@@ -34,9 +34,8 @@ def test_a_short_training_is_not_compiled(
 
 def test_steps_must_win_back_what_compiling_takes() -> None:
     known = Compiling("default", compile_s=60.0, plain_step_s=0.010, step_s=0.007)
-    assert not known.pays(19_000)
-    assert known.pays(21_000)
-    assert not Compiling("default", 0.0, 0.010, math.inf).pays(10**9)
+    assert known.saves(19_000) < 0 < known.saves(21_000)
+    assert Compiling("default", 0.0, 0.010, None).saves(10**9) < 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no compiler\nfound"), torch.OutOfMemoryError("CUDA out of memory")])
@@ -58,9 +57,13 @@ def test_what_cannot_be_compiled_trains_without(
         assert torch.equal(model.state_dict()[name], tensor)
     assert all(parameter.grad is None for parameter in model.parameters())
     (memory,) = tmp_path.rglob("*.json")
-    assert [row["step_s"] for row in json.loads(memory.read_text())] == [math.inf, math.inf]
-    monkeypatch.setattr(module, "_measure", lambda *_: pytest.fail("measured again"))
+    assert [row["step_s"] for row in json.loads(memory.read_text())["modes"]] == [None, None]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_measure", lambda *_: pytest.fail("measured again"))
+        assert compiled(model, LONG, CPU, tmp_path) is None
+    memory.write_text("[1")  # damaged: it is
     assert compiled(model, LONG, CPU, tmp_path) is None
+    assert len(json.loads(memory.read_text())["modes"]) == 2
 
 
 def test_gradients_that_are_added_up_are_not_left_in_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +94,8 @@ def test_an_error_of_the_compiler_costs_no_trial(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_a_compiled_network_computes_the_same(tmp_path: Path) -> None:
+def test_a_compiled_network_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Compiling, "saves", lambda known, steps: 1.0 if known.step_s else -1.0)  # whatever it takes
     model, plain = small(), small()
     model.load_state_dict(plain.state_dict())
     faster = compiled(model, LONG, CPU, tmp_path)

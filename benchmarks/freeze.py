@@ -108,11 +108,11 @@ def measure(options: Freeze) -> dict[str, Any]:
         config = replace(CONFIG, precision=precision)  # type: ignore[arg-type]
         for _ in range(options.repeats):
             clock("one pass", lambda: one_pass(data, weights, precision))
-            for path in [*Path(folder).glob("features/*.npy"), *Path(folder).glob("heads/*")]:
-                path.unlink()
+            forget(Path(folder))
             clock("first", lambda: train(config, data, splits, weights=weights))
             trained = clock("cached", lambda: train(config, data, splits, weights=weights))
             accuracy["cached"] = trained.metrics["select_accuracy"]
+        forget(Path(folder))
         with mock.patch.object(features, "_takes_vectors", return_value=False):
             trained = clock("uncached", lambda: train(config, data, splits, weights=weights))
             accuracy["uncached"] = trained.metrics["select_accuracy"]
@@ -121,6 +121,12 @@ def measure(options: Freeze) -> dict[str, Any]:
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "select_accuracy": accuracy, "repeats": seconds,
     }  # fmt: skip
+
+
+def forget(cache: Path) -> None:
+    """Leave nothing that a trial has stored of its frozen epochs."""
+    for path in [*cache.glob("features/*.npy"), *cache.glob("heads/*")]:
+        path.unlink()
 
 
 def few(splits: Splits) -> Splits:

@@ -59,13 +59,14 @@ class Features:
         self.deadline, self.tick = deadline, tick
         self.body = model
         self.views: dict[bool, np.ndarray] = {}
-        self.usable = _takes_vectors(model, self._sample())
         self.question = {
             "backbone": config.backbone, "weights": fingerprint(model), "size": config.image_size,
             "data": data.fingerprint, "format": FORMAT, "precision": precision,
         }  # fmt: skip
         paths = self._paths()
-        if self.usable and all(path.exists() for path in paths.values()):
+        stored = all(path.exists() for path in paths.values())
+        self.usable = stored or _takes_vectors(model, self._sample())  # stored by a trial that had tried it
+        if stored:
             self.views = _mapped(paths)
         elif self.usable:
             self.body = folded(model, self._sample())  # a copy, which stays as the body is now

@@ -64,6 +64,8 @@ def test_stored_features_train_the_same_head(
     config = replace(HEAD, **changes)
     cached = train(config, own, splits, weights=weights)
     assert len(stored(own)) == (2 if "flip" in changes else 1)  # the plain and the mirrored view
+    for path in stored(own):
+        path.unlink()
     monkeypatch.setattr(features, "_takes_vectors", lambda model, x: False)
     monkeypatch.setattr(nn.init, "normal_", lambda tensor, std: nn.init.zeros_(tensor))  # the same start
     through_all = train(config, own, splits, weights=weights)
@@ -83,7 +85,8 @@ def test_a_probe_is_the_logistic_regression_that_scikit_learn_fits(
     assert learner.features is not None
     assert learner.strength in STRENGTHS
     x = learner.features.take(np.arange(len(own.labels)), mirrored=False).numpy()
-    mean, std = x[splits.train].mean(0), x[splits.train].std(0, ddof=1) + 1e-9
+    mean, std = x[splits.train].mean(0), x[splits.train].std(0, ddof=1)
+    std = np.maximum(std, np.sqrt(np.square(std).mean()))
     oracle = LogisticRegression(C=1 / (learner.strength * len(splits.train)), max_iter=2000, tol=1e-8)
     oracle.fit((x[splits.train] - mean) / std, own.labels[splits.train])
     trained = train(config, own, splits, weights=weights)
@@ -219,6 +222,19 @@ def test_past_the_deadline_nothing_half_written_stays(own: Data, splits: Splits,
     with pytest.raises(OutOfTime):
         train(HEAD, own, splits, weights=weights, deadline=0.0)
     assert [path for path in (own.cache / "features").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_stored_features_spare_every_pass_through_the_body(
+    own: Data, splits: Splits, weights: WeightSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train(HEAD, own, splits, weights=weights)
+
+    def never(*args: object) -> torch.Tensor:
+        raise AssertionError("the features are stored")
+
+    monkeypatch.setattr(features, "vectors_of", never)
+    again = train(HEAD, own, splits, weights=weights)
+    np.testing.assert_array_equal(again.probs["select"], first.probs["select"])
 
 
 def test_a_convolutional_head_is_trained_through_the_whole_network(own: Data, splits: Splits, tmp_path: Path) -> None:

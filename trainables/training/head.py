@@ -23,7 +23,7 @@ from upath import UPath
 
 from trainables.storage import write_bytes
 
-FORMAT = 1  # of stored heads: raise it when they are fitted in another way
+FORMAT = 2  # of stored heads: raise it when they are fitted in another way
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(2, -9, -1))  # 10 to 1e-4, of the squared weights
 STEPS = 60  # of L-BFGS, for each of them
 MOST_VALUES = 2e8  # rows x features that are fitted on; more rows say little more
@@ -103,7 +103,9 @@ def fit_at(
     """Return a head for each strength, strongest first, fitted on the images `train`; those that the deadline allows,
     and one at least.
 
-    Minimises the mean cross-entropy plus strength / 2 times the squared weights, on features of unit variance.
+    Minimises the mean cross-entropy plus strength / 2 times the squared weights, on features of unit variance. Those
+    that vary less than all do in the root mean square are not scaled up to it: a feature that is nearly dead on a few
+    training images would get a weight with which it drowns all others where it wakes up, on a new or augmented image.
     """
     views = rows(train[:2])
     width = len(views) * views[0].shape[1]
@@ -117,7 +119,8 @@ def fit_at(
     if weigh:
         counts = torch.bincount(target, minlength=classes).clamp_min(1)
         weights = len(target) / (classes * counts).float()
-    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
+    mean, std = x.mean(0), x.std(0)
+    std = std.clamp_min(max(1e-6, float(std.square().mean().sqrt())))
     x = (x - mean) / std
     weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
     bias = torch.zeros(classes, device=x.device, requires_grad=True)

@@ -81,3 +81,19 @@ def test_a_head_that_the_deadline_cut_short_is_not_kept(tmp_path: Path) -> None:
         save_file({"weight": weight, "bias": bias}, path, metadata={"strength": "1.0"})
         anew, _ = shared_head(tmp_path, question, (CLASSES, 16), cpu, lambda: (found, strength))
         assert torch.equal(anew.weight, found.weight)
+
+
+def test_a_feature_that_sleeps_on_the_training_images_does_not_drown_the_others_where_it_wakes() -> None:
+    """Before: it was scaled up to unit variance, and the loss of shifted digits was 69 nats."""
+    rng = np.random.default_rng(2)
+    asleep = torch.from_numpy(1e-5 * (rng.random((400, 16)) < 0.02).astype(np.float32))
+    awake = asleep + torch.from_numpy((rng.random((400, 16)) < 0.5).astype(np.float32))
+
+    def loss(sleepers: torch.Tensor, indices: np.ndarray) -> float:
+        features = torch.cat([FEATURES[indices], sleepers[indices]], 1)
+        return float(torch.nn.functional.cross_entropy(found(features), torch.from_numpy(LABELS[indices])))
+
+    found, _ = fit_head(
+        lambda indices: [torch.cat([FEATURES[indices], asleep[indices]], 1)], LABELS, TRAIN, TUNE, CLASSES
+    )
+    assert loss(awake, TUNE) < 1.5 * loss(asleep, TUNE)

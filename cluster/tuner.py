@@ -34,7 +34,7 @@ from trainables.job import Metrics, Outcome, Result
 
 TICK_S = 0.5
 NOTICE_S = 30.0  # until a cluster has noticed that a machine is gone
-MOST_LOSSES = 5  # lanes lost under one job in a row, without a new epoch between
+MOST_LOSSES = 5  # lanes lost under one job in a row, without a new epoch, or a new part of one, between
 MOST_BARREN = 6  # lanes lost and bugs in a row, of any jobs, without one epoch between: nothing will ever train
 
 STOPPING = "stopping when the running epochs have ended; Ctrl-C again: at once"

@@ -141,6 +141,10 @@ def test_what_a_lost_lane_leaves_goes_first_and_the_count_starts_anew_with_every
         assert not bridge.hear("a", {"epoch": 1, "pid": 0})  # a repeated epoch is no progress
         bridge.lose("a", Lost("gone"))
         assert retried(bridge, "a") == first
+    for _ in range(tuner.MOST_LOSSES):
+        assert not bridge.hear("a", {"epoch": 1.4, "pid": 0})  # a part of one is, at first
+        bridge.lose("a", Lost("gone"))
+        assert retried(bridge, "a") == first
     bridge.lose("a", Lost("gone"))
     assert sweep.results.pop(second.id) == Result(Outcome.FINISHED)
     assert sweep.results.pop(first.id) == Result(Outcome.LOST_NODE, error="gone")

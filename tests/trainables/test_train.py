@@ -121,9 +121,11 @@ def test_a_training_that_is_cut_within_an_epoch_repeats_at_most_a_tenth_of_it(
     with pytest.raises(Interrupt):
         train(config, data, splits, checkpoint=checkpoint)
     done, steps, last = last - 1, 0, 0
-    resumed = train(config, data, splits, checkpoint=checkpoint)
+    told: list[float] = []
+    resumed = train(config, data, splits, lambda row: told.append(row["epoch"]), checkpoint=checkpoint)  # type: ignore[func-returns-value]
     assert 0 <= steps - (every - done) <= math.ceil(epoch / 10)
     assert 1.5 < resumed.resumed[0] < 1.67
+    assert told == [resumed.resumed[0], 2, 3]
     assert [row["epoch"] for row in resumed.curve] == [1, 2, 3]
     assert [row["train_loss"] for row in resumed.curve] == pytest.approx([row["train_loss"] for row in whole.curve])
     assert same(whole, resumed)

@@ -1,4 +1,4 @@
-"""Train every configuration of the grid in benchmarks/curves.py once, and keep the learning curves in curves.npz.
+"""Train every configuration of the grid in recorded/curves.py once, and keep the learning curves in curves.npz.
 
     python -m benchmarks.record_curves --data-dir data/cifar10
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks.curves import EPOCHS, POINTS, QUANTUM, SELECT, TABLE, TEST, TRAIN, TUNE, Point, config_of
+from benchmarks.recorded.curves import EPOCHS, POINTS, QUANTUM, SELECT, TABLE, TEST, TRAIN, TUNE, Point, config_of
 from trainables.data.dataset import Data
 from trainables.data.prepare import prepare
 from trainables.data.splits import Splits, draw

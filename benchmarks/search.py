@@ -2,8 +2,8 @@
 
     python -m benchmarks.search [--seeds 30] [--json FILE]
 
-Replays the table of benchmarks/curves.npz (336 configurations x 9 epochs, really trained with this project by
-`python -m benchmarks.record_curves`) for every seed and method, see benchmarks/replay.py. Two questions:
+Replays the table of benchmarks/recorded/curves.npz (336 configurations x 9 epochs, really trained with this project by
+`python -m benchmarks.record_curves`) for every seed and method, see benchmarks/recorded/replay.py. Two questions:
 
 - device-seconds until one of the best 1 % of all configurations (by tune log-loss after the last epoch) has been
   trained to its end; a search that has not got there after --cap full trainings counts with the cap;
@@ -25,8 +25,8 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from benchmarks.curves import TABLE, Curves, load_curves
-from benchmarks.replay import Method, Optuna, Ours, RandomSearch, RayTune, replay
+from benchmarks.recorded.curves import TABLE, Curves, load_curves
+from benchmarks.recorded.replay import Method, Optuna, Ours, RandomSearch, RayTune, replay
 from ensemble.selection.limits import Limits
 from ensemble.selection.selectors import greedy
 from ensemble.show import make_console

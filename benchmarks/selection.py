@@ -28,7 +28,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers import Job, run_peers
+from benchmarks.selectors.peers import Job, run_peers
 from ensemble.selection.auto import choose_selector
 from ensemble.selection.blend import Probs, combine
 from ensemble.selection.limits import Limits

@@ -4,7 +4,7 @@
                                          [--trash DIR] [--json FILE]
 
 Pools are sweeps of this project (--run) and scikit-learn's classifiers on digits, on a table and on the three image
-folders (see benchmarks/pools.py). For each pool the halves are drawn 20 times. In every draw the selectors are ranked
+folders (see selectors/pools.py). For each pool the halves are drawn 20 times. In every draw the selectors are ranked
 by accuracy, log-loss and balanced accuracy on the test half, and compared with the candidate that was most accurate on
 the select half. The table gives means over pools of means over draws:
 
@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import rankdata
 
-from benchmarks.peers import Job, run_peers
-from benchmarks.pools import Predictions, of_run, of_scikit_learn
+from benchmarks.selectors.peers import Job, run_peers
+from benchmarks.selectors.pools import Predictions, of_run, of_scikit_learn
 from ensemble.selection.auto import auto
 from ensemble.selection.blend import Blend, tempered
 from ensemble.selection.limits import Limits
@@ -149,7 +149,7 @@ def measure(pool: Predictions, args: SelectionQuality, peers: dict[str, tuple[st
         for i, fit in enumerate(run_peers(pool.probs, pool.labels, jobs)):
             d, s = i // len(peers), len(SELECTORS) + i % len(peers)
             if fit.error:
-                raise UserError(f"{names[s]} failed: {fit.error}; see benchmarks/peers.py, or leave it out: --no-peers")
+                raise UserError(f"{names[s]} failed: {fit.error}; see selectors/peers.py, or leave it out: --no-peers")
             seconds[d, s] = fit.seconds
             score(d, s, Blend(fit.weights))
     return Result(pool.name, len(pool.probs), len(pool.labels), scores, seconds.mean(axis=0))

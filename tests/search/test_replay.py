@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.curves import EPOCHS, GRID, NETWORKS, POINTS, QUANTUM, Curves, config_of, load_curves
-from benchmarks.replay import Ours, replay
+from benchmarks.recorded.curves import EPOCHS, GRID, NETWORKS, POINTS, QUANTUM, Curves, config_of, load_curves
+from benchmarks.recorded.replay import Ours, replay
 from benchmarks.search import METHODS, ensemble_loss, interval, run_once
 
 IMAGES = 40  # of each split

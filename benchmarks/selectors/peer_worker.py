@@ -1,4 +1,4 @@
-"""Run by the Python of the peers' own environment (see benchmarks/peers.py): fits and times their released selectors.
+"""Run by the Python of the peers' own environment (see peers.py): fits and times their released selectors.
 
 Reads one JSON object from stdin: `probs` and `labels`, paths of .npy files (M, N, C) and (N,), and `jobs`, a list of
 {"peer", "score", "steps", "rows"} where rows is the path of a .npy of indices, or null for all. Writes one JSON line a

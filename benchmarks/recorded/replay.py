@@ -17,7 +17,7 @@ import numpy as np
 import optuna
 from upath import UPath
 
-from benchmarks.curves import EPOCHS, GRID, POINTS, Curves, config_of
+from benchmarks.recorded.curves import EPOCHS, GRID, POINTS, Curves, config_of
 from search.budget import Budget
 from search.config import Objective, Pruner
 from search.study.objective import Contribution

@@ -6,7 +6,7 @@ from pathlib import Path
 from upath import UPath
 
 from tests.faults import check, drivers_of, storm
-from tests.search.test_mirror import PostgreSQL, server  # noqa: F401
+from tests.search.study.test_mirror import PostgreSQL, server  # noqa: F401
 from tests.trainables.test_s3 import Store, store  # noqa: F401
 
 

@@ -9,7 +9,7 @@ from upath import UPath
 from search.study.mirror import open_mirror
 from search.study.warm_start import read_earlier
 from tests.hand_sweep import finish, suggest, sweep, take
-from tests.search.test_mirror import (  # noqa: F401
+from tests.search.study.test_mirror import (  # noqa: F401
     PostgreSQL,
     dashboard,
     free_port,

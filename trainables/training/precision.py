@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainables.inference import autocast
+from trainables.training.memory import keep_memory
 
 PROBE_IMAGES = 16
 PROBE_ROUNDS = 2
@@ -74,10 +75,12 @@ def choose_layout(
 
 
 def quicken(device: torch.device) -> None:
-    """Let a GPU take its fastest convolutions, tried out for each size, and TF32 in matrix products of fp32.
+    """Let a GPU take its fastest convolutions, tried out for each size, and TF32 in matrix products of fp32; let a CPU
+    keep its memory.
 
     TF32 has 10 bits of mantissa, more than bf16's 7. Affects the whole process; does nothing on other devices.
     """
+    keep_memory(device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")

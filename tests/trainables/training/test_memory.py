@@ -1,5 +1,9 @@
 """Memory that runs out: recognised however it is said, and the batch that fitted is remembered."""
 
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -72,3 +76,27 @@ def test_the_batch_that_fits_is_remembered(monkeypatch: pytest.MonkeyPatch) -> N
     assert sizes == [8, 8, 4]
     assert eval_batch(torch.device("cpu"), 8) == 8
     assert eval_batch(torch.device("cpu"), 16) == 32, "of other images nothing is known"
+
+
+FAULTS = """
+import resource, sys, torch
+from trainables.training.memory import keep_memory
+device = torch.device("cpu")
+if sys.argv[1] == "keep":
+    keep_memory(device)
+pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for step in range(20):
+    if step == 10:  # by then the heap has room for the largest
+        before = pages()
+    torch.ones(12_000_000)  # 48 MB; below 32 glibc may keep it
+print(pages() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back so early")
+def test_a_step_on_a_cpu_takes_the_memory_of_the_step_before():
+    def faults(mode: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert faults("keep") * 4 < faults("plain")

@@ -100,8 +100,8 @@ class Features:
         """The stored features of one view of these images, float32 (N, F) on the device."""
         if mirrored not in self.views:
             self.views |= self._load_or_compute()
-        rows = torch.from_numpy(self.views[mirrored][indices].astype(np.float32))
-        return rows.to(self.pixels.mean.device)
+        rows = torch.from_numpy(self.views[mirrored][indices])
+        return rows.to(self.pixels.mean.device).float()  # which numpy would take ten times as long for
 
     def _paths(self) -> dict[bool, Path]:
         """Where the views that are needed lie, or will."""

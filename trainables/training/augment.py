@@ -136,7 +136,7 @@ def altered(x: Tensor, magnitude: float, generator: torch.Generator) -> Tensor:
     operation = RandAugment(2, round(magnitude), 11) if magnitude else TrivialAugmentWide()
     bytes_ = x.round().clamp(0, 255).to(torch.uint8)
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-        torch.manual_seed(int(torch.randint(0, 2**31, (), generator=generator)))
+        torch.default_generator.manual_seed(int(torch.randint(0, 2**31, (), generator=generator)))
         return torch.stack([operation(image) for image in bytes_])
 
 

@@ -250,7 +250,12 @@ class Learner:
     def begin_tenth(self, step: int) -> None:
         """Set the seeds anew, at a step where a tenth of the epoch begins: there a training can be continued."""
         seed, epoch = self.config.seed, self.epoch + 1
-        torch.manual_seed((seed + 1_000_003 * epoch + 15_485_863 * step + self.rank) % 2**63)  # dropout and the like
+        drawn = (seed + 1_000_003 * epoch + 15_485_863 * step + self.rank) % 2**63  # for dropout and the like
+        torch.default_generator.manual_seed(drawn)  # torch.manual_seed would note down a call stack for every GPU
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(drawn)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(drawn)
         self.generator = torch.Generator().manual_seed(seed + 7_919 * epoch + 32_452_843 * step + 104_729 * self.rank)
 
     def _wrap(self) -> None:

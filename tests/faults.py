@@ -90,7 +90,10 @@ class Drivers:
 def reports(run: UPath) -> int:
     """Epochs that are done: as the records know those of trials that have ended, and checkpoints those of others."""
     epochs = {record.id: len(record.scores) for record in read_records(run)}
-    for path in run.glob("checkpoints/*/state.safetensors"):
+    checkpoints: list[UPath] = []
+    with contextlib.suppress(FileNotFoundError):  # the last one went away while s3fs listed them
+        checkpoints = list(run.glob("checkpoints/*/state.safetensors"))
+    for path in checkpoints:
         with contextlib.suppress(OSError):  # the trial has just ended
             state = read_checkpoint(path, torch.device("cpu"))
             if state is not None:

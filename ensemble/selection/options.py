@@ -14,7 +14,7 @@ from ensemble.selection.goal import Goal, Judge
 from ensemble.selection.limits import Limits
 from ensemble.selection.metrics import true_class
 from ensemble.selection.scorers import Brier, LogLoss
-from ensemble.selection.selectors import grow, mixture_weights, trim, uniform_from
+from ensemble.selection.selectors import grow, grow_each, mixture_weights, trim, uniform_from
 from ensemble.selection.stacking import small_layer
 
 POOL = 100  # most accurate candidates that are looked at
@@ -100,6 +100,7 @@ class Fold:
             self.fitted[i], self.errors[i] = measure_temperature(self._part(i), self.labels, start)
             table.starts.setdefault(m, float(self.fitted[i]))
         self._scorers: dict[str, LogLoss] = {}
+        self._greedy: dict[tuple[str, int], np.ndarray] = {}  # weights by temperatures and most members
 
     def among(self, candidates: np.ndarray) -> "Fold":
         """The same with fewer of its candidates: only those of these indices."""
@@ -108,12 +109,13 @@ class Fold:
         fewer.pool, fewer.fitted, fewer.errors = self.pool[places], self.fitted[places], self.errors[places]
         fewer.limits, fewer.ranking = self.limits.subset(places), self.ranking[np.isin(self.ranking, candidates)]
         fewer._scorers = {name: LogLoss(scorer.true[places]) for name, scorer in self._scorers.items()}
+        fewer._greedy = {}
         return fewer
 
     def within(self, limits: Limits) -> "Fold":
         """The same under other limits, of all M candidates."""
         other = copy(self)
-        other.limits = limits.subset(self.pool)
+        other.limits, other._greedy = limits.subset(self.pool), {}
         return other
 
     def heat(self, name: str) -> np.ndarray:
@@ -126,7 +128,7 @@ class Fold:
             return self._stacked(option)
         limits, name = self.limits.at_most(min(option.k, self.limits.k)), option.temperatures
         found = {
-            "greedy": lambda: grow(copy(self.scorer(name)), limits),
+            "greedy": lambda: self._grown(name, limits),
             "uniform": lambda: uniform_from(copy(self.scorer(name)), limits),
             "brier": lambda: self._brier(name, limits),
             "convex": lambda: self._convex(name, limits),
@@ -152,6 +154,13 @@ class Fold:
     def _part(self, i: int) -> np.ndarray:
         """What the i-th of the pool predicts for these rows; read anew each time, because all at once may be much."""
         return np.take(self.table.probs[int(self.pool[i])], self.rows, axis=0)
+
+    def _grown(self, name: str, limits: Limits) -> np.ndarray:
+        """The greedy weights, which several options ask for."""
+        question = name, min(limits.k, len(self.pool))
+        if question not in self._greedy:
+            self._greedy[question] = grow(copy(self.scorer(name)), limits)
+        return self._greedy[question]
 
     def _brier(self, name: str, limits: Limits) -> np.ndarray:
         order = self.scorer(name).order
@@ -189,10 +198,12 @@ class Fold:
         rng = np.random.default_rng(0)
         weights = np.zeros(len(self.pool))
         models, n = scorer.true.shape
+        bags: list[tuple[np.ndarray, np.ndarray]] = []
         for _ in range(BAGS):
             some = scorer.order[np.sort(rng.permutation(models)[: max(1, -(-models // 2))])]
-            drawn = rng.integers(0, n, n)
-            weights[some] += grow(LogLoss(scorer.true[np.ix_(some, drawn)]), limits, BAG_STEPS) / BAGS
+            bags.append((some, np.asarray(rng.integers(0, n, n))))
+        for (some, _), found in zip(bags, grow_each(scorer.true, bags, limits.k, BAG_STEPS), strict=True):
+            weights[some] += found / BAGS
         return trim(weights, limits, scorer.order)
 
     def _stacked(self, option: Option) -> Blend:

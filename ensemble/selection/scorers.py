@@ -16,6 +16,7 @@ import numpy as np
 from ensemble.selection.blend import Probs, chunks
 from ensemble.selection.metrics import true_class
 
+FACTORS = 32  # of one product, of which a logarithm is taken
 FEW = 16  # candidates that are cheaper to look at than to rule out
 
 
@@ -43,17 +44,24 @@ def true_probs(probs: Probs, labels: np.ndarray) -> np.ndarray:
     return np.stack([true_class(p, labels) for p in probs])
 
 
-class LogLoss:
-    """Mean negative log-likelihood of the average.
+def log_sums(positive: np.ndarray) -> np.ndarray:
+    """Sums of the logarithms along the last axis, whose length FACTORS divides.
 
-    The sum of logarithms is taken as the logarithm of products of 32 factors: each lies between 1e-7 and the number of
-    members, so a product stays far inside float64, and 31 of 32 logarithms are saved.
+    The sum is taken as the logarithm of products of 32 factors: each lies between 1e-7 and the number of members, so a
+    product stays far inside float64, and 31 of 32 logarithms are saved.
     """
+    products = np.multiply.reduce(positive.reshape(*positive.shape[:-1], FACTORS, -1), axis=-2)
+    sums: np.ndarray = np.log(products).sum(axis=-1)
+    return sums
+
+
+class LogLoss:
+    """Mean negative log-likelihood of the average."""
 
     def __init__(self, true: np.ndarray) -> None:
         """true: (M, N) as `true_probs` gives it."""
         models, self._n = true.shape
-        width = -(-self._n // 32) * 32
+        width = -(-self._n // FACTORS) * FACTORS
         self._true = np.zeros((models, width))
         self._true[:, : self._n] = true
         self._sum = np.zeros(width)
@@ -98,9 +106,7 @@ class LogLoss:
         block = max(1, 2**17 // len(self._sum))  # about 1 MiB, so that a block stays in the cache
         for start in range(0, len(candidates), block):
             some = candidates[start : start + block]
-            grown = self._true[some] + self._sum
-            products = np.multiply.reduce(grown.reshape(len(some), 32, -1), axis=1)
-            logs[start : start + block] = np.log(products).sum(axis=1)
+            logs[start : start + block] = log_sums(self._true[some] + self._sum)
         return np.log(self._count + 1) - logs / self._n
 
     def ties(self, candidates: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ None of them changes its input; all are deterministic for a seed. Candidates are
 "the first one" is how the last tie is broken.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,11 +19,12 @@ import numpy as np
 from ensemble.selection.blend import Probs, combine
 from ensemble.selection.limits import NOTHING_FITS, Limits
 from ensemble.selection.metrics import SCORES
-from ensemble.selection.scorers import Accuracy, Brier, LogLoss, Scorer, true_probs
+from ensemble.selection.scorers import FACTORS, Accuracy, Brier, LogLoss, Scorer, log_sums, true_probs
 from trainables.errors import UserError
 
 Score = Literal["log_loss", "brier", "accuracy"]
 NINE = Limits()
+TOGETHER = 2**17  # numbers, about 1 MiB: what stays in the cache
 
 
 def best_single(probs: Probs, labels: np.ndarray, limits: Limits = NINE, score: Score = "log_loss") -> np.ndarray:
@@ -61,17 +63,58 @@ def grow(scorer: Scorer, limits: Limits = NINE, steps: int = 50) -> np.ndarray:
         scorer.add(int(m))
         counts[m] += 1
         best = counts.copy()
-    while counts.sum() < steps or not best.any():
-        allowed = np.flatnonzero(limits.allowed(counts > 0))
+    allowed = np.flatnonzero(limits.allowed(counts > 0))
+    for _ in range(int(counts.sum()), max(steps, 1)):
         losses = scorer.losses(allowed, best_only=True)
-        tied = allowed[losses == losses.min()]
+        lowest = float(losses.min())
+        tied = allowed[losses == lowest]
         if len(tied) > 1:
             tied = tied[np.lexsort((scorer.ties(tied), counts[tied] == 0))]
         scorer.add(int(tied[0]))
         counts[tied[0]] += 1
-        if losses.min() < best_loss:
-            best_loss, best = float(losses.min()), counts.copy()
+        if counts[tied[0]] == 1:
+            allowed = np.flatnonzero(limits.allowed(counts > 0))
+        if lowest < best_loss:
+            best_loss, best = lowest, counts.copy()
     return best / best.sum()
+
+
+def grow_each(true: np.ndarray, draws: Sequence[tuple[np.ndarray, np.ndarray]], k: int, steps: int) -> list[np.ndarray]:
+    """The greedy selector by log-loss on several draws, with at most k members each: weights over a draw's candidates.
+
+    true: (M, N) as `true_probs` gives it. draws: candidates and rows (indices, rows may repeat), the same number of
+    each in every draw. While they are small, draws grow together, for numpy's calls take longer than their work there.
+    """
+    models, n = len(draws[0][0]), len(draws[0][1])
+    together = TOGETHER // (models * n)
+    if together < 2:
+        return [grow(LogLoss(true[np.ix_(*draw)]), Limits(k), steps) for draw in draws]
+    parts = (draws[start : start + together] for start in range(0, len(draws), together))
+    return [weights for part in parts for weights in _grow_together(true, part, k, steps)]
+
+
+def _grow_together(true: np.ndarray, draws: Sequence[tuple[np.ndarray, np.ndarray]], k: int, steps: int) -> np.ndarray:
+    """`grow` with a LogLoss for D draws at once: weights (D, M)."""
+    drawn = np.stack([true[np.ix_(*draw)] for draw in draws])
+    every, n = np.arange(len(draws)), drawn.shape[2]
+    drawn = np.pad(drawn, ((0, 0), (0, 0), (0, -n % FACTORS)))
+    total = np.zeros((len(draws), drawn.shape[2]))
+    total[:, n:] = 1.0  # the padding's factor is 1 at every step
+    counts = np.zeros(drawn.shape[:2], np.int64)
+    best_loss, best = np.full(len(draws), np.inf), counts.copy()
+    for size in range(1, steps + 1):
+        losses = np.log(size) - log_sums(drawn + total[:, None]) / n
+        members = counts > 0
+        losses[(members.sum(axis=1) >= k)[:, None] & ~members] = np.inf
+        lowest = losses.min(axis=1)
+        tied = losses == lowest[:, None]
+        tied = np.where((tied & members).any(axis=1)[:, None], tied & members, tied)
+        chosen = tied.argmax(axis=1)
+        total += drawn[every, chosen]
+        counts[every, chosen] += 1
+        better = lowest < best_loss
+        best[better], best_loss[better] = counts[better], lowest[better]
+    return best / best.sum(axis=1, keepdims=True)
 
 
 def uniform(probs: Probs, labels: np.ndarray, limits: Limits = NINE, score: Score = "log_loss") -> np.ndarray:

@@ -14,7 +14,7 @@ from ensemble.selection.blend import ROWS, Blend, combine
 from ensemble.selection.limits import Limits
 from ensemble.selection.metrics import SCORES
 from ensemble.selection.scorers import Accuracy, LogLoss, true_probs
-from ensemble.selection.selectors import convex
+from ensemble.selection.selectors import convex, grow, grow_each
 from ensemble.selection.stacking import stacking
 from trainables.errors import UserError
 
@@ -144,6 +144,18 @@ def test_greedy_equals_the_textbook_loop(score, seed):
     for k, steps in ((7, 12), (2, 9)):
         weights = selection.greedy(probs, labels, Limits(k), score, steps)
         assert np.allclose(weights, brute_force_greedy(probs, labels, k, steps, score))
+
+
+@pytest.mark.parametrize(("models", "rows"), [(3, 7), (16, 64), (30, 250), (60, 2000)])
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_draws_that_grow_together_find_what_each_finds_alone(models, rows, k):
+    probs, labels = make_pool(models=models, rows=rows, seed=models)
+    true = np.stack(true_probs(probs, labels))
+    true[1] = true[0]  # a tie
+    rng = np.random.default_rng(0)
+    draws = [(rng.permutation(models)[: models // 2 + 1], rng.integers(0, rows, rows)) for _ in range(20)]
+    alone = [grow(LogLoss(true[np.ix_(*draw)]), Limits(k), 20) for draw in draws]
+    np.testing.assert_array_equal(grow_each(true, draws, k, 20), alone)
 
 
 def test_greedy_comes_close_to_the_best_of_all_weightings():

@@ -32,7 +32,8 @@ DEPLOY = {
 HEAVY = {
     "cluster/test_lane.py", "cluster/test_tuner.py", "search/test_fetch.py", "search/test_distil.py",
     "data/test_pictures.py", "data/test_resume.py", "data/test_tables.py", "ensemble/test_auto.py",
-    "ensemble/test_goal.py", "ensemble/test_select.py", "ensemble/test_selection.py", "security/test_hostile.py",
+    "ensemble/test_goal.py", "ensemble/test_select.py", "ensemble/test_selection.py", "security/test_damaged.py",
+    "security/test_hostile.py",
     "trainables/explore/test_explore.py", "trainables/models/test_pretrained.py", "trainables/test_features.py",
     "trainables/training/test_cross_fit.py", "trainables/training/test_ddp.py", "trainables/training/test_knobs.py",
     "ensemble/test_predict.py", "ensemble/test_report.py", "search/test_pipeline.py", "search/test_refit.py",

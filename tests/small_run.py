@@ -1,6 +1,8 @@
 """A real run without Ray: a few tiny nets trained in this process, their records, and the ensemble."""
 
+import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,3 +77,10 @@ def doubt_first(run: UPath) -> None:
             probs = np.array(candidate.probs(split))
             probs[0] = np.roll(probs[0], 1)
             write_array(candidate.path / f"{split}_probs.npy", probs)
+
+
+def change(path: Path, edit: Callable[[dict], object]) -> None:
+    """Edit a JSON file in place."""
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))

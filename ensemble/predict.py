@@ -37,6 +37,7 @@ from trainables.models.weights import load_model
 from trainables.run_directory import Candidate, open_runs, read_run
 from trainables.storage import check_out, read_json, write_json
 from trainables.training.augment import Pixels
+from trainables.training.memory import keep_memory
 
 BATCH = 500  # images between two writes to the file, at most
 BATCH_BYTES = 128 * 2**20  # of their pixels
@@ -86,6 +87,7 @@ def candidate_predictor(
     Raises UserError when the candidate has no weights or they do not fit.
     """
     place = pick_device(device)
+    keep_memory(place)
     model = load_model(candidate, place)
     info = candidate.info
     assert info.config is not None  # load_model has refused it

@@ -13,7 +13,7 @@ from trainables.data.packed import ImageRows
 from trainables.errors import UserError
 from trainables.models.views import Pixels, view_logits
 from trainables.training.feed import rows_on
-from trainables.training.memory import fitting, halved, keep_memory
+from trainables.training.memory import fitting, halved
 
 EVAL_BATCH = 500
 EVAL_PIXELS_CPU = 200_000  # of a batch on a CPU: larger ones leave its caches, and take up to twice as long
@@ -63,11 +63,9 @@ def predict_probs(
 
     The logits of the views of `tta` are averaged: "mirror" takes the image and its mirror; "mirror_shift" also both
     shifted by one stored pixel to either diagonal, these with half the weight (Jordan, 2024, section 3.7). The batch is
-    halved when memory runs out; the process keeps a step's memory for the next. `tick` is called once a batch. The
-    model is left in the mode it was in.
+    halved when memory runs out. `tick` is called once a batch. The model is left in the mode it was in.
     """
     device = next(model.parameters()).device
-    keep_memory(device)
     indices = np.arange(len(images)) if indices is None else indices
     was_training = model.training
     model.eval()

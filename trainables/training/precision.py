@@ -80,7 +80,7 @@ def quicken(device: torch.device) -> None:
 
     TF32 has 10 bits of mantissa, more than bf16's 7. Affects the whole process; does nothing on other devices.
     """
-    keep_memory(device)
+    keep_memory(device, everything=True)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")

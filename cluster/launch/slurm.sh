@@ -20,7 +20,8 @@ PATH="$(dirname "$python"):$PATH"
 nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 head=${nodes[0]}
 ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
-port=$((20000 + SLURM_JOB_ID % 20000))                    # several jobs may share a node
+# Several jobs may share a node. Ray's workers are below 20000, and outgoing connections of anybody from 32768 on.
+port=$((20000 + SLURM_JOB_ID % 4000 * 3))
 
 # Only whoever has the token, which is new for every job, can use the cluster.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_TMPDIR="/tmp/ray-$SLURM_JOB_ID"
@@ -33,7 +34,7 @@ on=(srun --overlap --nodes=1 --ntasks=1 --export=ALL)
 
 pids=()
 "${on[@]}" --nodelist="$head" bash -c "$start" "$ray" --head --node-ip-address="$ip" --port="$port" \
-    --dashboard-host=127.0.0.1 --dashboard-port=$((port + 20000)) --ray-client-server-port=$((port + 20001)) "${common[@]}" &
+    --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1)) --ray-client-server-port=$((port + 2)) "${common[@]}" &
 pids+=($!)
 for node in "${nodes[@]:1}"; do
     "${on[@]}" --nodelist="$node" \

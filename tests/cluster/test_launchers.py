@@ -150,6 +150,19 @@ def test_the_grafana_dashboard_asks_for_every_gauge_that_there_is() -> None:
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) >= 6
 
 
+def test_the_ports_of_slurm_jobs_are_their_own_and_nobody_elses() -> None:
+    """Before: a job's client port was the next job's dashboard, and both were where outgoing connections are."""
+    script = (ROOT / "cluster" / "launch" / "slurm.sh").read_text()
+    port = next(line for line in script.splitlines() if line.startswith("port="))
+    others = re.findall(r"-port=(\$\(\(.*?\)\))", script)
+    assert len(others) == 2
+    told = f"for SLURM_JOB_ID in $(seq 1 4000); do {port}; echo $port {' '.join(others)}; done"
+    ports = subprocess.run(["bash", "-c", told], capture_output=True, text=True, check=True).stdout.split()
+    assert len(set(ports)) == 3 * 4000
+    assert min(map(int, ports)) >= 20_000  # Ray's workers are below
+    assert max(map(int, ports)) < 32_768  # Linux's net.ipv4.ip_local_port_range begins there
+
+
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A real Slurm of one node on this machine: munged, slurmctld and slurmd; the environment of its commands."""

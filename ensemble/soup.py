@@ -10,7 +10,8 @@ Soups work among networks that were fine-tuned from the same pretrained weights.
 random weights do not meet in one valley, so they are not tried.
 
 Source: Wortsman et al. 2022, "Model soups", recipe 1 (greedy soup). BatchNorm statistics are measured anew on train
-images (Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima"): those of an average are not the average's.
+images (Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima"): those of an average are not the average's,
+unless training has left them alone.
 """
 
 import time
@@ -135,7 +136,7 @@ def cook(run: UPath, candidates: list[Candidate], data: Data, splits: Splits, de
 
     def loss(state: State) -> float:
         model.load_state_dict(state)
-        if state is not states[0]:  # a candidate's own statistics are right as they are
+        if state is not states[0] and not config.frozen_norm:  # a candidate's own statistics are right as they are
             measure_batchnorm(model, batches)
         return float(scores(predict(splits.tune), labels[splits.tune], "tune")["tune_log_loss"])
 
@@ -172,7 +173,7 @@ def kitchens(candidates: list[Candidate]) -> list[list[Candidate]]:
         if usable and not (candidate.info.soup or candidate.info.refitted) and config is not None and config.pretrained:
             # position embeddings are as many as the patches of an image
             size = config.image_size if takes_image_size(config.backbone) else None
-            key = (config.backbone, config.stem, config.width, size)
+            key = (config.backbone, config.stem, config.width, size, config.frozen_norm)
             groups.setdefault(key, []).append(candidate)
     return [group for _, group in sorted(groups.items(), key=lambda item: str(item[0])) if len(group) > 1]
 

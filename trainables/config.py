@@ -33,6 +33,8 @@ class TrialConfig:
         stem: "small" keeps the resolution of a ResNet- or DenseNet-like stem, for inputs of 32 pixels.
         width: width multiplier of the from-scratch networks of trainables.models.classic.
         epochs: passes over the train split in which the whole network learns.
+        frozen_norm: while the whole network learns, BatchNorms keep the statistics that they were pretrained with:
+            those of a few batches of random crops are worse. Their factors and offsets learn.
         freeze_epochs: passes before these in which only the head learns, on stored features where that is possible,
             with a schedule of their own.
         batch_size: effective batch, over all workers and accumulation steps. An epoch is cut into
@@ -81,6 +83,7 @@ class TrialConfig:
     stem: Stem = "default"
     width: float = 1.0
     epochs: int = 5
+    frozen_norm: bool = False
     freeze_epochs: int = 0
     batch_size: int = 128
     accumulate: int = 1
@@ -145,6 +148,8 @@ class TrialConfig:
             raise UserError("crop and scale are both on, expected at most one of them")
         if self.is_probe and not self.pretrained:
             raise UserError("epochs and freeze_epochs are both 0, expected 1 or more without pretrained weights")
+        if self.frozen_norm and not self.pretrained:
+            raise UserError("frozen_norm is on, expected pretrained weights: there are no statistics to keep")
         if self.lora and not self.pretrained:
             raise UserError(f"lora is {self.lora}, expected 0 without pretrained weights: nothing would learn to see")
         if self.pretrained and self.optimizer == "muon":

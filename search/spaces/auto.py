@@ -113,6 +113,7 @@ def _tuned(trial: optuna.Trial, task: Task, backbone: str) -> TrialConfig:
         pretrained=True,
         image_size=size,
         epochs=epochs,
+        frozen_norm=True,
         freeze_epochs=trial.suggest_int("freeze_epochs", 0, 3),
         batch_size=min(trial.suggest_categorical("batch_size", [16, 32, 64]), largest_batch(task)),
         lr=lr * head,
@@ -137,7 +138,8 @@ def usual_tuning(backbone: str, size: int, epochs: int) -> TrialConfig:
     """A pretrained backbone tuned as usual, where nothing is searched for."""
     family = _family(backbone)
     return TrialConfig(
-        backbone=backbone, pretrained=True, image_size=size, epochs=epochs, batch_size=int(USUAL["batch_size"]),
+        backbone=backbone, pretrained=True, image_size=size, epochs=epochs, frozen_norm=True,
+        batch_size=int(USUAL["batch_size"]),
         lr=RATES[family][1], layer_decay=DECAYS[family][1], weight_decay=USUAL["weight_decay"],
         dropout=USUAL["dropout"], label_smoothing=USUAL["label_smoothing"], scale=USUAL["scale"], jitter=0.2,
         clip_norm=5.0, flip="random", tta="mirror",

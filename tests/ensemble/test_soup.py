@@ -130,6 +130,21 @@ def test_a_soup_that_is_better_becomes_a_candidate(run):
     assert len(load_pool([path]).candidates) == 4
 
 
+def test_statistics_that_training_left_alone_are_not_measured_anew(run, monkeypatch):
+    path, data, splits = run
+    frozen = [
+        Candidate(c.id, c.path, replace(c.info, config=replace(c.info.config, frozen_norm=True)))
+        for c in list_candidates(path)
+    ]
+    assert len(soup.kitchens([*frozen, *list_candidates(path)])) == 2, "a network has the one kind or the other"
+    measured = []
+    monkeypatch.setattr(soup, "measure_batchnorm", lambda model, batches: measured.append(model))
+    soup.cook(path, frozen, data, splits, torch.device("cpu"))
+    assert not measured
+    soup.cook(path, list_candidates(path), data, splits, torch.device("cpu"))
+    assert measured
+
+
 def test_a_soup_is_scored_at_the_size_that_its_best_candidate_was(run):
     path, data, splits = run
     changed = [

@@ -64,6 +64,7 @@ def test_many_photographs_are_tuned_small_where_the_time_is_short() -> None:
     cost = where.costs[LITES[0]]
     assert 1 <= tuned.epochs <= 2
     assert tuned.image_size < 112
+    assert tuned.frozen_norm
     assert cost.features(100_000, tuned.image_size) + cost.epoch(80_000, tuned.image_size) <= 1729
     assert proposed(task(left=8000.0, images=100_000), backbone=LITES[0], way="tuned").image_size > tuned.image_size
     few = proposed(task(left=20.0, images=2000), backbone=LITES[0], way="tuned")

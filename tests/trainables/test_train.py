@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from upath import UPath
 
 from trainables import train as training
@@ -18,6 +19,7 @@ from trainables.config import TrialConfig
 from trainables.data.dataset import Data
 from trainables.data.splits import Splits
 from trainables.errors import UserError
+from trainables.job import WeightSource
 from trainables.models.backbones import build, head_of, set_frozen
 from trainables.train import Diverged, Trained, train
 from trainables.training.learner import Learner
@@ -193,6 +195,24 @@ def test_frozen_means_parameters_and_batchnorm_statistics(data: Data, splits: Sp
     changed = {name for name, value in weights_of(trained).items() if not torch.equal(value, before[name])}
     assert changed == head
     assert len(head) == 2
+
+
+@pytest.mark.parametrize("frozen_norm", [True, False])
+def test_batchnorms_keep_their_pretrained_statistics_while_all_else_learns(
+    frozen_norm: bool, data: Data, splits: Splits, tmp_path: Path
+) -> None:
+    config = replace(
+        SMALL, backbone="resnet10t", pretrained=True, image_size=32, epochs=1, lr=1e-4, frozen_norm=frozen_norm
+    )
+    before = build(replace(config, pretrained=False, frozen_norm=False), 1000).state_dict()
+    save_file(before, tmp_path / "weights.safetensors")
+    trained = train(config, data, splits, weights=WeightSource("file", str(tmp_path / "weights.safetensors")))
+    head = {f"fc.{name}" for name in ("weight", "bias")}
+    kept = {
+        name for name, value in weights_of(trained).items() if name not in head and torch.equal(value, before[name])
+    }
+    statistics = {name for name in before if name.rpartition(".")[2].startswith(("running_", "num_batches"))}
+    assert kept == (statistics if frozen_norm else set())
 
 
 def test_thawing_makes_everything_learn_again_but_what_never_did() -> None:

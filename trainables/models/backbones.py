@@ -258,10 +258,15 @@ def set_frozen(model: nn.Module, frozen: bool) -> None:
             parameter.learns = parameter.requires_grad  # type: ignore[attr-defined]
         parameter.requires_grad = parameter.learns and (not frozen or id(parameter) in head)  # type: ignore[attr-defined]
     if frozen:
-        head_modules = set(head_of(model).modules())
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in head_modules:
-                module.eval()
+        keep_statistics(model)
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Let the body's BatchNorms use and keep the statistics that they have. Call after model.train()."""
+    head_modules = set(head_of(model).modules())
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in head_modules:
+            module.eval()
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from trainables.models.backbones import (
     build,
     check_image_size,
     head_of,
+    keep_statistics,
     normalisation,
     recompute_activations,
     set_frozen,
@@ -232,6 +233,8 @@ class Learner:
         self.cached = is_frozen and self.features is not None
         self.model.train()
         set_frozen(self.model, is_frozen)
+        if config.frozen_norm:
+            keep_statistics(self.model)
         for group in self._groups():
             if not is_frozen and epoch - config.freeze_epochs >= group["until"] * config.epochs:
                 for parameter in group["params"]:

@@ -152,16 +152,20 @@ def load_pool(runs: Sequence[UPath], exclude: Collection[str] = ()) -> Pool:
         list(runs),
         left_out,
         measured[0].device,
-        learned_from(first),
+        learned_from(first, usable),
         _units(runs[0], len(labels)),
     )
 
 
-def learned_from(info: RunInfo) -> float:
-    """Of a run, see Pool. Cross-fitted candidates are those of a run whose every image is in all splits."""
+def learned_from(info: RunInfo, candidates: Sequence[Candidate]) -> float:
+    """Of a run, see Pool. Cross-fitted candidates are of a run whose every image is in all splits; others may have
+    learned from the held-out images once they were predicted."""
     sizes = info.splits
-    is_cross_fitted = sizes.shared and sizes.select > 0 and sizes.train == sizes.select
-    return 1 - 1 / FOLDS if is_cross_fitted else 1.0
+    if sizes.shared and sizes.select > 0 and sizes.train == sizes.select:
+        return 1 - 1 / FOLDS
+    if sizes.train > 0 and any(candidate.info.refitted for candidate in candidates):
+        return sizes.train / (sizes.train + sizes.select + (0 if sizes.shared else sizes.tune))
+    return 1.0
 
 
 def _timed(candidate: Candidate, latencies: Latencies) -> Candidate:

@@ -140,7 +140,7 @@ def cook(run: UPath, candidates: list[Candidate], data: Data, splits: Splits, de
             measure_batchnorm(model, batches)
         return float(scores(predict(splits.tune), labels[splits.tune], "tune")["tune_log_loss"])
 
-    states = [load_weights(c) for c in ranked]
+    states = [load_weights(c, before=True) for c in ranked]
     single = loss(states[0])
     chosen, mixed_loss = greedy_soup(states, loss)
     members = tuple(ranked[i].id for i in chosen)
@@ -155,7 +155,7 @@ def cook(run: UPath, candidates: list[Candidate], data: Data, splits: Splits, de
     stem = [config.stem] if config.stem != "default" else []
     sizes = [str(config.image_size)] if takes_image_size(config.backbone) else []
     id = "-".join(["soup", config.backbone, *stem, *sizes])  # a run may have one of each kitchen
-    info = replace(best.info, id=id, soup=members, metrics=metrics, curve=(), finished=time.time())
+    info = replace(best.info, id=id, soup=members, refitted=False, metrics=metrics, curve=(), finished=time.time())
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_candidate(run, info, probs["select"], probs["tune"], save_safetensors(state))
     return Soup(config.backbone, members, mixed_loss, single, id)
@@ -170,7 +170,8 @@ def kitchens(candidates: list[Candidate]) -> list[list[Candidate]]:
     for candidate in candidates:
         config = candidate.info.config
         usable = candidate.has_weights and "tune_log_loss" in candidate.info.metrics
-        if usable and not (candidate.info.soup or candidate.info.refitted) and config is not None and config.pretrained:
+        unseen = not candidate.info.refitted or candidate.has_weights_before  # by the weights that can be averaged
+        if usable and unseen and not candidate.info.soup and config is not None and config.pretrained:
             # position embeddings are as many as the patches of an image
             size = config.image_size if takes_image_size(config.backbone) else None
             key = (config.backbone, config.stem, config.width, size, config.frozen_norm)

@@ -10,7 +10,7 @@ from upath import UPath
 from ensemble.file import list_ensembles
 from ensemble.running import EnsembleSoFar
 from trainables.errors import UserError
-from trainables.run_directory import Candidate, mark_weights_deleted
+from trainables.run_directory import BEFORE, WEIGHTS, Candidate, mark_weights_deleted
 from trainables.storage import exists, patiently
 
 RISE = 1e-4  # nats by which the live ensemble's log-loss must fall to count as better
@@ -112,10 +112,11 @@ class WeightStore:
 
     def add(self, candidate: Candidate) -> None:
         loss = candidate.info.metrics.get("select_log_loss")
-        path = candidate.path / "weights.safetensors"
+        path = candidate.path / WEIGHTS
         # what other tools have added is theirs, and a soup is an ensemble's
         if loss is not None and not candidate.info.soup and exists(path):
-            size = patiently(path, lambda: path.stat().st_size)
+            files = [file for file in (path, candidate.path / BEFORE) if exists(file)]
+            size = sum(patiently(file, file.stat).st_size for file in files)
             self.kept[candidate.id] = (float(loss), size, candidate)
 
     def trim(self, members: set[str]) -> list[str]:
@@ -130,9 +131,9 @@ class WeightStore:
         for id in sorted(self.kept, key=lambda id: self.kept[id][:2], reverse=True):
             if id not in safe and self._too_many():
                 candidate = self.kept[id][2]
-                path = candidate.path / "weights.safetensors"
                 mark_weights_deleted(candidate)  # first: an ensemble must not count on them any longer
-                patiently(path, partial(path.unlink, missing_ok=True))
+                for file in (candidate.path / WEIGHTS, candidate.path / BEFORE):
+                    patiently(file, partial(file.unlink, missing_ok=True))
                 del self.kept[id]
                 gone.append(id)
         return gone

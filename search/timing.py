@@ -135,6 +135,8 @@ class Timing:
             cost, costs = self.costs.of(config.backbone), self.costs
             features = cost.features(costs.images, config.image_size)
             epoch = costs.trainings * cost.epoch(costs.train_images, config.image_size)
+            if costs.trainings == 1:  # and then goes on with all images
+                epoch *= 1 + config.refit * costs.images / costs.train_images
             return Speed(features, epoch if config.epochs else 0.0)
         known = [speed for (other, _), speed in self.speeds.items() if other == family]
         return max(known, key=lambda speed: speed.epoch, default=None)

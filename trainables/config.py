@@ -35,6 +35,8 @@ class TrialConfig:
         epochs: passes over the train split in which the whole network learns.
         frozen_norm: while the whole network learns, BatchNorms keep the statistics that they were pretrained with:
             those of a few batches of random crops are worse. Their factors and offsets learn.
+        refit: epochs over all labelled images after the held-out ones were predicted, as a share of `epochs`; see
+            trainables/last_epochs.py.
         freeze_epochs: passes before these in which only the head learns, on stored features where that is possible,
             with a schedule of their own.
         batch_size: effective batch, over all workers and accumulation steps. An epoch is cut into
@@ -84,6 +86,7 @@ class TrialConfig:
     width: float = 1.0
     epochs: int = 5
     frozen_norm: bool = False
+    refit: float = 0.0
     freeze_epochs: int = 0
     batch_size: int = 128
     accumulate: int = 1
@@ -176,6 +179,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("image_size", 8, 1024),
     ("width", 0.05, 16),
     ("epochs", 0, 10_000),
+    ("refit", 0.0, 1.0),
     ("freeze_epochs", 0, 10_000),
     ("batch_size", 1, 1_000_000),
     ("accumulate", 1, 65_536),

@@ -13,6 +13,8 @@
         tune_probs.npy          optional, the same for the tune split
         weights.safetensors     absent for a candidate that only brings predictions, and where --keep-weights has
                                 deleted them (candidate.json then has `weights_deleted`)
+        before.safetensors      optional: the weights that made the predictions, where the others have learned from
+                                those images since
       checkpoints/<id>/         latest checkpoint of a trial that has not finished
       ensembles/<name>.json
       report.html, report.json  of the ensemble written last
@@ -58,6 +60,7 @@ from trainables.storage import (
 )
 
 RUNS = "runs"
+WEIGHTS, BEFORE = "weights.safetensors", "before.safetensors"
 HALF_FROM = 2**21  # probabilities of a split, from which on they are stored as float16
 FORMAT = 2  # of run directories that are made now; 1: of before trials/, which can be selected from but not continued
 OWN = (  # what commands write into
@@ -180,8 +183,9 @@ class CandidateInfo:
         node, device, resumed_after_epochs, finished: where ("cuda" or "cpu") and when it was trained.
         split_fingerprint, tune_and_select_shared: of the splits that it was trained on.
         soup: ids of the candidates whose weights it averages.
-        refitted: a probe's head was fitted once more on all labelled images after its predictions were made, so the
-            weights are better than its scores, which no image of tune or select can check any longer.
+        refitted: a probe's head was fitted once more on all labelled images after its predictions were made, or a
+            network trained further on them, so the weights are better than its scores, which no image of tune or select
+            can check any longer.
         taught_by: name of the ensemble that it learned from beside the labels.
         weights_deleted: they were, to save space.
     """
@@ -234,7 +238,12 @@ class Candidate:
 
     @property
     def has_weights(self) -> bool:
-        return exists(self.path / "weights.safetensors")
+        return exists(self.path / WEIGHTS)
+
+    @property
+    def has_weights_before(self) -> bool:
+        """Whether the weights that made the predictions lie beside the better ones that are used."""
+        return exists(self.path / BEFORE)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -380,8 +389,11 @@ def write_candidate(
     select_probs: np.ndarray | None,
     tune_probs: np.ndarray | None = None,
     weights: bytes | None = None,
+    before: bytes | None = None,
 ) -> Candidate:
     """Write candidates/<info.id>/: arrays (N, C) and weights (safetensors bytes) first, candidate.json last.
+
+    before: the weights that made the predictions, where they are others.
 
     Without `select_probs` (a refit, which was trained on the select split, too) it can predict but not be selected.
     Writing the same id again replaces it, so a trial that died between two files is simply written once more.
@@ -394,7 +406,9 @@ def write_candidate(
     if tune_probs is not None:
         write_array(path / "tune_probs.npy", np.asarray(tune_probs, stored_type(np.size(tune_probs))))
     if weights is not None:
-        write_bytes(path / "weights.safetensors", weights)
+        write_bytes(path / WEIGHTS, weights)
+    if before is not None:
+        write_bytes(path / BEFORE, before)
     write_json(path / "candidate.json", to_json(info))
     return Candidate(info.id, path, info)
 

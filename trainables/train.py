@@ -48,7 +48,8 @@ class Trained:
 
     Attributes:
         model: in eval mode, with the weights that are evaluated (averaged or best ones when the config asks). A
-            probe's head is `refitted` on all labelled images after its predictions were made.
+            probe's head is `refitted` on all labelled images after its predictions were made, and so are others by
+            their last epochs.
         probs: split name ("tune", "select") -> float32 (N, C), with the config's test-time augmentation.
         metrics: accuracy, log-loss and size by split, as in `scores`.
         curve: one dict per epoch, as reported.
@@ -57,6 +58,8 @@ class Trained:
         seconds: spent in training steps and evaluation, over all resumptions.
         resumed: after how many epochs it was continued from a checkpoint, each time.
         image_size: side in pixels at which the predictions were made.
+        before: state dict, on the CPU, of the network that made the predictions, where `model` has learned from those
+            images since.
         outcome: finished, pruned (report() said stop: then without probs), or time (cut at the deadline).
     """
 
@@ -72,6 +75,7 @@ class Trained:
     image_size: int
     outcome: Outcome
     refitted: bool = False
+    before: dict[str, Tensor] | None = None
 
 
 @dataclass
@@ -225,6 +229,7 @@ def train(
     tick: Callable[[], None] = lambda: None,
     lesson: Lesson | None = None,
     recompute: bool = False,
+    start: dict[str, Tensor] | None = None,
 ) -> Trained:
     """Train one network and predict the tune and select splits with it.
 
@@ -241,6 +246,7 @@ def train(
             all trainings on the same images, among which the rest of the time is shared out.
         tick: called at every step, as a sign of life.
         lesson: an ensemble to learn from, beside the labels.
+        start: weights to go on from, instead of pretrained ones and the head that goes with them.
         recompute: save memory, where the network can, at the cost of time (see backbones.recompute_activations).
 
     Raises Diverged; torch.OutOfMemoryError when memory runs out (trial.py then halves the micro-batch); Damaged for a
@@ -252,7 +258,7 @@ def train(
     progress = Progress()
     try:
         learner = Learner(
-            config, data, splits, weights, device, deadline, tick, state and state["learner"], lesson, recompute
+            config, data, splits, weights, device, deadline, tick, state and state["learner"], lesson, recompute, start
         )
         model = learner.model
         average = WeightAverage.of(model, config, steps=_steps(config, splits))

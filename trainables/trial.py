@@ -25,9 +25,10 @@ from trainables.data.splits import Splits, load_splits
 from trainables.errors import UserError
 from trainables.features import OutOfTime
 from trainables.job import DataSource, Job, Outcome, Reporter, Result
+from trainables.last_epochs import with_last_epochs
 from trainables.run_directory import CandidateInfo, read_candidate, remove_checkpoint, write_candidate
 from trainables.storage import Damaged, StorageLost, exists
-from trainables.train import Diverged, Trained, train
+from trainables.train import Diverged, Trained
 from trainables.training.memory import is_out_of_memory, take_share
 from trainables.training.ranks import from_first
 
@@ -88,8 +89,8 @@ def _run_trial(job: Job, report: Reporter) -> Result:
 
 
 def _train_within_memory(job: Job, data: Data, splits: Splits, report: Reporter) -> Trained:
-    """train() or cross_fit(). When memory runs out, activations are computed twice instead of being kept; when it still
-    does, the micro-batch is halved, again and again: the effective batch stays as asked for."""
+    """Train as the splits ask for. When memory runs out, activations are computed twice instead of being kept; when it
+    still does, the micro-batch is halved, again and again: the effective batch stays as asked for."""
     config, run, recompute = job.config, UPath(job.run), False
     checkpoint = run / "checkpoints" / job.id / "state.safetensors"
     if splits.folds and job.lesson is not None:
@@ -100,7 +101,7 @@ def _train_within_memory(job: Job, data: Data, splits: Splits, report: Reporter)
     take_share(job.gpus)
     while True:
         try:
-            return (cross_fit if splits.folds else train)(
+            return (cross_fit if splits.folds else with_last_epochs)(
                 config, data, splits, report, weights=job.weights, checkpoint=checkpoint, deadline=job.deadline,
                 device=device, tick=report.alive, recompute=recompute, **taught,
             )  # fmt: skip
@@ -145,7 +146,10 @@ def _open(run: str, source: DataSource) -> tuple[Data, Splits]:
 
 
 def _write(job: Job, data: Data, splits: Splits, trained: Trained) -> None:
-    state = {k: v.detach().cpu().contiguous() for k, v in trained.model.state_dict().items()}
+    state, before = (
+        None if one is None else save_safetensors({k: v.detach().cpu().contiguous() for k, v in one.items()})
+        for one in (trained.model.state_dict(), trained.before)
+    )
     mean, std = (tuple(x.flatten().tolist()) for x in (trained.pixels.mean, trained.pixels.std))
     flops, latency_ms = _cost(trained.model, trained.pixels.mean.device, trained.image_size)
     info = CandidateInfo(
@@ -172,9 +176,7 @@ def _write(job: Job, data: Data, splits: Splits, trained: Trained) -> None:
         refitted=trained.refitted,
         taught_by=job.lesson.name if job.lesson is not None else "",
     )
-    write_candidate(
-        UPath(job.run), info, trained.probs.get("select"), trained.probs.get("tune"), save_safetensors(state)
-    )
+    write_candidate(UPath(job.run), info, trained.probs.get("select"), trained.probs.get("tune"), state, before)
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ BACKBONES = {
     "tf_efficientnet_lite1": "if found",
     "tf_efficientnet_lite2": "if found",
 }
+REFIT = 0.25  # epochs over all images after a tuned network was scored, for one before
 UNEQUAL = 4.0  # images of the largest class for one of the smallest, from which on classes may be weighed
 SMALL, FEWEST = 96, 1000  # largest side in pixels, and fewest images, for nets from scratch
 QUICK = 0.05  # share of the time left up to which a probe comes before everything else
@@ -114,6 +115,7 @@ def _tuned(trial: optuna.Trial, task: Task, backbone: str) -> TrialConfig:
         image_size=size,
         epochs=epochs,
         frozen_norm=True,
+        refit=REFIT,
         freeze_epochs=trial.suggest_int("freeze_epochs", 0, 3),
         batch_size=min(trial.suggest_categorical("batch_size", [16, 32, 64]), largest_batch(task)),
         lr=lr * head,
@@ -138,7 +140,7 @@ def usual_tuning(backbone: str, size: int, epochs: int) -> TrialConfig:
     """A pretrained backbone tuned as usual, where nothing is searched for."""
     family = _family(backbone)
     return TrialConfig(
-        backbone=backbone, pretrained=True, image_size=size, epochs=epochs, frozen_norm=True,
+        backbone=backbone, pretrained=True, image_size=size, epochs=epochs, frozen_norm=True, refit=REFIT,
         batch_size=int(USUAL["batch_size"]),
         lr=RATES[family][1], layer_decay=DECAYS[family][1], weight_decay=USUAL["weight_decay"],
         dropout=USUAL["dropout"], label_smoothing=USUAL["label_smoothing"], scale=USUAL["scale"], jitter=0.2,
@@ -160,7 +162,8 @@ def _affordable(task: Task, backbone: str, smaller: bool) -> tuple[int, int]:
 
     def seconds(size: int, epochs: int) -> float:
         cost: Cost = task.costs[backbone]
-        return cost.features(task.images, size) + epochs * task.trainings * cost.epoch(task.train_images, size)
+        images = task.trainings * task.train_images + (REFIT * task.images if task.trainings == 1 else 0)
+        return cost.features(task.images, size) + epochs * cost.epoch(round(images), size)
 
     left, least = _left(task), seconds(sizes[0], enough)
     if least > left and task.train_images >= MANY:  # then an epoch is many images, and small ones say enough

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
+from upath import UPath
 
 from benchmarks.coverage import Cell, draw, read_draws, summarise
+from ensemble.pool import learned_from
 from ensemble.select import Select, choose
 from ensemble.selection.auto import choose_selector
 from ensemble.selection.claim import (
@@ -26,6 +28,20 @@ from ensemble.selection.metrics import accuracy, balanced_accuracy
 from ensemble.selection.options import Option, Table
 from tests.ensemble.test_select import make_run
 from tests.ensemble.test_selection import make_pool
+from trainables.run_directory import Candidate, CandidateInfo, RunInfo, SplitSizes
+
+
+def test_what_the_final_networks_have_learned_from_is_told_by_splits_and_candidates() -> None:
+    def of(refitted: bool, sizes: SplitSizes) -> float:
+        infos = [CandidateInfo(str(i), refitted=i == 1 and refitted) for i in (0, 1)]
+        candidates = [Candidate(info.id, UPath("candidates") / info.id, info) for info in infos]
+        return learned_from(RunInfo(("a", "b"), "", sizes), candidates)
+
+    assert of(False, SplitSizes(800, 100, 100)) == 1.0
+    assert of(True, SplitSizes(800, 100, 100)) == 0.8
+    assert of(True, SplitSizes(800, 200, 200, shared=True)) == 0.8
+    assert of(True, SplitSizes(60, 60, 60, shared=True)) == 0.8  # cross-fitted in five parts
+    assert of(True, SplitSizes(select=100)) == 1.0  # nothing is known
 
 
 def test_balanced_accuracy_is_scikit_learns():

@@ -18,9 +18,9 @@ from trainables.config import TrialConfig
 from trainables.data.prepare import prepare
 from trainables.data.splits import save_splits
 from trainables.inference import predict_probs, scores
-from trainables.models.weights import load_model
+from trainables.models.weights import load_model, load_weights
 from trainables.run_directory import Candidate, CandidateInfo, list_candidates, write_candidate
-from trainables.storage import write_array, write_json
+from trainables.storage import read_json, write_array, write_json
 from trainables.train import train
 from trainables.training.augment import Pixels
 
@@ -143,6 +143,27 @@ def test_statistics_that_training_left_alone_are_not_measured_anew(run, monkeypa
     assert not measured
     soup.cook(path, list_candidates(path), data, splits, torch.device("cpu"))
     assert measured
+
+
+def test_networks_are_averaged_as_they_were_before_their_last_epochs(run):
+    path, data, splits = run
+    as_before = soup.cook(path, list_candidates(path), data, splits, torch.device("cpu"))
+    for candidate in list_candidates(path):
+        if candidate.info.soup:
+            continue
+        weights = candidate.path / "weights.safetensors"
+        (candidate.path / "before.safetensors").write_bytes(weights.read_bytes())
+        weights.write_bytes(save({name: tensor + 1 for name, tensor in load_weights(candidate).items()}))
+        write_json(
+            candidate.path / "candidate.json", {**read_json(candidate.path / "candidate.json"), "refitted": True}
+        )
+    [group] = soup.kitchens(list_candidates(path))
+    made = soup.cook(path, group, data, splits, torch.device("cpu"))
+    assert (made.members, made.tune_log_loss) == (as_before.members, as_before.tune_log_loss)
+    [candidate] = [c for c in list_candidates(path) if c.id == made.candidate]
+    assert not candidate.info.refitted
+    (group[0].path / "before.safetensors").unlink()  # what has learned from the tune split is judged by no part of it
+    assert [c.id for c in soup.kitchens(list_candidates(path))[0]] == [c.id for c in group[1:]]
 
 
 def test_a_soup_is_scored_at_the_size_that_its_best_candidate_was(run):

@@ -24,7 +24,7 @@ from trainables.job import WeightSource
 from trainables.models.architecture import SQUEEZENETS
 from trainables.models.backbones import build, check_backbone, plain_name
 from trainables.models.classic import NETWORKS
-from trainables.run_directory import Candidate
+from trainables.run_directory import BEFORE, WEIGHTS, Candidate
 from trainables.storage import Damaged, read_bytes
 
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar")  # of files in --weights-dir
@@ -119,13 +119,16 @@ def load_model(candidate: Candidate, device: str | torch.device = "cpu") -> nn.M
     return model.to(device).eval()
 
 
-def load_weights(candidate: Candidate) -> dict[str, Tensor]:
-    """Return the tensors in a candidate's weights.safetensors.
+def load_weights(candidate: Candidate, before: bool = False) -> dict[str, Tensor]:
+    """Return the tensors in a candidate's weights.safetensors; or those `before`, that made its predictions.
 
     Raises UserError when it has none, they are damaged, or they are not those of its configuration: that is known from
     the file's header, before memory is spent on either.
     """
-    config, path = candidate.info.config, candidate.path / "weights.safetensors"
+    config, path = (
+        candidate.info.config,
+        candidate.path / (BEFORE if before and candidate.has_weights_before else WEIGHTS),
+    )
     if not candidate.has_weights:
         raise UserError(f"candidate {candidate.id} has no weights (they were dropped, or it only brought predictions)")
     if config is None or candidate.info.num_classes is None:

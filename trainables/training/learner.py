@@ -79,6 +79,7 @@ class Learner:
         state: dict[str, Any] | None = None,
         lesson: Lesson | None = None,
         recompute: bool = False,
+        start: dict[str, Tensor] | None = None,
     ) -> None:
         """See train() for the arguments; `state` is an earlier Learner's `state_dict`, to continue from.
 
@@ -103,9 +104,13 @@ class Learner:
         mean, std = normalisation(config.backbone, config.pretrained, data.mean, data.std)
         self.pixels = Pixels.of(mean, std, device=self.device)
         self.labels = torch.tensor(data.labels, device=self.device)
-        pretrained = read_pretrained(config.backbone, weights) if weights is not None and config.pretrained else None
+        pretrained = None
+        if weights is not None and config.pretrained and start is None:
+            pretrained = read_pretrained(config.backbone, weights)
         model = build(config, len(data.classes), pretrained)
-        if hasattr(model, "prepare"):  # a whitening layer is set from the data
+        if start is not None:
+            model.load_state_dict(start)
+        elif hasattr(model, "prepare"):  # a whitening layer is set from the data
             sample = np.sort(np.random.default_rng(0).permutation(splits.train)[:WHITENING_IMAGES])
             images = rows_on(data.images, sample, self.device)
             model.prepare(self.pixels(images, config.image_size))  # type: ignore[operator]
@@ -122,7 +127,7 @@ class Learner:
         self.class_weights = _class_weights(data, splits).to(self.device) if config.class_weights else None
         self.accumulate = config.accumulate
         self.features: Features | None = None
-        if config.pretrained:  # of the body as it stands now, which a checkpoint may change
+        if config.pretrained and start is None:  # of the body as it stands now, which a checkpoint may change
             features = Features(self.model, config, data, self.pixels, self.precision, deadline, tick)
             self.features = features if features.usable else None
         if config.lora and not config.is_probe:

@@ -19,7 +19,7 @@ from trainables.features import Features, folded
 from trainables.inference import autocast
 from trainables.job import Lesson, LessonMember
 from trainables.models.backbones import head_of
-from trainables.models.weights import load_model
+from trainables.models.weights import load_model, load_weights
 from trainables.run_directory import read_candidate
 from trainables.storage import read_array
 from trainables.training.augment import Pixels
@@ -41,8 +41,9 @@ class _Voter:
 class Teacher:
     """The members of a lesson, with their weights loaded.
 
-    A probe's head has seen all labelled images in the end, those of tune and select among them. A student that learned
-    from it could not be scored on them, so it is fitted again here, on the train split.
+    In the end its members have seen all labelled images, those of tune and select among them. A student that learned
+    from them could not be scored on these. So they are taken as they were before, and a probe's head is fitted again
+    here, on the train split.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class Teacher:
         assert info.mean is not None
         assert info.std is not None
         pixels, size = Pixels.of(info.mean, info.std, device), info.image_size or config.image_size
-        if info.refitted:
+        if candidate.has_weights_before:
+            net.load_state_dict(load_weights(candidate, before=True))
+        elif info.refitted:
             features = Features(net, config, data, pixels, info.precision, None, tick)
             weigh = config.class_weights or config.balanced
             head, _ = fit_head(features.rows, data.labels, splits.train, splits.tune, len(data.classes), weigh, tick)

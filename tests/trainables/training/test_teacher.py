@@ -129,6 +129,21 @@ def test_a_probe_that_teaches_has_not_seen_what_its_student_is_scored_on(
     assert (says.argmax(axis=1) == probe.probs("select").argmax(axis=1)).all()
 
 
+def test_a_network_that_teaches_is_the_one_from_before_its_last_epochs(
+    data: Data, splits: Splits, small_run: UPath, tmp_path: Path
+) -> None:
+    run = UPath(shutil.copytree(str(small_run), tmp_path / "run"))
+    found, own = open_run_data(run)
+    config = dataclasses.replace(STUDENT, epochs=2, refit=1.0)
+    run_trial(Job("further", config, str(run), DataSource(str(found.path), "folder")), Alone())
+    further = next(candidate for candidate in list_candidates(run) if candidate.id == "further")
+    assert further.info.refitted
+    lesson = Lesson((LessonMember(str(further.path), 1.0),))
+    (voter,) = Teacher(lesson, found, own, torch.device("cpu"), lambda: None).voters
+    says = predict_probs(voter.net, found.images, own.select, voter.pixels, voter.size, config.tta)
+    np.testing.assert_allclose(says, further.probs("select"), atol=1e-4)
+
+
 def test_what_was_taught_is_said(small_run: UPath, tmp_path: Path) -> None:
     run = UPath(shutil.copytree(str(small_run), tmp_path / "run"))
     source = DataSource(str(open_run_data(run)[0].path), "folder")

@@ -36,7 +36,7 @@ class TrialConfig:
         frozen_norm: while the whole network learns, BatchNorms keep the statistics that they were pretrained with:
             those of a few batches of random crops are worse. Their factors and offsets learn.
         refit: epochs over all labelled images after the held-out ones were predicted, as a share of `epochs`; see
-            trainables/last_epochs.py.
+            trainables/all_images.py.
         freeze_epochs: passes before these in which only the head learns, on stored features where that is possible,
             with a schedule of their own.
         batch_size: effective batch, over all workers and accumulation steps. An epoch is cut into

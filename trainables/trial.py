@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from upath import UPath
 
-from trainables.cross_fit import cross_fit
+from trainables.all_images import cross_fit, with_last_epochs
 from trainables.data.dataset import Data
 from trainables.data.prepare import prepare
 from trainables.data.share import open_prepared
@@ -25,7 +25,6 @@ from trainables.data.splits import Splits, load_splits
 from trainables.errors import UserError
 from trainables.features import OutOfTime
 from trainables.job import DataSource, Job, Outcome, Reporter, Result
-from trainables.last_epochs import with_last_epochs
 from trainables.run_directory import CandidateInfo, read_candidate, remove_checkpoint, write_candidate
 from trainables.storage import Damaged, StorageLost, exists
 from trainables.train import Diverged, Trained

@@ -10,8 +10,8 @@ import pytest
 from upath import UPath
 
 from trainables import cross_fit as room
+from trainables.all_images import cross_fit
 from trainables.config import TrialConfig
-from trainables.cross_fit import cross_fit
 from trainables.data.dataset import Data
 from trainables.data.splits import Splits, make_splits
 from trainables.features import Features

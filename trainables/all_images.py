@@ -1,16 +1,23 @@
-"""cross_fit(): a candidate of few images, every one of which is predicted by a network that has not seen it.
+"""Candidates whose network has learned from all labelled images, while their scores are of images not seen before.
 
-Trained once without each fold, to predict it, and once on all images: that is the network that is kept. Its scores are
-those of the folds' networks, which had a fifth fewer images to learn from, so they are rather too low than too high.
+cross_fit(): few images are predicted in turn, each by a network that was trained without it; a last one, trained on
+all, is kept. Its scores are those of the folds' networks, which had a fifth fewer images to learn from, so they are
+rather too low than too high.
+
+with_last_epochs(): of many images some are held out and predicted once. Then the network learns from them, too, at a
+lower rate. It is the one that is kept; the one that made the predictions is kept beside it, for whoever needs
+predictions that nobody has learned from (soups, a teacher).
 """
 
 import dataclasses
+import time
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from upath import UPath
 
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data
@@ -21,6 +28,8 @@ from trainables.storage import exists
 from trainables.train import Report, Trained, train
 from trainables.training.checkpoint import copied, read_checkpoint, write_checkpoint
 from trainables.training.ranks import from_first
+
+RATE = 0.4  # of the learning rates, in the last epochs: at all of them, much of what was learned is learned anew
 
 
 def cross_fit(
@@ -93,3 +102,59 @@ def cross_fit(
 def _unscored(metrics: Metrics) -> Metrics:
     """An epoch's row without scores: they would be of a part of the images."""
     return {name: value for name, value in metrics.items() if not name.startswith("tune")}
+
+
+def last_epochs(config: TrialConfig, splits: Splits) -> int:
+    """How many there are: none where nothing is held out, or where all images were trained on in turn."""
+    if not config.epochs or not config.refit or splits.folds or not len(splits.select):
+        return 0
+    return max(1, round(config.refit * config.epochs))
+
+
+def with_last_epochs(
+    config: TrialConfig,
+    data: Data,
+    splits: Splits,
+    report: Report = lambda metrics: False,
+    *,
+    checkpoint: UPath | None = None,
+    deadline: float | None = None,
+    **options: Any,
+) -> Trained:
+    """As train(), and then the last epochs where `config.refit` asks for them. Scores and predictions are from before.
+
+    They are not continued from a checkpoint: one of the last epoch before them is. Where time is short it is shared out
+    among both parts. When `report` says stop meanwhile, the network stays as it was before.
+    """
+    last = last_epochs(config, splits)
+    if not last:
+        return train(config, data, splits, report, checkpoint=checkpoint, deadline=deadline, **options)
+    share = config.epochs / (config.epochs + last)
+    trained = train(config, data, splits, report, checkpoint=checkpoint, deadline=deadline, share=share, **options)
+    if not trained.outcome.leaves_candidate or (deadline is not None and time.time() >= deadline):
+        return trained
+    before = {name: tensor.detach().cpu().clone() for name, tensor in trained.model.state_dict().items()}
+
+    def told(metrics: Metrics) -> bool:
+        return report({"epoch": config.all_epochs})
+
+    further = train(
+        _further(config, last, trained), data, splits.undivided(), told, start=before, deadline=deadline, **options
+    )
+    if further.outcome is Outcome.PRUNED:
+        return trained
+    seconds = trained.seconds + further.seconds
+    curve = [*trained.curve[:-1], {**trained.curve[-1], "seconds": round(seconds, 3)}]
+    outcome = Outcome.TIME if Outcome.TIME in (trained.outcome, further.outcome) else trained.outcome
+    return dataclasses.replace(
+        trained, model=further.model, before=before, refitted=True, curve=curve, seconds=seconds, outcome=outcome
+    )
+
+
+def _further(config: TrialConfig, last: int, trained: Trained) -> TrialConfig:
+    """What the last epochs are trained with."""
+    return dataclasses.replace(
+        config, epochs=last, freeze_epochs=0, lr=RATE * config.lr, image_size=trained.image_size, progressive=(),
+        patience=0, schedule="cosine" if config.schedule == "plateau" else config.schedule, refit=0.0,
+        accumulate=trained.accumulate, seed=config.seed + 1_000_003,
+    )  # fmt: skip

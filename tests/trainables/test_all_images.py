@@ -10,13 +10,13 @@ import torch
 from upath import UPath
 
 from search.budget import KeepWeights, WeightStore
+from trainables.all_images import last_epochs, with_last_epochs
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data
 from trainables.data.prepare import prepare
 from trainables.data.splits import Splits, make_splits, save_splits, split_data
 from trainables.inference import predict_probs, scores
 from trainables.job import Alone, DataSource, Job, Metrics, Outcome
-from trainables.last_epochs import last_epochs, with_last_epochs
 from trainables.models.weights import load_model, load_weights
 from trainables.run_directory import BEFORE, WEIGHTS, list_candidates
 from trainables.train import train
@@ -96,7 +96,7 @@ def test_time_that_is_short_is_shared_out(data: Data, splits: Splits, monkeypatc
         shares.append(options.get("share", 1.0))
         return train(*arguments, **options)
 
-    monkeypatch.setattr("trainables.last_epochs.train", told)
+    monkeypatch.setattr("trainables.all_images.train", told)
     assert with_last_epochs(CONFIG, data, splits, deadline=4e9).outcome is Outcome.FINISHED
     assert shares == [pytest.approx(4 / 6), 1.0]
     late = with_last_epochs(CONFIG, data, splits, deadline=1.0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from upath import UPath
 
-from trainables import cross_fit as room
+from trainables import all_images as room
 from trainables.all_images import cross_fit
 from trainables.config import TrialConfig
 from trainables.data.dataset import Data

@@ -12,8 +12,10 @@ from trainables.data.splits import draw
 
 
 def draw_part(data: Data, sizes: Sequence[int], seed: int, cache: Path) -> tuple[Data, list[np.ndarray]]:
-    """A data set of about so many images in all, and the indices of each size's among them: disjoint, every class in
-    its share, near-copies together. What is computed from them is kept in `cache`."""
+    """Draw disjoint parts of about these sizes: a data set of all their images, and the indices of each part in it.
+
+    Every class keeps its share, and near-copies stay together. What is computed from the images is kept in `cache`.
+    """
     drawn = draw(data.labels, [size / len(data.labels) for size in sizes], seed, open_units(data))
     chosen = np.sort(np.concatenate(drawn))
     digest = hashlib.sha256(chosen.tobytes() + data.fingerprint.encode()).hexdigest()[:16]

@@ -25,7 +25,7 @@ from trainables.data.splits import Splits
 from trainables.inference import scores
 from trainables.job import Metrics, Outcome
 from trainables.storage import exists
-from trainables.train import Report, Trained, train
+from trainables.train import Diverged, Report, Trained, train
 from trainables.training.checkpoint import copied, read_checkpoint, write_checkpoint
 from trainables.training.ranks import from_first
 
@@ -124,7 +124,8 @@ def with_last_epochs(
     """As train(), and then the last epochs where `config.refit` asks for them. Scores and predictions are from before.
 
     They are not continued from a checkpoint: one of the last epoch before them is. Where time is short it is shared out
-    among both parts. When `report` says stop meanwhile, the network stays as it was before.
+    among both parts. Where they diverge, or `report` says stop meanwhile, the network stays as it was before. What the
+    trial is scored by is complete by then, so the deadline that cuts them short does not make its outcome "time".
     """
     last = last_epochs(config, splits)
     if not last:
@@ -138,17 +139,16 @@ def with_last_epochs(
     def told(metrics: Metrics) -> bool:
         return report({"epoch": config.all_epochs})
 
-    further = train(
-        _further(config, last, trained), data, splits.undivided(), told, start=before, deadline=deadline, **options
-    )
+    goes_on, everything = _further(config, last, trained), splits.undivided()
+    try:
+        further = train(goes_on, data, everything, told, start=before, deadline=deadline, **options)
+    except Diverged:
+        return trained
     if further.outcome is Outcome.PRUNED:
         return trained
     seconds = trained.seconds + further.seconds
     curve = [*trained.curve[:-1], {**trained.curve[-1], "seconds": round(seconds, 3)}]
-    outcome = Outcome.TIME if Outcome.TIME in (trained.outcome, further.outcome) else trained.outcome
-    return dataclasses.replace(
-        trained, model=further.model, before=before, refitted=True, curve=curve, seconds=seconds, outcome=outcome
-    )
+    return dataclasses.replace(trained, model=further.model, before=before, refitted=True, curve=curve, seconds=seconds)
 
 
 def _further(config: TrialConfig, last: int, trained: Trained) -> TrialConfig:

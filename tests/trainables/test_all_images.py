@@ -84,6 +84,23 @@ def test_a_stop_meanwhile_leaves_the_network_as_it_was(data: Data, splits: Split
     assert same(trained.model.state_dict(), train(replace(CONFIG, refit=0.0), data, splits).model.state_dict())
 
 
+def test_last_epochs_that_diverge_or_are_cut_short_cost_the_candidate_nothing(
+    data: Data, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: the trial had diverged and left no candidate; or was told to the sampler as one that time had cut."""
+    monkeypatch.setattr("trainables.all_images.RATE", 2e4)
+    trained = with_last_epochs(replace(CONFIG, optimizer="sgd"), data, splits)
+    assert (trained.outcome, trained.refitted, trained.before) == (Outcome.FINISHED, False, None)
+    monkeypatch.undo()
+
+    def late(*arguments: Any, start: Any = None, **options: Any) -> Any:
+        return train(*arguments, **options | ({} if start is None else {"start": start, "deadline": 1.0}))
+
+    monkeypatch.setattr("trainables.all_images.train", late)
+    cut = with_last_epochs(CONFIG, data, splits)
+    assert (cut.outcome, cut.refitted) == (Outcome.FINISHED, True)
+
+
 def test_a_trial_that_was_stopped_before_has_none(data: Data, splits: Splits) -> None:
     trained = with_last_epochs(CONFIG, data, splits, lambda metrics: True)
     assert (trained.outcome, trained.refitted, trained.before) == (Outcome.PRUNED, False, None)

@@ -159,7 +159,9 @@ class Timing:
     def fit(self, config: TrialConfig) -> TrialConfig | None:
         """The config with as many epochs as the time left allows (its schedule then still ends at zero), or None.
 
-        A part of an epoch is worth while where it is ENOUGH images; the trial's own deadline cuts it.
+        A part of an epoch is worth while where it is ENOUGH images; the trial's own deadline cuts it. Beside other
+        candidates less than half of a pretrained network's epochs is not, unless it is ENOUGH, too: what comes out is
+        below its own probe.
         """
         speed, left = self.seconds(config), self.left()
         if left == math.inf or speed is None:
@@ -169,6 +171,8 @@ class Timing:
         epochs = config.epochs if not speed.epoch else min(config.epochs, int((left - speed.start) / speed.epoch))
         if epochs < 1 and self.costs is not None:
             epochs = int(self.costs.train_images * (left - speed.start) / speed.epoch >= ENOUGH)
+        if config.pretrained and self.costs is not None and self.candidates and epochs < config.epochs / 2:
+            epochs *= epochs * self.costs.train_images >= ENOUGH
         return replace(config, epochs=epochs) if epochs >= 1 else None
 
 

@@ -45,7 +45,8 @@ SMALL, FEWEST = 96, 1000  # largest side in pixels, and fewest images, for nets 
 QUICK = 0.05  # share of the time left up to which a probe comes before everything else
 SHARES = (1.0, 0.86, 0.71, 0.57, 0.43, 0.29)  # of its native side, at which a backbone may be used
 MANY = 10_000  # train images, of which one epoch is worth while
-PROBE_SHARE, TUNED_SHARE = 0.2, 0.35  # of the time left, that one trial may take
+PROBE_SHARE = 0.2  # of the time left, that a probe may take
+ROUNDS = 8  # most tuned trials that a lane's time left is divided among
 # Body's learning rate: lowest, usual, highest; layer decay: lowest, usual. Transformers want less than plain convnets.
 RATES = {"conv": (1e-4, 5e-4, 1.5e-3), "convnext": (3e-5, 1e-4, 4e-4), "vit": (1e-5, 5e-5, 2e-4)}
 DECAYS = {"conv": (1.0, 1.0), "convnext": (0.8, 0.9), "vit": (0.65, 0.75)}
@@ -151,13 +152,14 @@ def usual_tuning(backbone: str, size: int, epochs: int) -> TrialConfig:
 def _affordable(task: Task, backbone: str, smaller: bool) -> tuple[int, int]:
     """Image size and epochs of a tuned trial: the largest size that leaves time for enough epochs, then as many as fit.
 
-    A trial takes a good third of the time left, or what enough epochs take at the smallest size; all of it where the
-    rest would be too short for another. Where that is too much for many images, one epoch is enough, of images of any
-    size at which the backbone may be used. `smaller` is a step down in size, for more epochs.
+    The time left is divided among as many trials as it has room for at the native size, ROUNDS at most: networks that
+    saw large images add more to an ensemble than twice as many that saw small ones. Where it has no room for enough
+    epochs even of the smallest, one epoch of many images is enough, at any size at which the backbone may be used.
+    `smaller` is a step down in size, for more epochs.
     """
     sizes = _sizes(task, backbone)
     sizes = [size for size in sizes if size >= task.costs[backbone].native / 2] or sizes
-    enough = min(max(round(12_000 / task.train_images), 3), 8)
+    enough = min(max(round(10_000 / task.train_images), 3), 8)
     most = min(max(round(30_000 / task.train_images), enough), 30)
 
     def seconds(size: int, epochs: int) -> float:
@@ -165,17 +167,14 @@ def _affordable(task: Task, backbone: str, smaller: bool) -> tuple[int, int]:
         images = task.trainings * task.train_images + (REFIT * task.images if task.trainings == 1 else 0)
         return cost.features(task.images, size) + epochs * cost.epoch(round(images), size)
 
-    left, least = _left(task), seconds(sizes[0], enough)
-    if least > left and task.train_images >= MANY:  # then an epoch is many images, and small ones say enough
+    left = _left(task)
+    if seconds(sizes[0], enough) > left and task.train_images >= MANY:  # then small images say enough
         sizes, enough = _sizes(task, backbone), 1
-        least = seconds(sizes[0], enough)
-    goal = max(TUNED_SHARE * left, least)
-    if goal + least > left and goal > left / 2:
-        goal = left
+    goal = left / min(max(left // seconds(sizes[-1], enough), 1), ROUNDS) if left < math.inf else left
     fitting = [size for size in sizes if seconds(size, enough) <= goal] or sizes[:1]
     size = fitting[-2 if smaller and len(fitting) > 1 else -1]
     fit = (goal - seconds(size, 0)) / (seconds(size, 1) - seconds(size, 0))
-    return size, int(min(max(fit, min(enough, 3)), most))
+    return size, int(min(max(fit, enough), most))
 
 
 def _left(task: Task) -> float:

@@ -175,6 +175,21 @@ def test_a_part_of_an_epoch_of_many_images_is_worth_a_trial() -> None:
     assert time.fit(config) is None
 
 
+def test_no_network_is_tuned_for_less_than_half_of_its_epochs_beside_others() -> None:
+    """Before: the last minutes of a half-hour sweep went into networks of one epoch, far below their own probes."""
+    time = Timing(Spent(), Budget(deadline=1000.0), clock=lambda: 985.0)
+    time.know(Costs({LITES[0]: 224}, {LITES[0]: 1.0}, 300.0, 1000, 800))  # 8 s an epoch, 4.4 s of features
+    config = TrialConfig(backbone=LITES[0], pretrained=True, image_size=224, epochs=3)
+    shortened = time.fit(config)
+    assert shortened is not None, "better than nothing"
+    assert shortened.epochs == 1
+    time.candidates.append(Candidate("0000", UPath("/nowhere"), CandidateInfo("0000", replace(config, epochs=0))))
+    assert time.fit(config) is None
+    assert time.fit(replace(config, epochs=2)) == replace(config, epochs=1)
+    time.know(Costs({LITES[0]: 224}, {LITES[0]: 1.0}, 30_000.0, 100_000, 80_000))
+    assert time.fit(config) == replace(config, epochs=1), "80,000 images teach a network in one epoch"
+
+
 def test_what_was_seen_before_the_costs_were_known_teaches_them() -> None:
     time, known = Timing(Spent(), Budget()), costs()
     probe = TrialConfig(backbone=LITES[0], pretrained=True, image_size=224, epochs=0)

@@ -83,6 +83,15 @@ def test_more_time_buys_epochs_and_then_pixels() -> None:
         assert cost.features(2019, config.image_size) + config.epochs * cost.epoch(1615, config.image_size) <= left
 
 
+def test_half_an_hour_has_room_for_images_of_the_native_size() -> None:
+    """Before: lite0 at 160 pixels for nine epochs, then many short trials that added nothing to the ensemble."""
+    tuned = [proposed(task(1620.0, seconds=0.0085), backbone=name, way="tuned") for name in LITES]
+    assert [config.image_size for config in tuned] == [224, 240, 260]
+    assert all(config.epochs >= 6 for config in tuned)
+    smaller = proposed(task(1620.0, seconds=0.0085), backbone=LITES[0], way="tuned", smaller=True)
+    assert smaller.image_size < 224
+
+
 def test_the_first_tuned_trial_leaves_no_rest_that_is_too_short_for_another() -> None:
     cost, config = task().costs[LITES[0]], proposed(task(430), backbone=LITES[0], way="tuned")
     epoch = cost.epoch(1615 + round(auto.REFIT * 2019), config.image_size)  # with its part of the last ones

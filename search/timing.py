@@ -169,10 +169,12 @@ class Timing:
         if config.epochs == 0:  # the head alone
             return config if speed.start + config.all_epochs * speed.epoch <= left else None
         epochs = config.epochs if not speed.epoch else min(config.epochs, int((left - speed.start) / speed.epoch))
-        if epochs < 1 and self.costs is not None:
-            epochs = int(self.costs.train_images * (left - speed.start) / speed.epoch >= ENOUGH)
-        if config.pretrained and self.costs is not None and self.candidates and epochs < config.epochs / 2:
-            epochs *= epochs * self.costs.train_images >= ENOUGH
+        if self.costs is not None:
+            if epochs < 1:
+                epochs = int(self.costs.train_images * (left - speed.start) / speed.epoch >= ENOUGH)
+            hardly_tuned = config.pretrained and epochs < config.epochs / 2
+            if hardly_tuned and self.candidates and epochs * self.costs.train_images < ENOUGH:
+                return None
         return replace(config, epochs=epochs) if epochs >= 1 else None
 
 

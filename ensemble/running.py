@@ -36,10 +36,10 @@ class _Known:
 class EnsembleSoFar:
     """The ensemble over the candidates seen so far, on the select split; and its curve.
 
-    It follows the final rule (ensemble/selection/auto.py) in a cheap form: the same screening, temperatures and default
-    option, and a single candidate where the ensemble is not better by more than noise; but nothing is cross-validated,
-    so its scores are fitted. `curve` holds a (candidates, accuracy, log-loss) triple for every candidate added,
-    `members` the weights by id.
+    It follows the final rule (ensemble/selection/auto.py) in a cheap form: the same screening and temperatures, but one
+    greedy selection instead of bags of them, and nothing is cross-validated. So its scores are fitted, and therefore a
+    single candidate stays one until an ensemble is better by more than noise. `curve` holds a (candidates, accuracy,
+    log-loss) triple for every candidate added, `members` the weights by id.
     """
 
     def __init__(self, run: UPath, top_k: int, goal: Goal | None = None) -> None:

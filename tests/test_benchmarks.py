@@ -9,6 +9,8 @@ import pytest
 
 import benchmarks
 from benchmarks.parts import draw_part
+from benchmarks.selectors.pools import of_run
+from tests.ensemble.test_select import make_run
 from trainables.data.prepare import prepare
 
 
@@ -28,3 +30,12 @@ def test_a_part_of_a_data_set_has_its_own_images_and_labels(pictures: Path, tmp_
     assert all(where[part.images[row].tobytes()] == part.labels[row] for row in range(27))
     assert part.cache == tmp_path
     assert part.fingerprint not in (data.fingerprint, draw_part(data, [18, 9], 4, tmp_path)[0].fingerprint)
+
+
+def test_a_sweep_is_a_pool_of_selection_quality(tmp_path: Path) -> None:
+    """Before: run.json was read as a dictionary, which it no longer is."""
+    run, probs, labels = make_run(tmp_path / "mine", models=3, rows=50, data={"name": "trash"})
+    pool = of_run(str(run))
+    assert pool.name == "sweep trash mine"
+    np.testing.assert_array_equal(pool.labels, labels)
+    assert pool.probs.shape == probs.shape

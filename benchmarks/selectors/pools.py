@@ -33,9 +33,9 @@ def of_run(path: str) -> Predictions:
     """The usable candidates of a run directory on its select split, named after the run's data set and folder."""
     run = open_run(path)
     pool = load_pool([run])
-    data = read_run(run).get("data", {})
-    name = f"sweep {data.get('name', '')} {run.name}" if isinstance(data, dict) else f"sweep {run.name}"
-    return Predictions(name, np.stack([np.asarray(p) for p in pool.probs]), pool.labels)
+    return Predictions(
+        f"sweep {read_run(run).data.name} {run.name}", np.stack([np.asarray(p) for p in pool.probs]), pool.labels
+    )
 
 
 def of_scikit_learn(cifar10: Path | None, intel: Path | None, trash: Path | None) -> Iterator[Predictions]:

@@ -2,15 +2,16 @@
 
 It averages in the one way that was found to be best on held-out halves. Every candidate gets its own temperature, so
 that none has more say than it has earned, only because it is surer than the others. Greedy selection on the log-loss
-finds members and weights. The average gets a temperature of its own, because an average of calibrated members is too
-unsure (pool first, then calibrate: Rahaman and Thiery 2021, "Uncertainty Quantification and Deep Ensembles"). A prior
-draws all temperatures towards 1, because on few rows they are mostly noise.
+finds members and weights, as an average over bags of rows and of candidates: on 150 rows a single greedy selection
+gives nearly all weight to whoever was lucky there. The average gets a temperature of its own, because an average of
+calibrated members is too unsure (pool first, then calibrate: Rahaman and Thiery 2021, "Uncertainty Quantification and
+Deep Ensembles"). A prior draws all temperatures towards 1, because on few rows they are mostly noise.
 
-Cross-validation decides whether another option (see options.py) is better by more than noise, and whether an ensemble
-is worth it at all.
+Cross-validation decides whether another option (see options.py) is better by more than noise, a single candidate among
+them.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ensemble.selection.claim import FOLDS, Folds, HeldOut, deal, deal_folds, le
 from ensemble.selection.goal import Goal
 from ensemble.selection.limits import Limits
 from ensemble.selection.metrics import accuracy, brier, clearly_lower, log_loss, standard_error
-from ensemble.selection.options import Option, Table, list_options
+from ensemble.selection.options import GREEDY, Option, Table, list_options
 from ensemble.selection.selectors import NINE
 
 NESTED_ROWS = 2000  # from here on what a fold's rows leave behind in the losses of the others is too little to matter
@@ -44,7 +45,7 @@ class Choice:
 
     Attributes:
         blend: of all M candidates: weights, temperatures, and the average's temperature.
-        option: the one that won, "best_single" when no ensemble was worth it.
+        option: the one that won, "best_single" when that was better than any ensemble.
         held_out: what the whole procedure, this choice among options included, predicts for rows that it did not see;
             None when there are too few rows to leave some out, or nobody asked.
         fitted: accuracy, log_loss and brier on the rows that the blend was fitted on. They flatter.
@@ -95,7 +96,7 @@ def choose_selector(
     ensembles, singles = list_options(limits, probs[0].shape[1])
     whole = table.on(np.arange(len(labels)))
     if len(labels) < FEWEST_ROWS or len(probs) == 1:
-        option = ensembles[1] if limits.min_per_group else singles[0]
+        option = replace(GREEDY, k=limits.k) if limits.min_per_group else singles[0]
         rule = _Rule([option], [])
     else:
         rule = _Rule(ensembles, singles, ensemble_is_a_must=limits.min_per_group > 0)
@@ -137,10 +138,10 @@ class _Rule:
     """How one of the options is chosen from held-out log-losses.
 
     The first ensemble is the default. Another one replaces it only where its mean loss is lower by more than a
-    standard error; of those that are, the lowest. Where the winner is not better by that much than the single
-    candidate, the single one is the answer, unless a quota forbids it. A choice within noise costs: to prefer fewer
-    members already when they are *not worse* by a standard error cost 0.1 to 0.3 points of accuracy on the pools of
-    benchmarks/selection_quality.py.
+    standard error; of those that are, the lowest. The single candidate is the answer where it is better than the
+    winner by that much, unless a quota forbids it. A choice within noise costs: to prefer fewer members already when
+    they are *not worse* by a standard error cost 0.1 to 0.3 points of accuracy on the pools of
+    benchmarks/selection_quality.py, and to prefer the single one then 0.3 points on five pools of photographs.
     """
 
     def __init__(self, ensembles: list[Option], singles: list[Option], ensemble_is_a_must: bool = False) -> None:
@@ -154,7 +155,7 @@ class _Rule:
         if self._must:
             return best
         single = self.choose_single(losses)
-        return best if clearly_lower(losses[best], losses[single]) else single
+        return single if clearly_lower(losses[single], losses[best]) else best
 
     def choose_single(self, losses: np.ndarray) -> int:
         """The same among the options that keep a single candidate."""

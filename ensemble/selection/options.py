@@ -45,11 +45,10 @@ def list_options(limits: Limits, classes: int) -> tuple[list[Option], list[Optio
     least = limits.min_per_group * len(np.unique(limits.groups)) if limits.groups is not None else 1
     smaller = [size for size in SIZES if least <= size < k]
     ensembles = [
-        Option("greedy", k, "wide"),
-        *(Option("greedy", k, name) for name in ("none", "tight", "free")),
+        Option("bagged", k, "wide"),
+        *(Option("greedy", k, name) for name in ("wide", "none", "tight", "free")),
         *(Option("greedy", size, name) for size in smaller for name in ("none", "wide")),
         *(Option(selector, k, name) for selector in ("brier", "convex", "uniform") for name in ("none", "wide")),
-        Option("bagged", k, "wide"),
         *(Option("stacked", k, name) for name in ("tight", "wide") if classes <= STACKED_CLASSES),
     ]
     return ensembles, [Option("best_single", 1, "none"), Option("best_single", 1, "wide")]

@@ -141,7 +141,7 @@ class _Rule:
     standard error; of those that are, the lowest. The single candidate is the answer where it is better than the
     winner by that much, unless a quota forbids it. A choice within noise costs: to prefer fewer members already when
     they are *not worse* by a standard error cost 0.1 to 0.3 points of accuracy on the pools of
-    benchmarks/selection_quality.py, and to prefer the single one then 0.3 points on five pools of photographs.
+    benchmarks/selection_quality.py, and to prefer the single one then 0.1 to 0.4 on five of photographs.
     """
 
     def __init__(self, ensembles: list[Option], singles: list[Option], ensemble_is_a_must: bool = False) -> None:

@@ -129,7 +129,7 @@ class Sweep:
             self._learn(candidate)
         for record in self.records:
             self.counted += record.counts
-            if record.stage is Stage.RUNNING and record.id in done:  # killed between candidate and record
+            if record.outcome is None and record.id in done:  # killed between candidate and record
                 record = self._end_with_candidate(record, done[record.id])
             if record.outcome is None:
                 if self._waits(record):
@@ -260,8 +260,14 @@ class Sweep:
         del self.running[id]
         self.time.end(id)
         record, outcome = self.records[id], result.outcome
-        if id in self.arrived:  # also when it was cut or lost just there: the checkpoint is older than the report
-            self.arrived.remove(id)
+        written = self.run / "candidates" / id
+        # a lane that is lost behind the last file has lost nothing, nor has a trial for which there was none in time
+        may_have = outcome in (Outcome.LOST_NODE, Outcome.INTERRUPTED) and exists(written / "candidate.json")
+        left_candidate = outcome.leaves_candidate or may_have
+        arrived = id in self.arrived
+        self.arrived.discard(id)
+        # Also when it was lost just there: the checkpoint is older than the report. Not when its time was over there.
+        if arrived and not left_candidate:
             self.tried.add(id)
             self.values.see(record)
             return self.records.put(record.waits()).stage.value
@@ -272,15 +278,13 @@ class Sweep:
             # alone a trial halves its micro-batch by itself; ranks cannot, because the others wait in a collective
             self.interrupted.append(self.records.put(smaller).id)
             return Outcome.INTERRUPTED
+        if left_candidate:
+            return self._end_with_candidate(record, read_candidate(written), learn=True).outcome or ""
         if outcome.continues or record.retries < outcome.retries:
             self.records.put(record if outcome.continues else record.retried())
             if not (outcome is Outcome.INTERRUPTED and result.error):  # its own time was over: only more would help it
                 self.interrupted.append(id)
             return outcome
-        written = self.run / "candidates" / id
-        # a machine that is lost behind the last file has lost nothing
-        if outcome.leaves_candidate or (outcome is Outcome.LOST_NODE and exists(written / "candidate.json")):
-            return self._end_with_candidate(record, read_candidate(written), learn=True).outcome or ""
         self._end(record, outcome, value=self.values.worst() if outcome.teaches else None,
                   error=result.error, traceback=result.traceback, seconds=result.seconds)  # fmt: skip
         self.counted -= outcome is Outcome.INVALID  # as if it had been refused at once
@@ -317,6 +321,8 @@ class Sweep:
         """The one place where trials end."""
         record = self.records.put(record.ends(outcome, ended=self.time.clock(), **what))
         self.tried.add(record.id)
+        if self.rungs is not None and record.id in self.rungs.waiting:
+            self.rungs.go_on(record.id)
         self.values.see(record)
         if self.pruning is not None and record.id in self.pruning.trials:
             self.pruning.end(record)

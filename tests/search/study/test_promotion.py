@@ -14,6 +14,7 @@ from search.sweep import KEPT, Sweep
 from tests.hand_sweep import climb, finish, scores, states, suggest, sweep, take, told
 from trainables.config import TrialConfig
 from trainables.job import Outcome, Result
+from trainables.run_directory import CandidateInfo, write_candidate
 
 
 @pytest.fixture
@@ -120,6 +121,27 @@ def test_the_best_of_those_that_wait_at_the_end_keep_their_checkpoints_and_no_ot
     assert kept == set(waiting[:KEPT])
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == kept
     assert {str(s.records[id].outcome) for id in waiting[KEPT:]} == {"pruned"}
+
+
+@pytest.mark.parametrize("outcome", [Outcome.TIME, Outcome.FINISHED, Outcome.LOST_NODE, Outcome.INTERRUPTED])
+def test_a_trial_that_ends_as_a_candidate_where_it_was_to_wait_has_ended(tmp_path: Path, outcome: Outcome) -> None:
+    """Before: it waited, and was pruned in the end, while its candidate stayed: on disk, and in no record."""
+    s = sweep(tmp_path, trials=3, pruner="promote")
+    climb(s, take(s), 0.9)
+    job = take(s)
+    assert s.report(job.id, scores(0.1))  # it is to wait, but its time is over
+    info = CandidateInfo(
+        job.id, job.config, scores(0.1) | {"select_log_loss": 0.9}, ({**scores(0.1), "seconds": 1.0},),
+        str(outcome if outcome.leaves_candidate else Outcome.TIME), split_fingerprint="f",
+    )  # fmt: skip
+    write_candidate(s.run, info, [[0.5, 0.5]] * 4, [[0.5, 0.5]] * 4)
+    s.finish(job.id, Result(outcome))
+    assert s.records[job.id].outcome in (Outcome.TIME, Outcome.FINISHED)
+    assert s.records[job.id].value == 0.1
+    assert s.waiting() == []
+    assert take(s).id == "0002"
+    s.close()
+    assert s.records[job.id].outcome in (Outcome.TIME, Outcome.FINISHED)
 
 
 def test_when_time_runs_short_the_best_waiting_trial_goes_on(tmp_path: Path) -> None:

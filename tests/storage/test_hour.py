@@ -1,0 +1,148 @@
+"""Short trials by the thousand on real lanes, of which one is lost every minute, or its machine, or a store.
+
+Machines are Ray nodes on this one; some join, some leave as if their power had failed; the run lies in an object store
+and the study in PostgreSQL, which go away for seconds. NINEFOLD_HOUR_MINUTES chooses how long (5).
+"""
+
+import contextlib
+import json
+import os
+import random
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+import yaml
+from upath import UPath
+
+from cluster.local import LocalCluster
+from tests.search.study.test_mirror import PostgreSQL, server  # noqa: F401
+from tests.tiny_space import write_space
+from tests.trainables.test_s3 import ROOT, Store, store  # noqa: F401
+from trainables.job import Outcome
+from trainables.run.records import Stage, read_records
+from trainables.run_directory import list_candidates, open_run, study_name
+
+MINUTES = float(os.environ.get("NINEFOLD_HOUR_MINUTES", "5"))
+SEED = int(os.environ.get("NINEFOLD_FAULT_SEED", "0"))
+EPOCHS, BETWEEN_S, LONGEST_AWAY = 9, 60.0, 8.0
+NODES = (1, 3)  # fewest and most of those that train
+RUN = "s3://bucket/hour"
+MIB = 2**20
+
+
+class Storm:
+    """Somebody who takes something away every minute; `struck` says what, `used` what the driver's memory was then."""
+
+    def __init__(self, cluster: LocalCluster, server: PostgreSQL, store: Store) -> None:
+        self.cluster, self.server, self.store = cluster, server, store
+        self.choice = random.Random(SEED)
+        self.nodes = [cluster.add_node(cpus=1) for _ in range(2)]
+        self.struck: list[str] = []
+        self.used: list[tuple[int, float]] = []
+
+    def strike(self) -> None:
+        choice, kinds = self.choice, ["lane", "lane", "store", "database"]
+        kinds += ["leave"] * (len(self.nodes) > NODES[0]) + ["join", "join"] * (len(self.nodes) < NODES[1])
+        kind = choice.choice(kinds)
+        if kind == "lane":
+            workers = [process for process in self.processes() if "RayTrainWorker" in process.name()]
+            if not workers:
+                return
+            with contextlib.suppress(psutil.NoSuchProcess):
+                choice.choice(workers).kill()
+        elif kind == "leave":
+            self.nodes.pop(choice.randrange(len(self.nodes))).kill()
+        elif kind == "join":
+            self.nodes.append(self.cluster.add_node(cpus=1))
+        elif kind == "store":
+            self.store.away(choice.uniform(1, LONGEST_AWAY)).join()
+        else:
+            self.server.stop()
+            back = threading.Timer(choice.uniform(1, LONGEST_AWAY), self.server.start)
+            back.start()
+            back.join()
+        self.struck.append(kind)
+
+    def processes(self) -> list[psutil.Process]:
+        """Of the nodes that train."""
+        found: list[psutil.Process] = []
+        for node in self.nodes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += node.process.children(recursive=True)
+        return sorted(found, key=lambda process: process.pid)
+
+    def look(self) -> None:
+        """Note the driver's memory, MiB, by the number of trials that it has begun."""
+        for process in self.cluster.nodes[0].process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.cmdline()[1:3] == ["-m", "search.run"]:
+                    trials = len(read_records(UPath(RUN)))
+                    self.used.append((trials, process.memory_info().rss / MIB))
+
+
+def test_lanes_machines_and_stores_are_lost_every_minute_and_every_trial_is_accounted_for(
+    server: PostgreSQL, store: Store, tmp_path: Path
+) -> None:
+    space = write_space(tmp_path / "space.py", trials=100_000, epochs=EPOCHS, batch_size=64)
+    environment = yaml.safe_load((ROOT / "cluster/launch/runtime_env.yaml").read_text())
+    environment.pop("pip")
+    with LocalCluster() as cluster:
+        storm = Storm(cluster, server, store)
+        cluster.ray(
+            "job", "submit", "--no-wait", "--submission-id", "hour", "--working-dir", str(ROOT),
+            "--runtime-env-json", json.dumps(environment), "--",
+            "python", "-m", "search.run", "--data", "digits", "--space", str(space), "--run", RUN,
+            "--storage", server.url, "--minutes", str(MINUTES),
+        )  # fmt: skip
+
+        def status() -> str:
+            return cluster.ray("job", "status", "hour").stdout
+
+        end = time.monotonic() + 60 * (2 * MINUTES + 10)
+        while "succeeded" not in (said := status()):
+            logs = cluster.ray("job", "logs", "hour").stdout
+            assert "failed" not in said, logs[-4000:]
+            assert time.monotonic() < end, logs[-4000:]
+            until = time.monotonic() + BETWEEN_S * storm.choice.uniform(0.5, 1.5)
+            while time.monotonic() < until and "succeeded" not in status():
+                time.sleep(10)
+            if len(storm.struck) < MINUTES:
+                storm.strike()
+            storm.look()
+            print(f"{storm.struck[-1:]} {storm.used[-1:]} {len(storm.nodes)} nodes", flush=True)
+        logs = cluster.ray("job", "logs", "hour").stdout
+    print(logs[-3000:])
+
+    records = read_records(UPath(RUN))
+    assert [record.number for record in records] == list(range(len(records)))
+    stages = [record.stage for record in records]
+    assert Stage.RUNNING not in stages
+    outcomes = {record.outcome for record in records if record.stage is Stage.ENDED}
+    assert not outcomes & {Outcome.BUG, Outcome.STORAGE_LOST}, [record for record in records if record.error][:3]
+    finished = {
+        record.id: record for record in records if record.outcome is not None and record.outcome.leaves_candidate
+    }
+    candidates = list_candidates(open_run(RUN))
+    print(Counter(str(record.outcome or record.stage) for record in records), len(candidates), "candidates")
+    assert len(candidates) > 2 * MINUTES
+    there_is = {candidate.id for candidate in candidates}
+    assert there_is == set(finished), [record for record in records if record.id in there_is ^ set(finished)]
+    for candidate in candidates:
+        assert finished[candidate.id].value == pytest.approx(candidate.info.metrics["tune_accuracy"])
+        if finished[candidate.id].outcome is Outcome.FINISHED:  # else the minutes were over
+            assert [row["epoch"] for row in candidate.info.curve] == list(range(1, EPOCHS + 1))
+    study = optuna.load_study(study_name=study_name(UPath(RUN)), storage=server.url)
+    there = {trial.user_attrs["id"]: trial.value for trial in study.get_trials(deepcopy=False)}
+    assert there == {record.id: record.value for record in records if record.stage is Stage.ENDED}
+    assert {"lane", "store", "database"} & set(storm.struck)
+
+    trials, used = zip(*storm.used, strict=True)
+    early = next(i for i, number in enumerate(trials) if number > trials[-1] / 4)
+    growth = 1024 * (used[-1] - used[early]) / max(1, trials[-1] - trials[early])
+    print(f"{len(records)} trials, {len(finished)} finished, struck {storm.struck}, {growth:.0f} KiB a trial")
+    assert growth < 25 or used[-1] - used[early] < 30, f"{growth:.0f} KiB a trial"

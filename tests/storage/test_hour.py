@@ -86,10 +86,11 @@ class Storm:
         return None
 
     def look(self) -> None:
-        """Note the driver's memory, MiB, by the number of candidates."""
+        """Note the driver's memory, MiB, by the number of trials that it has begun."""
+        begun = [int(path.stem) + 1 for path in list_folder(UPath(RUN) / "trials") if path.stem.isdigit()]
         with contextlib.suppress(psutil.NoSuchProcess):
-            if (driver := self.driver()) is not None:
-                self.used.append((len(list_folder(UPath(RUN) / "candidates")), driver.memory_info().rss / MIB))
+            if begun and (driver := self.driver()) is not None:
+                self.used.append((max(begun), driver.memory_info().rss / MIB))
 
 
 def test_lanes_machines_and_stores_are_lost_every_minute_and_every_trial_is_accounted_for(
@@ -146,8 +147,9 @@ def test_lanes_machines_and_stores_are_lost_every_minute_and_every_trial_is_acco
     assert there == {record.id: record.value for record in records if record.stage is Stage.ENDED}
     assert {"lane", "store", "database"} & set(storm.struck)
 
-    found, used = zip(*storm.used, strict=True)
-    early = next(i for i, number in enumerate(found) if number > found[-1] / 4)
-    growth = 1024 * (used[-1] - used[early]) / max(1, found[-1] - found[early])
-    print(f"{len(records)} trials, {len(candidates)} candidates, {Counter(storm.struck)}, {growth:.0f} KiB a candidate")
-    assert growth < 50 or used[-1] - used[early] < 30, f"{growth:.0f} KiB a candidate"
+    begun, used = zip(*storm.used, strict=True)
+    early = next(i for i, number in enumerate(begun) if number > begun[-1] / 4)
+    growth = 1024 * (used[-1] - used[early]) / max(1, begun[-1] - begun[early])
+    print(f"{len(records)} trials, {len(candidates)} candidates, {Counter(storm.struck)}, {growth:.0f} KiB a trial")
+    # Tune alone keeps 24 KiB of each of its trials, and one of ours that is lost or promoted is another one to Tune
+    assert growth < 80 or used[-1] - used[early] < 30, f"{growth:.0f} KiB a trial"

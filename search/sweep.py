@@ -261,13 +261,13 @@ class Sweep:
         self.time.end(id)
         record, outcome = self.records[id], result.outcome
         written = self.run / "candidates" / id
-        # a lane that is lost behind the last file has lost nothing, nor has a trial for which there was none in time
-        may_have = outcome in (Outcome.LOST_NODE, Outcome.INTERRUPTED) and exists(written / "candidate.json")
-        left_candidate = outcome.leaves_candidate or may_have
         arrived = id in self.arrived
         self.arrived.discard(id)
-        # Also when it was lost just there: the checkpoint is older than the report. Not when its time was over there.
-        if arrived and not left_candidate:
+        # A lane that is lost behind the last file has lost nothing, whether the trial got another one or not.
+        may_have = outcome in (Outcome.LOST_NODE, Outcome.INTERRUPTED) and exists(written / "candidate.json")
+        if outcome.leaves_candidate or may_have:  # also at a rung, where its time was over
+            return self._end_with_candidate(record, read_candidate(written), learn=True).outcome or ""
+        if arrived:  # also when it was lost just there: the checkpoint is older than the report
             self.tried.add(id)
             self.values.see(record)
             return self.records.put(record.waits()).stage.value
@@ -278,8 +278,6 @@ class Sweep:
             # alone a trial halves its micro-batch by itself; ranks cannot, because the others wait in a collective
             self.interrupted.append(self.records.put(smaller).id)
             return Outcome.INTERRUPTED
-        if left_candidate:
-            return self._end_with_candidate(record, read_candidate(written), learn=True).outcome or ""
         if outcome.continues or record.retries < outcome.retries:
             self.records.put(record if outcome.continues else record.retried())
             if not (outcome is Outcome.INTERRUPTED and result.error):  # its own time was over: only more would help it

@@ -1,6 +1,5 @@
 """A sweep whose run lies in an object store and whose study in PostgreSQL, hit again and again; see tests/faults.py."""
 
-import threading
 from pathlib import Path
 
 from upath import UPath
@@ -13,13 +12,7 @@ from tests.trainables.test_s3 import Store, store  # noqa: F401
 def test_kills_and_stores_that_go_away_lose_nothing_and_repeat_nothing(
     server: PostgreSQL, store: Store, tmp_path: Path
 ) -> None:
-    def database_away(seconds: float) -> threading.Thread:
-        server.stop()
-        back = threading.Timer(seconds, server.start)
-        back.start()
-        return back
-
     run = UPath("s3://bucket/storm")
     with drivers_of(run, tmp_path, "--storage", server.url) as drivers:
-        struck = storm(drivers, run, {"store": store.away, "database": database_away})
+        struck = storm(drivers, run, {"store": store.away, "database": server.away})
         check(drivers, run, struck, server.url)

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import random
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -63,10 +62,7 @@ class Storm:
         elif kind == "store":
             self.store.away(choice.uniform(1, LONGEST_AWAY)).join()
         else:
-            self.server.stop()
-            back = threading.Timer(choice.uniform(1, LONGEST_AWAY), self.server.start)
-            back.start()
-            back.join()
+            self.server.away(choice.uniform(1, LONGEST_AWAY)).join()
         self.struck.append(kind)
 
     def processes(self) -> list[psutil.Process]:
@@ -116,7 +112,7 @@ def test_lanes_machines_and_stores_are_lost_every_minute_and_every_trial_is_acco
                 strike_at += BETWEEN_S * storm.choice.uniform(0.5, 1.5)
                 storm.strike()
                 storm.look()
-                print(f"{storm.struck[-1]:8} {storm.used[-1:]} {len(storm.nodes)} nodes", flush=True)
+                print(f"{storm.struck[-1:]} {storm.used[-1:]} {len(storm.nodes)} nodes", flush=True)
         time.sleep(10)
         logs = cluster.ray("job", "logs", "hour").stdout
         assert "succeeded" in cluster.ray("job", "status", "hour").stdout, logs[-4000:]
@@ -145,13 +141,11 @@ def test_lanes_machines_and_stores_are_lost_every_minute_and_every_trial_is_acco
     study = optuna.load_study(study_name=study_name(UPath(RUN)), storage=server.url)
     there = {trial.user_attrs["id"]: trial.value for trial in study.get_trials(deepcopy=False)}
     assert there == {record.id: record.value for record in records if record.stage is Stage.ENDED and record.counts}
-    assert {"lane", "store", "database"} & set(storm.struck)
 
     last = storm.used[-1][0]  # by then trials have ended, and the ensemble is being selected
     begun, used = zip(*[point for point in storm.used if point[0] < last], strict=True)
     early = next(i for i, number in enumerate(begun) if number > begun[-1] / 4)
     growth = 1024 * (used[-1] - used[early]) / max(1, begun[-1] - begun[early])
     print(f"{len(records)} trials, {len(candidates)} candidates, {Counter(storm.struck)}, {growth:.0f} KiB a trial")
-    # Tune alone keeps 24 KiB of each of its trials, and one of ours that is lost or promoted is another one to Tune;
-    # the records, the study and the sampler's trials are 20
+    # Tune alone keeps 24 KiB of each of its trials, and one of ours that is lost or promoted is another one to Tune
     assert growth < 80 or used[-1] - used[early] < 30, f"{growth:.0f} KiB a trial"

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -83,6 +84,13 @@ class PostgreSQL:
     def stop(self) -> None:
         self.process.send_signal(signal.SIGINT)  # its fast shutdown
         self.process.wait(PATIENCE)
+
+    def away(self, seconds: float) -> threading.Thread:
+        """Gone at once, and back after so many seconds."""
+        self.stop()
+        back = threading.Timer(seconds, self.start)
+        back.start()
+        return back
 
 
 @pytest.fixture(scope="session")

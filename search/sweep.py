@@ -238,7 +238,8 @@ class Sweep:
         record = self.records.note(before.scored(epoch, float(score)))
         assert record.config is not None
         stops = self.pruning is not None and record is not before and self.pruning.should_stop(id, epoch, float(score))
-        if epoch >= record.config.all_epochs:  # then it is a candidate, and stopping it saves nothing
+        # then it is a candidate, and stopping it saves nothing: its time may be over, or it may have learned enough
+        if epoch >= record.config.all_epochs or metrics.get("last"):
             return False
         if self.stopping or self.enough():
             return True

@@ -325,7 +325,8 @@ def train(
             last = outcome is Outcome.TIME or progress.epoch == config.all_epochs or stopping.is_over
             if not last:
                 checkpoints.write()
-            if report(progress.curve[-1]) and not last:
+            # so that nobody lets a trial wait that is about to become a candidate
+            if report(progress.curve[-1] | ({"last": 1.0} if last else {})) and not last:
                 outcome = Outcome.PRUNED
                 break
             if last:

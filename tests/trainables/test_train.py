@@ -140,7 +140,11 @@ def test_a_pruned_trial_stops_at_once_and_predicts_nothing(data: Data, splits: S
 
 
 def test_past_the_deadline_it_finishes_with_what_it_has(data: Data, splits: Splits) -> None:
-    trained = train(replace(SMALL, epochs=50), data, splits, deadline=0.0)
+    said: list[bool] = []
+    trained = train(
+        replace(SMALL, epochs=50), data, splits, lambda metrics: bool(said.append("last" in metrics)), deadline=0.0
+    )
+    assert said == [True]  # before: whoever heard its report might let it wait
     assert trained.outcome == "time"
     assert len(trained.curve) == 1
     assert trained.probs["select"].shape == (len(splits.select), 3)

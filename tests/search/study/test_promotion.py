@@ -129,7 +129,8 @@ def test_a_trial_that_ends_as_a_candidate_where_it_was_to_wait_has_ended(tmp_pat
     s = sweep(tmp_path, trials=3, pruner="promote")
     climb(s, take(s), 0.9)
     job = take(s)
-    assert s.report(job.id, scores(0.1))  # it is to wait, but its time is over
+    said = scores(0.1) | ({"last": 1.0} if outcome.leaves_candidate else {})
+    assert s.report(job.id, said) != outcome.leaves_candidate  # those that are lost could not say so
     info = CandidateInfo(
         job.id, job.config, scores(0.1) | {"select_log_loss": 0.9}, ({**scores(0.1), "seconds": 1.0},),
         str(outcome if outcome.leaves_candidate else Outcome.TIME), split_fingerprint="f",

@@ -1,12 +1,14 @@
 """run_trials with real Ray: Tune, lanes and faults. The sweep is a list of jobs; the targets do no training."""
 
 import dataclasses
+import gc
 import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from ray.tune.experiment import Trial
 
 from cluster import tuner
 from cluster.connect import connect, disconnect, nodes
@@ -122,6 +124,25 @@ def retried(bridge, trial_id):
     """The next job, once the machines have been looked at again."""
     bridge.looked = float("-inf")
     return bridge.next(trial_id).job
+
+
+class Weighing(Sweep):
+    """Looks at what Tune has kept of the trials before."""
+
+    kept = None
+
+    def finish(self, id, result):
+        super().finish(id, result)
+        there = [thing for thing in gc.get_objects() if isinstance(thing, Trial) and thing.is_finished()]
+        self.kept = {name for trial in there for name in trial.metric_analysis}
+        self.ended = len(there)
+
+
+def test_tune_keeps_no_statistics_of_a_trial(ray_cluster):
+    sweep = Weighing([{"epochs": 2}] * 3)
+    run_trials(sweep, count_epochs, LANE, 1)
+    assert sweep.ended >= 2
+    assert sweep.kept == set()
 
 
 def test_what_a_lost_lane_leaves_goes_first_and_the_count_starts_anew_with_every_epoch():

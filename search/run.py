@@ -64,7 +64,7 @@ from trainables.run_directory import (
     remove_temporaries,
     to_json,
 )
-from trainables.storage import hide_password, is_local, write_array, write_json
+from trainables.storage import exists, hide_password, is_local, write_array, write_json
 from trainables.trial import run_trial
 
 LIBRARIES = ("torch", "timm", "ray", "optuna")
@@ -178,7 +178,8 @@ class _Opened:
 def _open(plan: Plan, config: SearchConfig, trackers: Sequence[Tracker]) -> _Opened:
     """Open the run directory and its study; raises UserError before anything is written."""
     maximise = config.objective == "metric" and plan.goal.higher_is_better
-    if config.storage:  # one that cannot be opened is told before anything is written
+    continued = exists(plan.run / "run.json")  # then a storage may be away for a while
+    if config.storage and not continued:  # one that cannot be opened is told before anything is written
         open_mirror(plan.run, config.storage, plan.study, maximise, ())
     try:
         _open_run(plan, config)
@@ -187,7 +188,7 @@ def _open(plan: Plan, config: SearchConfig, trackers: Sequence[Tracker]) -> _Ope
         raise UserError(f"run directory {plan.run} cannot be written ({error}); name another with --run") from error
     remove_temporaries(plan.run)
     records = Records(plan.run)
-    mirror = open_mirror(plan.run, config.storage, plan.study, maximise, records)
+    mirror = open_mirror(plan.run, config.storage, plan.study, maximise, records, patient=continued)
     tracking = Tracking(trackers, plan.run, records, "tune_accuracy" if maximise else "tune_log_loss")
     return _Opened(records, mirror, tracking, lock)
 

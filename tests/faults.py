@@ -37,6 +37,7 @@ MOST_BETWEEN = 5  # epochs between two kills
 SEED = int(os.environ.get("NINEFOLD_FAULT_SEED", "0"))
 PATIENCE = 400  # seconds without an epoch, or until the last process has gone, before the test gives up
 SLOW_START = "The current node timed out during startup"  # Ray's words
+NOT_REACHED = "cannot be reached ("  # ours, of a run in a store
 LONGEST_AWAY = 8.0  # seconds that a store is away
 LONGEST_PAUSE = 0.3  # seconds between the moment's epoch and the kill
 
@@ -47,7 +48,7 @@ class Drivers:
     def __init__(self, args: list[str], log: Path) -> None:
         self.args, self.log = args, log
         self.started: set[psutil.Process] = set()
-        self.starts = self.slow_starts = self.lost_rays = 0
+        self.starts = self.slow_starts = self.lost_rays = self.away = 0
         self.start()
 
     def start(self) -> None:
@@ -74,13 +75,16 @@ class Drivers:
     def mind(self) -> None:
         """The driver lives; or has told why not, and the command is repeated.
 
-        Ray dies with any of its agents, and gives up on starting after 30 s on a busy machine.
+        Ray dies with any of its agents, and gives up on starting after 30 s on a busy machine; and a command whose
+        run cannot be reached when it starts says so and ends.
         """
         if self.process.poll() is not None:
             slow, lost = SLOW_START in self.tail(), RAY_DIED in self.tail()
-            assert slow or lost, f"the driver ended with {self.process.returncode}:\n{self.tail()}"
+            away = NOT_REACHED in self.tail()
+            assert slow or lost or away, f"the driver ended with {self.process.returncode}:\n{self.tail()}"
             self.slow_starts += slow
             self.lost_rays += lost
+            self.away += away
             self.start()
 
     def tail(self) -> str:
@@ -174,7 +178,7 @@ def storm(drivers: Drivers, run: UPath, away: dict[str, Callable[[float], thread
 
 def check(drivers: Drivers, run: UPath, struck: list[str], storage: str) -> None:
     """No finished trial was lost or repeated, none is left running, and the study says what is on disk."""
-    assert drivers.starts - drivers.slow_starts - drivers.lost_rays == 1 + struck.count("driver")
+    assert drivers.starts - drivers.slow_starts - drivers.lost_rays - drivers.away == 1 + struck.count("driver")
     records = read_records(run)
     assert [record.outcome for record in records] == ["finished"] * TRIALS
     finished = {record.id: record for record in records}

@@ -18,6 +18,7 @@ from typing import Literal
 
 import optuna
 from optuna.storages import RDBStorage
+from sqlalchemy.exc import OperationalError
 from upath import UPath
 
 from ensemble.report.study import as_trial
@@ -40,20 +41,30 @@ class Mirror:
         maximise: its direction.
         records: what it is to hold so far.
         upload: where to put the file of `url` now and then, for a run on an object store; None: nowhere.
+        patient: the storage may be away now, as it may be later.
 
-    Raises UserError when the storage cannot be opened.
+    Raises UserError when the storage cannot be opened; if patient, only where no waiting would change that.
     """
 
     def __init__(
-        self, url: str, name: str, maximise: bool, records: Iterable[TrialRecord], upload: UPath | None = None
-    ) -> None:
+        self, url: str, name: str, maximise: bool, records: Iterable[TrialRecord], upload: UPath | None = None,
+        patient: bool = False,
+    ) -> None:  # fmt: skip
         self.url, self.name = url, name
         self.direction: Literal["maximize", "minimize"] = "maximize" if maximise else "minimize"
         self.upload = upload
         self.waiting = [record for record in records if record.stage is Stage.ENDED]
         self.failed_at = self.uploaded_at = 0.0
         self.changed = False
-        self.study = self._open()
+        self.study: optuna.Study | None = None
+        try:
+            self._open()
+        except Exception as error:  # SQLAlchemy's many, and a driver that is not installed
+            if not (patient and isinstance(error, OperationalError)):
+                raise UserError(
+                    f"the study cannot be opened in {hide_password(url)}: {_reason(error)}; check --storage"
+                ) from None
+            self._failed(error)
 
     def add(self, record: TrialRecord) -> None:
         """Let it have a trial that has ended; with the next `flush`."""
@@ -64,16 +75,13 @@ class Mirror:
         now = time.time()
         if self.waiting and now - self.failed_at > AGAIN_S:
             try:
+                study = self.study or self._open()
                 while self.waiting and time.time() - now < most_s:
-                    self.study.add_trial(as_trial(self.waiting[0]))
+                    study.add_trial(as_trial(self.waiting[0]))
                     self.waiting.pop(0)
                     self.changed = True
-            except UserError:
-                raise
             except Exception as error:  # SQLAlchemy's many
-                if not self.failed_at:
-                    print(f"the study's storage failed, the sweep goes on: {_reason(error)}", file=sys.stderr)
-                self.failed_at = now
+                self._failed(error)
         if self.upload is not None and self.changed and now - self.uploaded_at > UPLOAD_S:
             self._put(now)
 
@@ -81,26 +89,27 @@ class Mirror:
         self.failed_at = self.uploaded_at = 0.0
         self.flush(math.inf)
 
+    def _failed(self, error: Exception) -> None:
+        if not self.failed_at:
+            print(f"the study's storage failed, the sweep goes on: {_reason(error)}", file=sys.stderr)
+        self.failed_at = time.time()
+
     def _open(self) -> optuna.Study:
         """The study, with the trials that it has in common with the records; the others wait to be added."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        try:
-            # a database server may have closed an idle connection since: ask before use
-            options = {} if self.url.startswith(SQLITE) else {"pool_pre_ping": True}
-            storage = RDBStorage(self.url, engine_kwargs=options)
-            study = self._create(storage)
-            present = [(trial.user_attrs.get("id"), trial.value) for trial in study.get_trials(deepcopy=False)]
-            ids = {record.id: as_trial(record).value for record in self.waiting}
-            if any(ids.get(str(id), id) != value for id, value in present) or len(dict(present)) < len(present):
-                optuna.delete_study(study_name=self.name, storage=storage)
-                study, present = self._create(storage), []
-        except Exception as error:  # SQLAlchemy's many, and a driver that is not installed
-            raise UserError(
-                f"the study cannot be opened in {hide_password(self.url)}: {_reason(error)}; check --storage"
-            ) from None
+        # a database server may have closed an idle connection since: ask before use
+        options = {} if self.url.startswith(SQLITE) else {"pool_pre_ping": True}
+        storage = RDBStorage(self.url, engine_kwargs=options)
+        study = self._create(storage)
+        present = [(trial.user_attrs.get("id"), trial.value) for trial in study.get_trials(deepcopy=False)]
+        ids = {record.id: as_trial(record).value for record in self.waiting}
+        if any(ids.get(str(id), id) != value for id, value in present) or len(dict(present)) < len(present):
+            optuna.delete_study(study_name=self.name, storage=storage)
+            study, present = self._create(storage), []
         known = {id for id, _ in present}
         self.waiting = [record for record in self.waiting if record.id not in known]
+        self.study = study
         return study
 
     def _create(self, storage: RDBStorage) -> optuna.Study:
@@ -118,10 +127,12 @@ class Mirror:
         self.uploaded_at, self.changed = now, False
 
 
-def open_mirror(run: UPath, storage: str | None, name: str, maximise: bool, records: Iterable[TrialRecord]) -> Mirror:
-    """The mirror of a run's records: in `storage`, else in the run directory's study.db."""
+def open_mirror(
+    run: UPath, storage: str | None, name: str, maximise: bool, records: Iterable[TrialRecord], patient: bool = False
+) -> Mirror:
+    """The mirror of a run's records: in `storage`, else in the run directory's study.db. See Mirror."""
     if storage:
-        return Mirror(storage, name, maximise, records)
+        return Mirror(storage, name, maximise, records, patient=patient)
     records = list(records)
     if is_local(run):
         file = Path(str(run)) / "study.db"

@@ -52,6 +52,24 @@ def test_a_server_that_goes_does_no_harm(server: PostgreSQL, tmp_path: Path, cap
     assert [value for _, value in in_database(server.url, tmp_path.name).values()] == [0.5, 0.6, 0.7, 0.8]
 
 
+def test_a_sweep_goes_on_while_its_database_is_away(server: PostgreSQL, tmp_path: Path, pictures: Path) -> None:
+    """Before: the command ended at once, until somebody repeated it with the database there."""
+    run, space, log = tmp_path / "away", tmp_path / "tiny.py", tmp_path / "log"
+    write_space(space, trials=4, epochs=12)
+    args = [*arguments(run, pictures, space), "--storage", server.url]
+    search = SearchProcess(*args, log=log)
+    search.wait_until(lambda: in_training(run))
+    search.kill()
+    server.stop()
+    try:
+        search = SearchProcess(*args, log=log)
+        search.wait_until(lambda: "the study's storage failed, the sweep goes on" in log.read_text())
+    finally:
+        server.start()
+    search.finish()
+    assert in_database(server.url, study_name(open_run(run))).keys() == {"0000", "0001", "0002", "0003"}
+
+
 def test_a_sweep_on_postgresql_is_killed_and_goes_on_while_the_dashboard_looks(
     postgresql: str, dashboard: str, tmp_path: Path, pictures: Path
 ) -> None:
@@ -61,11 +79,13 @@ def test_a_sweep_on_postgresql_is_killed_and_goes_on_while_the_dashboard_looks(
     search = SearchProcess(*args, log=log)
     search.wait_until(lambda: in_training(run) and "Complete" in trials_seen(dashboard, "sweep"))
     search.kill()
+    name = study_name(open_run(run))
+    optuna.load_study(study_name=name, storage=postgresql).set_user_attr("begun by", "the first")
     output = SearchProcess(*args, log=log).finish()
 
     assert trials_seen(dashboard, "sweep") == ["Complete"] * 4
-    name = study_name(open_run(run))
     study = optuna.load_study(study_name=name, storage=postgresql)
+    assert study.user_attrs == {"begun by": "the first"}  # before: made anew with every start of the command
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
     candidates = list_candidates(open_run(run))
     assert [candidate.id for candidate in candidates] == ["0000", "0001", "0002", "0003"]

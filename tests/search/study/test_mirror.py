@@ -22,6 +22,7 @@ import optuna
 import pytest
 from upath import UPath
 
+from search.study import mirror
 from search.study.mirror import open_mirror
 from search.sweep import Sweep
 from tests.hand_sweep import climb, finish, sweep, take
@@ -196,6 +197,29 @@ def test_a_storage_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"cannot be opened in .*; check --storage") as told:
         open_mirror(UPath(tmp_path), f"sqlite:///{tmp_path}/no/such/folder/study.db", "x", True, ())
     assert "\n" not in str(told.value)
+
+
+def test_a_storage_that_is_away_when_a_run_goes_on_does_no_harm(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: a command that was repeated while the database was away ended at once."""
+    monkeypatch.setattr(mirror, "AGAIN_S", 0.0)
+    (tmp_path / "away").mkdir()
+    url = f"sqlite:///{tmp_path}/away/study.db"
+    s = sweep(tmp_path, trials=4, storage=url)
+    finish(s, take(s), 0.5)
+    s.tick()
+    (tmp_path / "away").rename(tmp_path / "gone")
+    study = open_mirror(UPath(tmp_path), url, "test", True, s.records, patient=True)
+    finish(s, take(s), 0.6)
+    study.add(list(s.records)[1])
+    study.flush()
+    assert capsys.readouterr().err.count("the sweep goes on") == 1
+    (tmp_path / "gone").rename(tmp_path / "away")
+    study.flush()
+    assert in_database(url, "test") == {"0000": ("COMPLETE", 0.5), "0001": ("COMPLETE", 0.6)}
+    with pytest.raises(UserError, match="check --storage"):  # no waiting makes a database of that
+        open_mirror(UPath(tmp_path), "nonsense://host/db", "test", True, s.records, patient=True)
 
 
 def test_a_storage_that_fails_does_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

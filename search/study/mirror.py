@@ -59,6 +59,8 @@ class Mirror:
         self.study: optuna.Study | None = None
         try:
             self._open()
+        except UserError:  # a record that is none
+            raise
         except Exception as error:  # SQLAlchemy's many, and a driver that is not installed
             if not (patient and isinstance(error, OperationalError)):
                 raise UserError(
@@ -80,6 +82,8 @@ class Mirror:
                     study.add_trial(as_trial(self.waiting[0]))
                     self.waiting.pop(0)
                     self.changed = True
+            except UserError:  # a record that is none
+                raise
             except Exception as error:  # SQLAlchemy's many
                 self._failed(error)
         if self.upload is not None and self.changed and now - self.uploaded_at > UPLOAD_S:

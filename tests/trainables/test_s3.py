@@ -48,7 +48,7 @@ class Store:
         self.server.stop()
 
     def away(self, seconds: float) -> threading.Thread:
-        """Gone at once, and back after so many seconds."""
+        """Stop now; a thread starts it again after that many seconds."""
         self.stop()
         back = threading.Timer(seconds, self.start)
         back.start()

@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class PostgreSQL:
         self.process.wait(PATIENCE)
 
     def away(self, seconds: float) -> threading.Thread:
-        """Gone at once, and back after so many seconds."""
+        """Stop now; a thread starts it again after that many seconds."""
         self.stop()
         back = threading.Timer(seconds, self.start)
         back.start()
@@ -197,6 +198,19 @@ def test_a_storage_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"cannot be opened in .*; check --storage") as told:
         open_mirror(UPath(tmp_path), f"sqlite:///{tmp_path}/no/such/folder/study.db", "x", True, ())
     assert "\n" not in str(told.value)
+
+
+def test_a_record_that_is_none_is_not_taken_for_a_storage_that_is_away(tmp_path: Path) -> None:
+    s, url, told = sweep(tmp_path, trials=4), f"sqlite:///{tmp_path}/other.db", "^the record of trial 0000 holds"
+    finish(s, take(s), 0.5)
+    damaged = replace(next(iter(s.records)), distributions={"lr": "nonsense"})
+    study = open_mirror(UPath(tmp_path), url, "test", True, (), patient=True)
+    study.add(damaged)
+    with pytest.raises(UserError, match=told):
+        study.flush()
+    study.study.add_trial(optuna.trial.create_trial(value=0.5, user_attrs={"id": "0000"}))
+    with pytest.raises(UserError, match=told):
+        open_mirror(UPath(tmp_path), url, "test", True, [damaged], patient=True)
 
 
 def test_a_storage_that_is_away_when_a_run_goes_on_does_no_harm(
